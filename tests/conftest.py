@@ -1,0 +1,14 @@
+"""Fixtures of all tests."""
+
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope='session')
+def tfds_dir() -> pathlib.Path:
+  """The folder of prepared TFDS data sets beside the repository."""
+  path = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'tfds'
+  if not path.is_dir():
+    pytest.skip('no prepared TFDS data sets in ../shared/tfds')
+  return path

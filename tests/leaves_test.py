@@ -1,0 +1,410 @@
+"""Tests of which leaves are weights, in trees of Haiku, Flax and Equinox."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+from flax import nnx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from powerprop_jax import leaves
+
+KEY = jax.random.key(0)
+X = np.ones((2, 4), np.float32)
+IMAGES = np.ones((1, 5, 5, 2), np.float32)
+TOKENS = np.zeros(2, np.int32)
+
+
+def _chosen(params, is_weight=leaves.is_weight):
+  """The paths of the weights, and of the other leaves."""
+  decisions = {}
+
+  def decide(path, leaf):
+    decisions[str(path)] = is_weight(path, leaf)
+
+  leaves.map_with_path(decide, params)
+  weights = {p for p, w in decisions.items() if w}
+  return weights, set(decisions) - weights
+
+
+def _attention(x):
+  init = hk.initializers.Constant(0.0)
+  return hk.MultiHeadAttention(2, 4, w_init=init)(x, x, x)
+
+
+def _core(make):
+  def f(x):
+    core = make()
+    return core(x, core.initial_state(len(x)))
+
+  return f
+
+
+def _haiku(make):
+  return lambda x: make()(x)
+
+
+# Module, input, weights, other leaves.
+HAIKU = {
+  'Linear': (_haiku(lambda: hk.Linear(3)), X, 'linear/w', 'linear/b'),
+  'Conv1D': (
+    _haiku(lambda: hk.Conv1D(3, 3)),
+    np.ones((1, 5, 2)),
+    'conv1_d/w',
+    'conv1_d/b',
+  ),
+  'Conv2D': (
+    _haiku(lambda: hk.Conv2D(3, 3)),
+    IMAGES,
+    'conv2_d/w',
+    'conv2_d/b',
+  ),
+  'Conv3D': (
+    _haiku(lambda: hk.Conv3D(3, 3)),
+    np.ones((1, 5, 5, 5, 2)),
+    'conv3_d/w',
+    'conv3_d/b',
+  ),
+  'DepthwiseConv2D': (
+    _haiku(lambda: hk.DepthwiseConv2D(1, 3)),
+    IMAGES,
+    'depthwise_conv2_d/w',
+    'depthwise_conv2_d/b',
+  ),
+  'SeparableDepthwiseConv2D': (
+    _haiku(lambda: hk.SeparableDepthwiseConv2D(1, 3)),  # pyright: ignore[reportPrivateImportUsage]
+    IMAGES,
+    'separable_depthwise_conv2_d/~/depthwise_conv2_d/w'
+    ' separable_depthwise_conv2_d/~/depthwise_conv2_d_1/w',
+    'separable_depthwise_conv2_d/~/depthwise_conv2_d_1/b',
+  ),
+  'Conv2DTranspose': (
+    _haiku(lambda: hk.Conv2DTranspose(3, 3)),
+    IMAGES,
+    'conv2_d_transpose/w',
+    'conv2_d_transpose/b',
+  ),
+  'MultiHeadAttention': (
+    _attention,
+    X,
+    'multi_head_attention/query/w multi_head_attention/key/w'
+    ' multi_head_attention/value/w multi_head_attention/linear/w',
+    'multi_head_attention/query/b multi_head_attention/key/b'
+    ' multi_head_attention/value/b multi_head_attention/linear/b',
+  ),
+  'LSTM': (_core(lambda: hk.LSTM(3)), X, 'lstm/linear/w', 'lstm/linear/b'),
+  'GRU': (_core(lambda: hk.GRU(3)), X, 'gru/w_i gru/w_h', 'gru/b'),
+  'VanillaRNN': (
+    _core(lambda: hk.VanillaRNN(3)),
+    X,
+    'vanilla_rnn/linear/w vanilla_rnn/linear_1/w',
+    'vanilla_rnn/linear/b vanilla_rnn/linear_1/b',
+  ),
+  'Conv2DLSTM': (
+    _core(lambda: hk.Conv2DLSTM((5, 5), 3, 3)),
+    IMAGES,
+    'conv2_dlstm/input_to_hidden/w conv2_dlstm/hidden_to_hidden/w',
+    'conv2_dlstm/input_to_hidden/b conv2_dlstm/hidden_to_hidden/b',
+  ),
+  'LayerNorm': (
+    _haiku(lambda: hk.LayerNorm(-1, True, True)),
+    X,
+    '',
+    'layer_norm/scale layer_norm/offset',
+  ),
+  # Its scale and offset have four dimensions: rank tells nothing.
+  'BatchNorm': (
+    lambda x: hk.BatchNorm(True, True, 0.9)(x, is_training=True),
+    IMAGES,
+    '',
+    'batch_norm/scale batch_norm/offset',
+  ),
+  'GroupNorm': (
+    _haiku(lambda: hk.GroupNorm(2)),
+    IMAGES,
+    '',
+    'group_norm/scale group_norm/offset',
+  ),
+  'RMSNorm': (_haiku(lambda: hk.RMSNorm(-1)), X, '', 'rms_norm/scale'),
+  'Embed': (_haiku(lambda: hk.Embed(5, 3)), TOKENS, '', 'embed/embeddings'),
+  'Bias': (_haiku(hk.Bias), X, '', 'bias/b'),
+}
+
+
+@pytest.mark.parametrize('name', HAIKU)
+def test_haiku(name):
+  f, x, weights, others = HAIKU[name]
+  # The shapes are enough, and spare the compilation of initialisers.
+  params, _ = jax.eval_shape(hk.transform_with_state(f).init, KEY, x)
+  assert _chosen(params) == (set(weights.split()), set(others.split()))
+
+
+LSTM_KERNELS = 'ii/kernel if/kernel ig/kernel io/kernel'
+RECURRENT_KERNELS = 'hi/kernel hf/kernel hg/kernel ho/kernel'
+ATTENTION = ('query', 'key', 'value', 'out')
+
+LINEN = {
+  'Dense': (nn.Dense(3), (X,), 'kernel', 'bias'),
+  'DenseGeneral': (nn.DenseGeneral((3, 2)), (X,), 'kernel', 'bias'),
+  'Conv': (nn.Conv(3, (3, 3)), (IMAGES,), 'kernel', 'bias'),
+  'ConvTranspose': (nn.ConvTranspose(3, (3, 3)), (IMAGES,), 'kernel', 'bias'),
+  'MultiHeadDotProductAttention': (
+    nn.MultiHeadDotProductAttention(2),
+    (np.ones((1, 3, 4)),),
+    ' '.join(f'{n}/kernel' for n in ATTENTION),
+    ' '.join(f'{n}/bias' for n in ATTENTION),
+  ),
+  'LSTMCell': (
+    nn.LSTMCell(3),
+    ((np.ones((2, 3)), np.ones((2, 3))), X),
+    f'{LSTM_KERNELS} {RECURRENT_KERNELS}',
+    RECURRENT_KERNELS.replace('kernel', 'bias'),
+  ),
+  'GRUCell': (
+    nn.GRUCell(3),
+    (np.ones((2, 3)), X),
+    'ir/kernel iz/kernel in/kernel hr/kernel hz/kernel hn/kernel',
+    'ir/bias iz/bias in/bias hn/bias',
+  ),
+  'LayerNorm': (nn.LayerNorm(), (X,), '', 'scale bias'),
+  'RMSNorm': (nn.RMSNorm(), (X,), '', 'scale'),
+  'GroupNorm': (nn.GroupNorm(2), (X,), '', 'scale bias'),
+  'BatchNorm': (nn.BatchNorm(True), (IMAGES,), '', 'scale bias'),
+  'Embed': (nn.Embed(5, 3), (TOKENS,), '', 'embedding'),
+  'PReLU': (nn.PReLU(), (X,), '', 'negative_slope'),
+}
+
+
+@pytest.mark.parametrize('name', LINEN)
+def test_flax_linen(name):
+  module, inputs, weights, others = LINEN[name]
+  params = jax.eval_shape(module.init, KEY, *inputs)['params']
+  assert _chosen(params) == (set(weights.split()), set(others.split()))
+
+
+def test_flax_linen_partitioned():
+  init = nn.with_partitioning(nn.initializers.zeros, (None, 'model'))
+  params = nn.Dense(3, kernel_init=init).init(KEY, X)['params']
+  assert isinstance(params['kernel'], nn.Partitioned)
+  assert _chosen(params) == ({'kernel'}, {'bias'})
+
+
+NNX = {
+  'Linear': (lambda r: nnx.Linear(2, 3, rngs=r), 'kernel', 'bias'),
+  'Conv': (lambda r: nnx.Conv(1, 2, (3, 3), rngs=r), 'kernel', 'bias'),
+  'ConvTranspose': (
+    lambda r: nnx.ConvTranspose(1, 2, (3, 3), rngs=r),
+    'kernel',
+    'bias',
+  ),
+  'MultiHeadAttention': (
+    lambda r: nnx.MultiHeadAttention(2, 4, rngs=r),
+    ' '.join(f'{n}/kernel' for n in ATTENTION),
+    ' '.join(f'{n}/bias' for n in ATTENTION),
+  ),
+  'LSTMCell': (
+    lambda r: nnx.LSTMCell(2, 3, rngs=r),
+    f'{LSTM_KERNELS} {RECURRENT_KERNELS}'.replace('if/', 'if_/'),
+    RECURRENT_KERNELS.replace('kernel', 'bias'),
+  ),
+  'BatchNorm': (lambda r: nnx.BatchNorm(3, rngs=r), '', 'scale bias'),
+  'LayerNorm': (lambda r: nnx.LayerNorm(3, rngs=r), '', 'scale bias'),
+  'Embed': (lambda r: nnx.Embed(5, 3, rngs=r), '', 'embedding'),
+}
+
+
+@pytest.mark.parametrize('name', NNX)
+def test_flax_nnx(name):
+  make, weights, others = NNX[name]
+  expected = set(weights.split()), set(others.split())
+  module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  state = nnx.state(module, nnx.Param)
+  assert _chosen(state) == expected
+  assert _chosen(nnx.to_pure_dict(state)) == expected
+  # The module itself holds more than parameters, but no more weights.
+  assert _chosen(module)[0] == expected[0]
+
+
+_MyLinear: Any = type('MyLinear', (eqx.nn.Linear,), {})
+
+
+class _Scale(eqx.Module):
+  weight: jax.Array
+  kernel_size: jax.Array
+
+
+EQUINOX = {
+  'Linear': (lambda k: eqx.nn.Linear(2, 3, key=k), 'weight', 'bias'),
+  'subclass of Linear': (lambda k: _MyLinear(2, 3, key=k), 'weight', 'bias'),
+  'Conv1d': (lambda k: eqx.nn.Conv1d(1, 2, 3, key=k), 'weight', 'bias'),
+  'Conv2d': (lambda k: eqx.nn.Conv2d(1, 2, 3, key=k), 'weight', 'bias'),
+  'ConvTranspose2d': (
+    lambda k: eqx.nn.ConvTranspose2d(1, 2, 3, key=k),
+    'weight',
+    'bias',
+  ),
+  'LSTMCell': (
+    lambda k: eqx.nn.LSTMCell(2, 3, key=k),
+    'weight_ih weight_hh',
+    'bias',
+  ),
+  'GRUCell': (
+    lambda k: eqx.nn.GRUCell(2, 3, key=k),
+    'weight_ih weight_hh',
+    'bias bias_n',
+  ),
+  'MultiheadAttention': (
+    lambda k: eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=k),
+    'query_proj/weight key_proj/weight value_proj/weight output_proj/weight',
+    'query_proj/bias',
+  ),
+  'MLP': (
+    lambda k: eqx.nn.MLP(2, 3, 4, 1, key=k),
+    'layers/0/weight layers/1/weight',
+    'layers/0/bias layers/1/bias',
+  ),
+  'MLP in a dictionary': (
+    lambda k: {'net': [eqx.nn.MLP(2, 3, 4, 0, key=k)]},
+    'net/0/layers/0/weight',
+    'net/0/layers/0/bias',
+  ),
+  'LayerNorm': (lambda k: eqx.nn.LayerNorm((3, 3)), '', 'weight bias'),
+  'RMSNorm': (lambda k: eqx.nn.RMSNorm((3, 3)), '', 'weight bias'),
+  'GroupNorm': (lambda k: eqx.nn.GroupNorm(2, 4), '', 'weight bias'),
+  'Embedding': (lambda k: eqx.nn.Embedding(5, 3, key=k), '', 'weight'),
+  'PReLU': (lambda k: eqx.nn.PReLU(), '', 'negative_slope'),
+  'module of another class': (
+    lambda k: _Scale(jnp.ones((2, 2)), jnp.ones(2)),
+    '',
+    'weight kernel_size',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', EQUINOX)
+def test_equinox(name):
+  make, weights, others = EQUINOX[name]
+  model = eqx.filter_eval_shape(make, KEY)
+  params = eqx.filter(model, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+  assert _chosen(params) == (set(weights.split()), set(others.split()))
+  # Unfiltered, activation functions are leaves too.
+  assert _chosen(model)[0] == set(weights.split())
+
+
+def test_equinox_batch_norm():
+  model = eqx.nn.BatchNorm(3, 'batch', mode='batch')
+  weights, others = _chosen(model)
+  assert weights == set()
+  assert {'weight', 'bias'} < others
+
+
+EMBEDDINGS = {
+  'Haiku': lambda: {'embed': {'embeddings': jnp.ones((5, 3))}},
+  'Flax': lambda: {'embed': {'embedding': jnp.ones((5, 3))}},
+  'Equinox': lambda: {'embed': eqx.nn.Embedding(5, 3, key=KEY)},
+}
+
+
+@pytest.mark.parametrize('library', EMBEDDINGS)
+def test_embeddings_are_weights_if_asked_for(library):
+  params = EMBEDDINGS[library]() | {'linear': {'w': X, 'b': X[0]}}
+  assert _chosen(params)[0] == {'linear/w'}
+  with_embeddings = functools.partial(leaves.is_weight, embeddings=True)
+  weights, others = _chosen(params, with_embeddings)
+  assert others == {'linear/b'}
+  assert len(weights) == 2
+
+
+def test_names_without_an_owner():
+  # Only the class tells an Equinox weight from a scale: a dictionary does not.
+  params = {'linear': {'weight': X, 'weight_ih': X}, 'w': X, 'new': {'ww': X}}
+  assert _chosen(params)[0] == {'w'}
+  assert leaves.is_weight('net/linear/w', X)
+  assert not leaves.is_weight('net/linear/weight', X)
+  # The whole last part counts, and nothing before it.
+  assert _chosen({'w': {'b': X}, 'kernel': {'bias': X}})[0] == set()
+  assert _chosen(X) == (set(), {''})
+
+
+@pytest.mark.parametrize(
+  'dtype, weight',
+  [
+    ('float32', True),
+    ('bfloat16', True),
+    ('float16', True),
+    ('int8', False),
+    ('uint32', False),
+    ('bool', False),
+    ('complex64', False),
+  ],
+)
+def test_only_real_floats_are_weights(dtype, weight):
+  leaf = jnp.zeros((2, 2), dtype)
+  chosen, why = leaves.decide('linear/w', leaf)
+  assert chosen == weight
+  assert weight or why == f'{dtype} is not real floating point'
+  assert leaves.is_weight('linear/w', jax.ShapeDtypeStruct((), dtype)) == weight
+
+
+def test_decide_says_why():
+  linear = eqx.nn.Linear(2, 3, key=KEY)
+  norm = eqx.nn.LayerNorm(3)
+  params = {'h': {'w': X, 'b': X, 'embeddings': X}, 'e': linear, 'n': norm}
+  decisions = {}
+  leaves.map_with_path(
+    lambda p, x: decisions.update({str(p): leaves.decide(p, x)}), params
+  )
+  assert decisions == {
+    'h/w': (True, 'Haiku weight'),
+    'h/b': (False, "'b' is not the name of a weight"),
+    'h/embeddings': (False, 'embedding'),
+    'e/weight': (True, 'weight of Linear'),
+    'e/bias': (False, "'bias' is not the name of a weight"),
+    'n/weight': (False, 'weight of LayerNorm'),
+    'n/bias': (False, "'bias' is not the name of a weight"),
+  }
+
+
+def test_map_with_path_takes_more_trees():
+  tree = {'a': [X, None], 'b': {'w': X}}
+  other = {'a': [1, None], 'b': {'w': 2}}
+  out = leaves.map_with_path(lambda path, x, n: (path, n), tree, other)
+  assert out == {'a': [('a/0', 1), None], 'b': {'w': ('b/w', 2)}}
+  assert isinstance(out['b']['w'][0], leaves.Path)
+
+
+def test_weights_is_a_tree_of_bools():
+  params = {'linear': {'w': X, 'b': X[0]}, 'embed': {'embeddings': X}}
+  assert leaves.weights(params) == {
+    'linear': {'w': True, 'b': False},
+    'embed': {'embeddings': False},
+  }
+  by_path = leaves.weights(params, lambda path, leaf: path.startswith('embed'))
+  assert by_path == {
+    'linear': {'w': False, 'b': False},
+    'embed': {'embeddings': True},
+  }
+
+
+def test_weight_rows():
+  params = {'a': {'w': X, 'b': X[0]}, 'none': None, 'c': {'w': 2 * X}}
+  other = {'a': {'w': 1, 'b': 2}, 'none': None, 'c': {'w': 3}}
+  rows = leaves.weight_rows(params, leaves.is_weight, other)
+  assert [(path, n) for path, _, n in rows] == [('a/w', 1), ('c/w', 3)]
+  assert rows[0][1] is X
+  with pytest.raises(ValueError, match='no weight among .*scale'):
+    leaves.weight_rows({'norm': {'scale': X}}, leaves.is_weight)
+
+
+def test_weights_is_a_mask_of_optax():
+  params = {'linear': {'w': jnp.asarray([2.0]), 'b': jnp.asarray([3.0])}}
+  tx = optax.add_decayed_weights(0.5, mask=leaves.weights)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  assert updates == {'linear': {'w': 1.0, 'b': 0.0}}
