@@ -1,0 +1,60 @@
+"""Haiku functions of the weights theta, turned into functions of phi.
+
+Section 2 of the paper raises the parameters of a network to a power in the
+forward pass. Here the power is taken of the whole tree of parameters before the
+network sees it, rather than by a getter inside: the network, its initialisers
+and its statistics stay as they are, and the gradient at theta is at hand for
+`target_propagation` and for scoring masks. (A getter yields the gradient at phi
+only, from which the one at theta follows by a division by zero at every pruned
+weight.)
+"""
+
+from typing import TypeVar
+
+import haiku as hk
+
+from powerprop_jax import power
+
+_Transformed = TypeVar('_Transformed', hk.Transformed, hk.TransformedWithState)
+
+
+def reparameterise(
+  f: _Transformed, transform: power.PowerTransform
+) -> _Transformed:
+  """Reparameterises a Haiku function: the same function, of parameters phi.
+
+  `init` draws theta as before and returns phi = psi^-1(theta), so that the
+  network computes the same function at initialisation and the reasoning behind
+  its initialisers holds (section 2). `apply` takes phi.
+
+  Args:
+    f: a pair made by `hk.transform` or `hk.transform_with_state`.
+    transform: a `power.power_transform`.
+
+  Returns:
+    A pair of the same type as f.
+  """
+  if isinstance(f, hk.TransformedWithState):
+
+    def init_with_state(*args, **kwargs):
+      theta, state = f.init(*args, **kwargs)
+      return transform.to_phi(theta), state
+
+    def apply_with_state(phi, state, *args, **kwargs):
+      return f.apply(transform.to_theta(phi), state, *args, **kwargs)
+
+    return hk.TransformedWithState(init_with_state, apply_with_state)
+
+  if not isinstance(f, hk.Transformed):
+    raise ValueError(
+      'f must be the result of hk.transform or hk.transform_with_state, got'
+      f' {type(f).__name__}.'
+    )
+
+  def init(*args, **kwargs):
+    return transform.to_phi(f.init(*args, **kwargs))
+
+  def apply(phi, *args, **kwargs):
+    return f.apply(transform.to_theta(phi), *args, **kwargs)
+
+  return hk.Transformed(init, apply)
