@@ -1,0 +1,339 @@
+"""Masks of weights, and the exact selection of the largest scores.
+
+Sparse networks are kept as a dense tree and a tree of masks of the same
+structure. Two masks tell every sparse training method apart: the `forward` one
+says which weights the network uses, the `backward` one which weights an update
+may move. Section 3 of the paper prunes by magnitude: keep the largest |theta|.
+
+Selection is exact: k weights, not about k; ties go to the lower index. XLA's
+sort takes seconds for the weights of a ResNet-50 on a CPU, and none is needed:
+non-negative floats are ordered as the integers that share their bits, so the
+k-th largest score is found bit by bit, by counting how many scores reach a
+candidate threshold.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # A pytree of arrays.
+Mask = Any  # A pytree of boolean arrays.
+
+
+class Masks(NamedTuple):
+  """The masks of a sparse network, a boolean array for every leaf.
+
+  Leaves that are not weights have masks of ones.
+
+  Attributes:
+    forward: the weights in use, theta_used = where(forward, psi(phi), 0).
+    backward: the parameters an update moves, phi += where(backward, update, 0).
+  """
+
+  forward: Mask
+  backward: Mask
+
+
+def dense(params: Params) -> Masks:
+  """Masks of ones for every leaf of params."""
+  # Two sets of arrays: a state that held one array twice could not be donated.
+  ones = lambda: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), bool), params)
+  return Masks(forward=ones(), backward=ones())
+
+
+def apply_mask(tree: Params, mask: Mask) -> Params:
+  """Zeroes the entries of a tree where the mask is False.
+
+  A selection and not a product: 0 * NaN is NaN, and one diverged update would
+  reach weights that the mask protects.
+
+  Args:
+    tree: a pytree of arrays.
+    mask: a pytree of boolean arrays of the same structure and shapes.
+
+  Returns:
+    A pytree of the structure, shapes and dtypes of tree.
+  """
+  return jax.tree.map(
+    lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), mask, tree
+  )
+
+
+def check_density(density: float) -> float:
+  """Returns density as a float; raises ValueError if it is not in (0, 1]."""
+  if not 0.0 < float(density) <= 1.0:
+    raise ValueError(
+      f'density must be in (0, 1], got {density}. It is the fraction of weights'
+      ' that are kept, 1 - sparsity.'
+    )
+  return float(density)
+
+
+def _multiply_shift(a: jax.Array, b: int, shift: jax.Array) -> jax.Array:
+  """(a * b) >> shift for uint32 a and b, through a 64-bit product."""
+  low, high = jnp.uint32(b & 0xFFFF), jnp.uint32(b >> 16)
+  a0, a1 = a & 0xFFFF, a >> 16
+  p00, p01, p10, p11 = a0 * low, a0 * high, a1 * low, a1 * high
+  middle = (p00 >> 16) + (p01 & 0xFFFF) + (p10 & 0xFFFF)
+  lower = (middle << 16) | (p00 & 0xFFFF)
+  upper = p11 + (p01 >> 16) + (p10 >> 16) + (middle >> 16)
+  # XLA leaves shifts by 32 bits or more undefined, hence the three cases.
+  near = jnp.clip(shift, 1, 31)
+  far = jnp.clip(shift - 32, 0, 31)
+  below = (upper << (32 - near)) | (lower >> near)
+  return jnp.where(
+    shift >= 64, jnp.uint32(0), jnp.where(shift < 32, below, upper >> far)
+  )
+
+
+def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
+  """floor(fraction * size), counted in integers.
+
+  Args:
+    fraction: in [0, 1]. An array is taken at its float32 value, and multiplied
+      exactly: a float32 product is off by more than one beyond 2^24 entries.
+    size: the number of entries, below 2^31.
+
+  Returns:
+    An int, or an int32 scalar if the fraction is an array, traced or not.
+  """
+  if not isinstance(fraction, jax.Array):
+    return math.floor(fraction * size)
+  bits = jax.lax.bitcast_convert_type(fraction.astype(jnp.float32), jnp.uint32)
+  mantissa = (bits & 0x7FFFFF) | 0x800000
+  shift = jnp.uint32(150) - ((bits >> 23) & 0xFF)  # mantissa / 2^shift
+  count = _multiply_shift(mantissa, size, shift).astype(jnp.int32)
+  return jnp.where(fraction > 0, jnp.minimum(count, size), 0)
+
+
+def num_kept(density: float | jax.Array, size: int) -> int | jax.Array:
+  """floor(density * size): how many entries a density keeps.
+
+  Args:
+    density: the fraction to keep, in (0, 1]; an array is taken at its float32
+      value, as in `floor_multiply`.
+    size: the number of entries, below 2^31.
+
+  Returns:
+    An int, or an int32 scalar if the density is an array.
+
+  Raises:
+    ValueError: if a density that is not an array is outside (0, 1].
+  """
+  if not isinstance(density, jax.Array):
+    density = check_density(density)
+  return floor_multiply(density, size)
+
+
+def _ordered_bits(scores: jax.Array) -> jax.Array:
+  """Unsigned integers in the order of the scores; NaN comes lowest."""
+  if scores.dtype in (jnp.bfloat16, jnp.float16):
+    scores = scores.astype(jnp.float32)
+  uint = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
+  top = uint(1 << (jnp.iinfo(uint).bits - 1))
+  scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0 is 0.
+  bits = jax.lax.bitcast_convert_type(scores, uint)
+  bits = jnp.where(bits & top != 0, ~bits, bits | top)
+  return jnp.where(jnp.isnan(scores), uint(0), bits)
+
+
+def _kth_largest(bits: jax.Array, k: jax.Array) -> jax.Array:
+  """The largest t for which at least k of the unsigned integers are >= t."""
+  width, uint = jnp.iinfo(bits.dtype).bits, bits.dtype.type
+  zero = jnp.zeros([], jnp.int32)
+
+  def add(x, y):
+    return tuple(a + b for a, b in zip(x, y))
+
+  # Two bits at a time: one pass over memory counts for three candidates.
+  def body(i, t):
+    shift = jnp.asarray(width - 2 - 2 * i, bits.dtype)
+    reached = [bits >= (t | (uint(d) << shift)) for d in (1, 2, 3)]
+    counts = jax.lax.reduce(
+      tuple(r.astype(jnp.int32) for r in reached), (zero,) * 3, add, (0,)
+    )
+    digit = sum((c >= k).astype(bits.dtype) for c in counts)
+    return t | (digit << shift)
+
+  return jax.lax.fori_loop(0, width // 2, body, uint(0))
+
+
+_BLOCK = 1024
+
+
+def _first(chosen: jax.Array, n: jax.Array) -> jax.Array:
+  """Keeps the first n True of a boolean vector, of length a multiple of 1024.
+
+  A running sum over every entry is slow in XLA on a CPU; one over the counts of
+  blocks, and one over the block in which the n-th lies, are not.
+  """
+  blocks = chosen.reshape(-1, _BLOCK)
+  counts = jnp.sum(blocks, axis=1, dtype=jnp.int32)
+  ends = jnp.cumsum(counts)
+  full = jnp.sum(ends <= n)  # Blocks before this one are kept whole.
+  last = jnp.minimum(full, len(counts) - 1)
+  remaining = n - (ends[last] - counts[last])
+  kept = jnp.cumsum(blocks[last].astype(jnp.int32)) <= remaining
+  index = jnp.arange(len(counts))[:, None]
+  return (blocks & ((index < full) | ((index == last) & kept))).ravel()
+
+
+def top_count_mask(scores: jax.Array, count: int | jax.Array) -> jax.Array:
+  """The mask of exactly `count` largest scores; ties go to the lower index.
+
+  Can be jit-compiled, with a static or traced count, and vmapped. Takes a dozen
+  passes over the scores and no sort.
+
+  Args:
+    scores: a floating point array of any shape. NaN ranks below -inf.
+    count: how many to keep, from 0 to the size of scores.
+
+  Returns:
+    A boolean array of the shape of scores with `count` True.
+
+  Raises:
+    ValueError: if scores are not floats or a static count is out of range.
+  """
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise ValueError(f'scores must be floating point, got {scores.dtype}.')
+  if isinstance(count, int):
+    if not 0 <= count <= scores.size:
+      raise ValueError(f'count must be in [0, {scores.size}], got {count}.')
+    if count in (0, scores.size):
+      return jnp.full(scores.shape, count > 0)
+  count = jnp.asarray(count, jnp.int32)
+  bits = jnp.pad(_ordered_bits(scores.ravel()), (0, -scores.size % _BLOCK))
+  threshold = _kth_largest(bits, count)
+  above = bits > threshold
+  ties = _first(bits == threshold, count - jnp.sum(above, dtype=jnp.int32))
+  return (above | ties)[: scores.size].reshape(scores.shape)
+
+
+def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
+  """The mask of the floor(density * size) largest scores.
+
+  Args:
+    scores: a floating point array of any shape. NaN ranks below -inf.
+    density: the fraction to keep, in (0, 1]; static or traced.
+
+  Returns:
+    A boolean array of the shape of scores; exactly floor(density * size)
+    entries are True, and ties go to the lower index.
+
+  Raises:
+    ValueError: if a density that is not traced is outside (0, 1].
+  """
+  return top_count_mask(scores, num_kept(density, scores.size))
+
+
+def layerwise(scores: Params, counts: Any) -> Mask:
+  """Ranks every leaf by itself.
+
+  Args:
+    scores: a pytree of floating point arrays.
+    counts: the number of entries to keep of each leaf, a pytree of ints; None
+      keeps the leaf whole.
+
+  Returns:
+    A pytree of boolean arrays.
+  """
+  return jax.tree.map(
+    lambda n, s: (
+      jnp.ones(jnp.shape(s), bool) if n is None else top_count_mask(s, n)
+    ),
+    counts,
+    scores,
+    is_leaf=lambda n: n is None,
+  )
+
+
+def globally(scores: Params, count: int | jax.Array, weights: Any) -> Mask:
+  """Ranks the entries of all weights together.
+
+  Args:
+    scores: a pytree of floating point arrays. Across layers, compare |theta|
+      and not |phi|: the order is the same only where alpha is.
+    count: the total number of entries to keep.
+    weights: a pytree of bools, as of `power.weights`; leaves at False are kept
+      whole and not counted.
+
+  Returns:
+    A pytree of boolean arrays, `count` True at weights.
+  """
+  leaves, treedef = jax.tree.flatten(scores)
+  chosen = jax.tree.leaves(weights)
+  ranked = [s for s, w in zip(leaves, chosen) if w]
+  flat = top_count_mask(jnp.concatenate([s.ravel() for s in ranked]), count)
+  ends = [0]
+  for s in ranked:
+    ends.append(ends[-1] + s.size)
+  parts = iter(
+    flat[a:b].reshape(s.shape) for a, b, s in zip(ends, ends[1:], ranked)
+  )
+  return jax.tree.unflatten(
+    treedef,
+    [
+      next(parts) if w else jnp.ones(s.shape, bool)
+      for s, w in zip(leaves, chosen)
+    ],
+  )
+
+
+def count(mask: Mask, weights: Any) -> tuple[jax.Array, int]:
+  """The number of weights that are kept, and the number of weights.
+
+  Args:
+    mask: a pytree of boolean arrays.
+    weights: a pytree of bools. Biases are no weights, and a zero bias is not a
+      pruned one: leaves at False are left out of both numbers.
+
+  Returns:
+    An int32 scalar and an int.
+  """
+  chosen = [
+    m for m, w in zip(jax.tree.leaves(mask), jax.tree.leaves(weights)) if w
+  ]
+  kept = sum(jnp.sum(m, dtype=jnp.int32) for m in chosen)
+  return jnp.asarray(kept), sum(m.size for m in chosen)
+
+
+def density(mask: Mask, weights: Any) -> jax.Array:
+  """The fraction of weights that are kept, as in `count`."""
+  kept, size = count(mask, weights)
+  return kept / size
+
+
+def overlap(a: Mask, b: Mask, weights: Any) -> jax.Array:
+  """The fraction of the weights kept by a that b keeps too.
+
+  Two random masks of density p overlap by p, the chance level. The number is
+  symmetric if both keep equally many.
+
+  Args:
+    a: a pytree of boolean arrays.
+    b: a pytree of boolean arrays of the same structure.
+    weights: a pytree of bools: the leaves that count.
+
+  Returns:
+    A float scalar in [0, 1]; NaN if a keeps nothing.
+  """
+  both = jax.tree.map(jnp.logical_and, a, b)
+  return count(both, weights)[0] / count(a, weights)[0]
+
+
+def pack(mask: Mask) -> Any:
+  """Packs a tree of masks to one bit an entry: uint8 vectors."""
+  return jax.tree.map(lambda m: jnp.packbits(m.ravel()), mask)
+
+
+def unpack(packed: Any, like: Params) -> Mask:
+  """The tree of masks that `pack` packed; the shapes are those of `like`."""
+  return jax.tree.map(
+    lambda p, x: (
+      jnp.unpackbits(p, count=jnp.size(x)).astype(bool).reshape(jnp.shape(x))
+    ),
+    packed,
+    like,
+  )
