@@ -13,6 +13,7 @@ candidate threshold.
 """
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -71,23 +72,6 @@ def check_density(density: float) -> float:
   return float(density)
 
 
-def _multiply_shift(a: jax.Array, b: int, shift: jax.Array) -> jax.Array:
-  """(a * b) >> shift for uint32 a and b, through a 64-bit product."""
-  low, high = jnp.uint32(b & 0xFFFF), jnp.uint32(b >> 16)
-  a0, a1 = a & 0xFFFF, a >> 16
-  p00, p01, p10, p11 = a0 * low, a0 * high, a1 * low, a1 * high
-  middle = (p00 >> 16) + (p01 & 0xFFFF) + (p10 & 0xFFFF)
-  lower = (middle << 16) | (p00 & 0xFFFF)
-  upper = p11 + (p01 >> 16) + (p10 >> 16) + (middle >> 16)
-  # XLA leaves shifts by 32 bits or more undefined, hence the three cases.
-  near = jnp.clip(shift, 1, 31)
-  far = jnp.clip(shift - 32, 0, 31)
-  below = (upper << (32 - near)) | (lower >> near)
-  return jnp.where(
-    shift >= 64, jnp.uint32(0), jnp.where(shift < 32, below, upper >> far)
-  )
-
-
 def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
   """floor(fraction * size), counted in integers.
 
@@ -100,12 +84,19 @@ def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
     An int, or an int32 scalar if the fraction is an array, traced or not.
   """
   if not isinstance(fraction, jax.Array):
-    return math.floor(fraction * size)
-  bits = jax.lax.bitcast_convert_type(fraction.astype(jnp.float32), jnp.uint32)
-  mantissa = (bits & 0x7FFFFF) | 0x800000
-  shift = jnp.uint32(150) - ((bits >> 23) & 0xFF)  # mantissa / 2^shift
-  count = _multiply_shift(mantissa, size, shift).astype(jnp.int32)
-  return jnp.where(fraction > 0, jnp.minimum(count, size), 0)
+    return math.floor(float(fraction) * size)
+  fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
+  bits = jax.lax.bitcast_convert_type(fraction, jnp.uint32)
+  exponent, mantissa = bits >> 23, (bits & 0x7FFFFF) | 0x800000
+  # fraction = mantissa / 2^(150 - exponent). mantissa * size takes 55 bits: add
+  # it up by the bytes of size, lowest first, and drop 24 bits on the way.
+  product = jnp.uint32(0)
+  for byte in (0, 8, 16):
+    product = (product + mantissa * ((size >> byte) & 0xFF)) >> 8
+  product += mantissa * (size >> 24)
+  # 126 - exponent wraps around for NaN and -0, and the shift by 31 leaves 0.
+  kept = (product >> jnp.minimum(126 - exponent, 31)).astype(jnp.int32)
+  return jnp.where(fraction == 1.0, size, kept)
 
 
 def num_kept(density: float | jax.Array, size: int) -> int | jax.Array:
@@ -128,19 +119,20 @@ def num_kept(density: float | jax.Array, size: int) -> int | jax.Array:
 
 
 def _ordered_bits(scores: jax.Array) -> jax.Array:
-  """Unsigned integers in the order of the scores; NaN comes lowest."""
+  """Unsigned integers in the order of the scores; NaN lowest, -0 with 0."""
   if scores.dtype in (jnp.bfloat16, jnp.float16):
     scores = scores.astype(jnp.float32)
   uint = jnp.uint64 if scores.dtype == jnp.float64 else jnp.uint32
   top = uint(1 << (jnp.iinfo(uint).bits - 1))
-  scores = jnp.where(scores == 0, jnp.zeros_like(scores), scores)  # -0 is 0.
   bits = jax.lax.bitcast_convert_type(scores, uint)
+  # Not by `scores == 0`: XLA on a CPU takes every denormal for equal to zero.
+  bits = jnp.where(bits == top, uint(0), bits)
   bits = jnp.where(bits & top != 0, ~bits, bits | top)
   return jnp.where(jnp.isnan(scores), uint(0), bits)
 
 
-def _kth_largest(bits: jax.Array, k: jax.Array) -> jax.Array:
-  """The largest t for which at least k of the unsigned integers are >= t."""
+def _kth_largest(bits: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The largest t that k of the unsigned integers reach; how many exceed it."""
   width, uint = jnp.iinfo(bits.dtype).bits, bits.dtype.type
   zero = jnp.zeros([], jnp.int32)
 
@@ -148,36 +140,37 @@ def _kth_largest(bits: jax.Array, k: jax.Array) -> jax.Array:
     return tuple(a + b for a, b in zip(x, y))
 
   # Two bits at a time: one pass over memory counts for three candidates.
-  def body(i, t):
+  def body(i, carry):
+    t, above = carry
     shift = jnp.asarray(width - 2 - 2 * i, bits.dtype)
     reached = [bits >= (t | (uint(d) << shift)) for d in (1, 2, 3)]
     counts = jax.lax.reduce(
       tuple(r.astype(jnp.int32) for r in reached), (zero,) * 3, add, (0,)
     )
     digit = sum((c >= k).astype(bits.dtype) for c in counts)
-    return t | (digit << shift)
+    return t | (digit << shift), jnp.stack([*counts, above])[digit]
 
-  return jax.lax.fori_loop(0, width // 2, body, uint(0))
+  return jax.lax.fori_loop(0, width // 2, body, (uint(0), zero))
 
 
 _BLOCK = 1024
 
 
-def _first(chosen: jax.Array, n: jax.Array) -> jax.Array:
-  """Keeps the first n True of a boolean vector, of length a multiple of 1024.
+def _nth(chosen: jax.Array, n: jax.Array) -> jax.Array:
+  """The index of the n-th True of a boolean vector, n >= 1.
 
   A running sum over every entry is slow in XLA on a CPU; one over the counts of
   blocks, and one over the block in which the n-th lies, are not.
   """
-  blocks = chosen.reshape(-1, _BLOCK)
-  counts = jnp.sum(blocks, axis=1, dtype=jnp.int32)
+  blocks = jnp.pad(chosen, (0, -chosen.size % _BLOCK)).reshape(-1, 16, 64)
+  # In bytes first, along the slower axis: eight times faster than in int32.
+  counts = jnp.sum(blocks, axis=1, dtype=jnp.uint8)
+  counts = jnp.sum(counts, axis=1, dtype=jnp.int32)
   ends = jnp.cumsum(counts)
-  full = jnp.sum(ends <= n)  # Blocks before this one are kept whole.
-  last = jnp.minimum(full, len(counts) - 1)
-  remaining = n - (ends[last] - counts[last])
-  kept = jnp.cumsum(blocks[last].astype(jnp.int32)) <= remaining
-  index = jnp.arange(len(counts))[:, None]
-  return (blocks & ((index < full) | ((index == last) & kept))).ravel()
+  block = jnp.minimum(jnp.sum(ends < n), len(counts) - 1)
+  running = jnp.cumsum(blocks[block].ravel().astype(jnp.int32))
+  inside = jnp.sum(running < n - (ends[block] - counts[block]))
+  return block * _BLOCK + inside
 
 
 def top_count_mask(scores: jax.Array, count: int | jax.Array) -> jax.Array:
@@ -196,19 +189,23 @@ def top_count_mask(scores: jax.Array, count: int | jax.Array) -> jax.Array:
   Raises:
     ValueError: if scores are not floats or a static count is out of range.
   """
+  scores = jnp.asarray(scores)
   if not jnp.issubdtype(scores.dtype, jnp.floating):
     raise ValueError(f'scores must be floating point, got {scores.dtype}.')
-  if isinstance(count, int):
+  if not isinstance(count, jax.Array):
+    count = operator.index(count)  # Integers of numpy too.
     if not 0 <= count <= scores.size:
       raise ValueError(f'count must be in [0, {scores.size}], got {count}.')
     if count in (0, scores.size):
       return jnp.full(scores.shape, count > 0)
   count = jnp.asarray(count, jnp.int32)
-  bits = jnp.pad(_ordered_bits(scores.ravel()), (0, -scores.size % _BLOCK))
-  threshold = _kth_largest(bits, count)
-  above = bits > threshold
-  ties = _first(bits == threshold, count - jnp.sum(above, dtype=jnp.int32))
-  return (above | ties)[: scores.size].reshape(scores.shape)
+  bits = _ordered_bits(scores.ravel())
+  threshold, above = _kth_largest(bits, count)
+  ties = bits == threshold
+  # Fewer than count are above, so that at least one tie is kept.
+  last = _nth(ties, count - above)
+  kept = ties & (jnp.arange(scores.size) <= last)
+  return ((bits > threshold) | kept).reshape(scores.shape)
 
 
 def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
@@ -225,7 +222,7 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
   Raises:
     ValueError: if a density that is not traced is outside (0, 1].
   """
-  return top_count_mask(scores, num_kept(density, scores.size))
+  return top_count_mask(scores, num_kept(density, jnp.size(scores)))
 
 
 def layerwise(scores: Params, counts: Any) -> Mask:
@@ -239,14 +236,13 @@ def layerwise(scores: Params, counts: Any) -> Mask:
   Returns:
     A pytree of boolean arrays.
   """
-  return jax.tree.map(
-    lambda n, s: (
-      jnp.ones(jnp.shape(s), bool) if n is None else top_count_mask(s, n)
-    ),
-    counts,
-    scores,
-    is_leaf=lambda n: n is None,
-  )
+
+  def mask(n, s):
+    if s is None:  # No leaf, as where Equinox has filtered one out.
+      return None
+    return jnp.ones(jnp.shape(s), bool) if n is None else top_count_mask(s, n)
+
+  return jax.tree.map(mask, counts, scores, is_leaf=lambda n: n is None)
 
 
 def globally(scores: Params, count: int | jax.Array, weights: Any) -> Mask:
@@ -256,7 +252,7 @@ def globally(scores: Params, count: int | jax.Array, weights: Any) -> Mask:
     scores: a pytree of floating point arrays. Across layers, compare |theta|
       and not |phi|: the order is the same only where alpha is.
     count: the total number of entries to keep.
-    weights: a pytree of bools, as of `power.weights`; leaves at False are kept
+    weights: a pytree of bools, as of `leaves.weights`; leaves at False are kept
       whole and not counted.
 
   Returns:
