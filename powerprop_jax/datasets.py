@@ -9,23 +9,21 @@ stay bytes: dividing by 255 is the network's business. Decoding 70,000 PNGs
 takes 10-25 s, so decoded arrays are cached, and a cache hit imports no TFDS.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
-import difflib
 import gzip
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import re
-import shlex
 import tempfile
 from typing import Any, NamedTuple
 import zlib
 
 import numpy as np
+
+from powerprop_jax import prepared
 
 _CACHE_FORMAT = 1  # Raise it when the meaning of the cached arrays changes.
 
@@ -88,8 +86,7 @@ def load(
     return _load_mnist_5k(cache)
   if name == 'idx':
     return _load_idx(data_dir)
-  root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return _load_tfds(name, pathlib.Path(root).expanduser(), cache)
+  return _load_tfds(name, data_dir, cache)
 
 
 def _hold_out(name: str, train: Split, test: Split, classes: int) -> Dataset:
@@ -199,12 +196,12 @@ def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
   return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
 
 
-def _load_tfds(name: str, root: pathlib.Path, cache: pathlib.Path) -> Dataset:
-  # Not left to TFDS, whose search insists on the version that its code knows.
-  found = _prepared(root / name, '*') if name else []
-  if not found:
-    raise ValueError(_explain_missing(name, root))
-  directory = max(found, key=lambda p: [int(i) for i in p.name.split('.')])
+def _load_tfds(
+  name: str,
+  data_dir: str | os.PathLike[str] | None,
+  cache: pathlib.Path,
+) -> Dataset:
+  directory = prepared.find(name, data_dir)
   file = f'{name.replace("/", "-")}-{directory.name}-{_fingerprint(directory)}'
   *arrays, classes = _cached(
     cache / f'{file}.npz',
@@ -214,59 +211,10 @@ def _load_tfds(name: str, root: pathlib.Path, cache: pathlib.Path) -> Dataset:
   return _hold_out(name, Split(*arrays[:2]), Split(*arrays[2:]), int(classes))
 
 
-def _prepared(root: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-  """Lists the folders of sets that TFDS has finished preparing."""
-  folders = [p.parent for p in root.glob(f'{pattern}/dataset_info.json')]
-  return sorted(p for p in folders if re.fullmatch(r'\d+\.\d+\.\d+', p.name))
-
-
-def _explain_missing(name: str, root: pathlib.Path) -> str:
-  """Says what was looked for, where, and the commands that would fix it."""
-  import tensorflow_datasets as tfds
-
-  there = _prepared(root, '*/*') + _prepared(root, '*/*/*')
-  there = [p.relative_to(root).as_posix() for p in there]
-  wanted = root / name / '<version>' / 'dataset_info.json'
-  looked = f'looked for {wanted}; prepared in {root}: {there or "nothing"}.'
-  known = tfds.list_builders(with_community_datasets=False)
-  if name.partition('/')[0] not in known:
-    close = difflib.get_close_matches(name, [*known, 'mnist_5k', 'idx'])
-    return (
-      f'unknown data set {name!r}: {looked} Close names: {close or "none"}. '
-      'Built in: mnist_5k, idx; any other name is a TFDS image classification '
-      'set (mnist, fashion_mnist, cifar10, ...)'
-    )
-  prepare = (
-    f'import tensorflow_datasets as tfds; tfds.builder({json.dumps(name)}, '
-    f'file_format="array_record", data_dir={json.dumps(str(root))})'
-    '.download_and_prepare()'
-  )
-  return (
-    f'data set {name!r} is not prepared: {looked} Do one of these:\n'
-    "  prepare it, once:  pip install 'powerprop_jax[prepare]'\n"
-    f'                     python -c {shlex.quote(prepare)}\n'
-    '  read idx files:    --dataset=idx --data_dir=...\n'
-    '  use a small set:   --dataset=mnist_5k'
-  )
-
-
 def _decode_tfds(name: str, directory: pathlib.Path) -> list[np.ndarray]:
   """Returns the images and labels of train and test, and the class count."""
-  import tensorflow_datasets as tfds
-
-  with _tfds_call(directory):
-    builder: Any = tfds.builder_from_directory(directory)
-    features, splits = dict(builder.info.features), list(builder.info.splits)
-  image, label = features.get('image'), features.get('label')
-  if not (
-    isinstance(image, tfds.features.Image)
-    and image.np_dtype == np.uint8
-    and isinstance(label, tfds.features.ClassLabel)
-  ):
-    raise ValueError(
-      f"{name}: expected the features 'image' (an Image of uint8) and 'label' "
-      f'(a ClassLabel), found {features}'
-    )
+  builder, classes = prepared.open_builder(name, directory)
+  splits = list(builder.info.splits)
   test = 'test' if 'test' in splits else 'validation'
   if not {'train', test} <= set(splits):
     raise ValueError(
@@ -275,10 +223,10 @@ def _decode_tfds(name: str, directory: pathlib.Path) -> list[np.ndarray]:
     )
   arrays = []
   for split in ('train', test):
-    with _tfds_call(directory):
+    with prepared.calls(directory):
       source = builder.as_data_source(split)
     arrays += _decode_split(f'{name} {split}', source, directory)
-  return [*arrays, np.asarray(label.num_classes)]
+  return [*arrays, np.asarray(classes)]
 
 
 def _decode_split(title: str, source: Any, directory: pathlib.Path) -> list:
@@ -288,7 +236,7 @@ def _decode_split(title: str, source: Any, directory: pathlib.Path) -> list:
   images, labels, n, step = [], [], len(source), 500
   with tqdm.tqdm(total=n, desc=f'decoding {title}', delay=1) as bar:
     for start in range(0, n, step):
-      with _tfds_call(directory):
+      with prepared.calls(directory):
         rows = source.__getitems__(list(range(start, min(start + step, n))))
       images += [row['image'] for row in rows]
       labels += [row['label'] for row in rows]
@@ -297,25 +245,6 @@ def _decode_split(title: str, source: Any, directory: pathlib.Path) -> list:
         raise ValueError(f'{title}: expected one image size, found {shapes}')
       bar.update(len(rows))
   return [np.stack(images), np.asarray(labels, np.int32)]
-
-
-@contextlib.contextmanager
-def _tfds_call(directory: pathlib.Path) -> Iterator[None]:
-  """Silences the log of TFDS, and makes one kind of error of all it raises."""
-  from absl import logging
-
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  except Exception as error:  # RuntimeError, ParseError, KeyError, ...
-    raise ValueError(
-      f'{directory}: expected a whole TFDS data set in array_record format, '
-      f'found: {error}\nDelete that folder or choose another --data_dir; the '
-      'commands that prepare the set are then printed at the next start'
-    ) from error
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 def _fingerprint(directory: pathlib.Path) -> str:

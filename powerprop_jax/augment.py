@@ -1,0 +1,123 @@
+"""From bytes to what a network sees: scaling and augmentation on the device.
+
+Data sets stay uint8 in memory, and every step turns its own batch into floats:
+a `Prepare` is a pure function that a loss calls on its images. The standard
+augmentation of small images (He et al. 2016, section 4.2) pads every image by
+four pixels, crops at random to the old size and mirrors every other image; an
+image is then new in every epoch and no copies are kept.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# (key, images, is_training) -> images. uint8 [n, height, width, channels] in,
+# float32 of the same shape out. The key may be None where is_training is False.
+Prepare = Callable[[jax.Array | None, jax.Array, bool], jax.Array]
+
+# (mean, std) of every channel, in units of the brightest pixel. For CIFAR they
+# are those of all pixels of the training set together; the smaller deviations
+# that are often copied (0.2023, 0.1994, 0.2010) are means over images.
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+# The numbers that ImageNet models have been published with since torchvision.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def scale(
+  key: jax.Array | None, images: jax.Array, is_training: bool
+) -> jax.Array:
+  """Bytes to floats in [0, 1]: the plainest `Prepare`."""
+  del key, is_training
+  return images.astype(jnp.float32) / 255.0
+
+
+def standardise(mean: Sequence[float], std: Sequence[float]) -> Prepare:
+  """Takes the mean off every channel and divides by its standard deviation.
+
+  Args:
+    mean: one number a channel, where 1 is the brightest pixel.
+    std: likewise; positive.
+
+  Returns:
+    A `Prepare`, as `standardise(*CIFAR10)`.
+
+  Raises:
+    ValueError: the numbers are no means and deviations; and, when images are
+      prepared, they have another number of channels.
+  """
+  means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+  if means.ndim != 1 or means.shape != stds.shape:
+    raise ValueError(
+      f'mean={mean} and std={std} must have one number for every channel'
+    )
+  if not (np.isfinite(means).all() and np.isfinite(stds).all()):
+    raise ValueError(f'mean={mean} and std={std} must be finite')
+  if not (stds > 0).all():
+    raise ValueError(f'std={std} must be positive')
+
+  def prepare(key, images, is_training):
+    if images.shape[-1] != len(means):
+      raise ValueError(
+        f'mean={mean} is for images of {len(means)} channels, these have '
+        f'{images.shape[-1]}; give one number for every channel'
+      )
+    return (scale(key, images, is_training) - means) / stds
+
+  return prepare
+
+
+def crop_and_flip(
+  pad: int = 4,
+  flip: bool = True,
+  then: Prepare = scale,
+  axis_name: str | None = None,
+) -> Prepare:
+  """The standard augmentation of CIFAR; outside training, `then` alone.
+
+  Each image is padded by `pad` black pixels on every side, cropped to its old
+  size at random and mirrored left to right with probability 1/2. Padding comes
+  before `then`: what is outside of the image is black, not the mean colour.
+
+  Every image has a key of its own, by its place in the batch. With `axis_name`
+  that is its place in the batch of all devices, so that any number of devices
+  trains on the same crops, and no two devices share theirs.
+
+  Args:
+    pad: by how many pixels an image is moved at most.
+    flip: whether to mirror; digits and letters should not be.
+    then: what to do with the images afterwards.
+    axis_name: the axis of the pmap that the step runs under, whose devices hold
+      consecutive parts of the batch.
+
+  Returns:
+    A `Prepare`.
+
+  Raises:
+    ValueError: `pad` is negative; and, in training, there is no key.
+  """
+  if pad < 0:
+    raise ValueError(f'pad={pad} must be 0 or more pixels')
+
+  def augment(key, image):
+    crop_key, flip_key = jax.random.split(key)
+    row, column = jax.random.randint(crop_key, [2], 0, 2 * pad + 1)
+    padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    crop = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
+    mirrored = flip & jax.random.bernoulli(flip_key)
+    return jnp.where(mirrored, crop[:, ::-1], crop)
+
+  def prepare(key, images, is_training):
+    if is_training:
+      if key is None:
+        raise ValueError('crop_and_flip draws at random in training: key=None')
+      index = jnp.arange(len(images))
+      if axis_name is not None:
+        index += len(images) * jax.lax.axis_index(axis_name)
+      keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+      images = jax.vmap(augment)(keys, images)
+    return then(key, images, is_training)
+
+  return prepare
