@@ -60,6 +60,33 @@ def every(
   return due
 
 
+def cubic(start: int, stop: int) -> Schedule:
+  """The share of gradual pruning that is done: fast first, then slower.
+
+  1 - (1 - done)^3, with done the share of the steps from start to stop. The
+  final sparsity times it is the sparsity of Zhu and Gupta.
+
+  Args:
+    start: step t_0 up to which the share is 0.
+    stop: step t_1 from which on it is 1, exactly.
+
+  Returns:
+    A function from the step to a scalar array.
+
+  Raises:
+    ValueError: if start < stop does not hold.
+  """
+  if not start < stop:
+    raise ValueError(f'start < stop must hold, got {start=} and {stop=}.')
+
+  def schedule(step: Step) -> jax.Array:
+    # The difference is taken in integers: float32 counts to 2^24 only.
+    done = jnp.clip((jnp.asarray(step) - start) / (stop - start), 0.0, 1.0)
+    return 1.0 - (1.0 - done) ** 3
+
+  return schedule
+
+
 def cubic_sparsity(
   final: float, start: int, stop: int, initial: float = 0.0
 ) -> Schedule:
@@ -81,15 +108,8 @@ def cubic_sparsity(
     raise ValueError(
       f'0 <= initial <= final < 1 must hold, got {initial=} and {final=}.'
     )
-  if not 0 <= start < stop:
-    raise ValueError(f'0 <= start < stop must hold, got {start=} and {stop=}.')
-
-  def schedule(step: Step) -> jax.Array:
-    # The difference is taken in integers: float32 counts to 2^24 only.
-    done = jnp.clip((jnp.asarray(step) - start) / (stop - start), 0.0, 1.0)
-    return final + (initial - final) * (1.0 - done) ** 3
-
-  return schedule
+  progress = cubic(start, stop)
+  return lambda step: final + (initial - final) * (1.0 - progress(step))
 
 
 def drop_fraction(initial: float, stop: int, kind: str = 'cosine') -> Schedule:

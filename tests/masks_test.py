@@ -147,26 +147,24 @@ def test_small_float16_is_ranked():
     )
 
 
-@pytest.mark.parametrize('count', (0, 999, 2100))
+@pytest.mark.parametrize('count', (0, 7, 2100))
 def test_static_count(count):
   scores = _scores('tied', 2100).astype(np.float32).reshape(30, 70)
   expected = _by_sorting(scores, count)
   mask = _static(scores, count)
   assert mask.shape == (30, 70)
   np.testing.assert_array_equal(mask, expected)
-  # An integer of numpy, and outside of jit.
-  numpy_count: Any = np.int64(count)
-  np.testing.assert_array_equal(
-    masks.top_count_mask(scores, numpy_count), expected
-  )
 
 
-def test_numpy_scores():
+def test_arguments_of_numpy():
   # Of float64, as numpy makes them, while JAX computes in float32.
   scores: Any = np.asarray([0.25, 2.0, 1.0])
-  np.testing.assert_array_equal(
-    masks.topk_mask(scores, 0.7), [False, True, True]
-  )
+  count: Any = np.int64(2)
+  for mask in (
+    masks.topk_mask(scores, 0.7),
+    masks.top_count_mask(scores, count),
+  ):
+    np.testing.assert_array_equal(mask, [False, True, True])
 
 
 @pytest.mark.parametrize('shape', [(), (2, 3, 5), (1200, 3)])
@@ -186,11 +184,9 @@ def test_vmap():
   )
   counts = np.asarray([size // 2, 1, size - 2])
   both = jax.jit(jax.vmap(masks.top_count_mask))(scores, counts)
-  rows = jax.jit(jax.vmap(lambda s: masks.top_count_mask(s, 4)))(scores)
   many = jax.jit(jax.vmap(masks.top_count_mask, (None, 0)))(scores[1], counts)
   for i, count in enumerate(counts):
     np.testing.assert_array_equal(both[i], _by_sorting(scores[i], count))
-    np.testing.assert_array_equal(rows[i], _by_sorting(scores[i], 4))
     np.testing.assert_array_equal(many[i], _by_sorting(scores[1], count))
 
 
@@ -369,10 +365,10 @@ def test_layerwise():
 
 def test_layerwise_passes_over_missing_leaves():
   # As where Equinox filters out what is no array, or a layer has no bias.
-  scores = {'linear': {'w': jnp.asarray([1.0, 2.0]), 'b': None}}
+  scores = {'linear': {'w': jnp.asarray([1.0, 2.0, 0.0]), 'b': None}}
   mask = masks.layerwise(scores, {'linear': {'w': 1, 'b': None}})
   assert mask['linear']['b'] is None
-  np.testing.assert_array_equal(mask['linear']['w'], [False, True])
+  np.testing.assert_array_equal(mask['linear']['w'], [False, True, False])
 
 
 _globally = jax.jit(lambda s, n: masks.globally(s, n, WEIGHTS))
@@ -393,12 +389,6 @@ _globally = jax.jit(lambda s, n: masks.globally(s, n, WEIGHTS))
 def test_globally(count, expected):
   _assert_masks(masks.globally(_tree(), count, WEIGHTS), expected)
   _assert_masks(_globally(_tree(), count), expected)
-
-
-def test_globally_is_layerwise_of_one_leaf():
-  scores = jnp.asarray(_scores('tied', 50).astype(np.float32))
-  one = masks.globally({'w': scores}, 20, {'w': True})
-  _assert_masks(one, masks.layerwise({'w': scores}, {'w': 20}))
 
 
 @pytest.mark.parametrize('count', (-1, 9))

@@ -321,11 +321,12 @@ def test_leaves_that_are_no_arrays_pass():
 
 
 def _net(x):
-  x = hk.LayerNorm(-1, True, True)(jax.nn.tanh(hk.Linear(64)(x)))
-  return hk.Linear(3)(jax.nn.relu(x))
+  init = hk.initializers.RandomUniform(-0.3, 0.3)  # Fast to compile.
+  x = jax.nn.relu(hk.Linear(64, w_init=init)(x))
+  return hk.Linear(3, w_init=init)(hk.LayerNorm(-1, True, True)(x))
 
 
-@pytest.mark.parametrize('old, new', [(1.0, 3.0), (2.0, 1.0), (2.0, 1.375)])
+@pytest.mark.parametrize('old, new', [(1.0, 3.0), (2.0, 1.375)])
 def test_change_alpha_preserves_the_function(old, new):
   f = hk.without_apply_rng(hk.transform(_net))
   x = jax.random.normal(jax.random.key(0), (5, 16))

@@ -15,11 +15,12 @@ X = np.random.default_rng(0).standard_normal((4, 6, 6, 2)).astype(np.float32)
 
 
 def _net(x, is_training=None):
-  x = jax.nn.relu(hk.Conv2D(3, 3, stride=2)(x))
+  init = hk.initializers.RandomUniform(-0.5, 0.5)  # Fast to compile.
+  x = jax.nn.relu(hk.Conv2D(3, 3, stride=2, w_init=init)(x))
   if is_training is not None:
     x = hk.BatchNorm(True, True, 0.9)(x, is_training)
   x = hk.dropout(hk.next_rng_key(), 0.5, hk.Flatten()(x))
-  return hk.Linear(3)(jnp.tanh(hk.Linear(8)(x)))
+  return hk.Linear(3, w_init=init)(jnp.tanh(hk.Linear(8, w_init=init)(x)))
 
 
 def _alpha_by_path(path, leaf):
@@ -39,7 +40,7 @@ def with_state():
   return f, *f.init(KEY, X, True)
 
 
-ALPHAS = pytest.mark.parametrize('alpha', [1.0, 1.25, 3.0, 5.0, _alpha_by_path])
+ALPHAS = pytest.mark.parametrize('alpha', [1.0, 3.0, _alpha_by_path])
 
 
 @ALPHAS
@@ -90,25 +91,17 @@ def _gradient(f):
   return jax.jit(jax.grad(loss))
 
 
-@pytest.fixture(scope='module')
-def gradient_at_theta(with_state):
-  return _gradient(with_state[0])
-
-
-@pytest.mark.parametrize('alpha', [1.25, _alpha_by_path])
-def test_gradient_at_phi_follows_by_the_chain_rule(
-  with_state, gradient_at_theta, alpha
-):
+def test_gradient_at_phi_follows_by_the_chain_rule(with_state):
   f, _, state = with_state
-  transform = power.power_transform(alpha)
+  transform = power.power_transform(_alpha_by_path)
   g = reparam.reparameterise(f, transform)
   phi, _ = g.init(KEY, X, True)
   # A pruned weight, where the chain rule gives 0 and its inverse 0 / 0.
   phi['linear']['w'] = phi['linear']['w'].at[0, 0].set(0.0)
 
   at_phi = _gradient(g)(phi, state)
-  at_theta = gradient_at_theta(transform.to_theta(phi), state)
-  powers = power.exponents(phi, alpha)
+  at_theta = _gradient(f)(transform.to_theta(phi), state)
+  powers = power.exponents(phi, _alpha_by_path)
 
   def check(weight, a, x, at_x, grad):
     slope = a * np.abs(x) ** (a - 1) if weight else 1.0

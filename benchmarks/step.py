@@ -1,0 +1,67 @@
+"""The cost of Powerpropagation in a training step, as a ratio to alpha = 1.
+
+  python -m benchmarks.step
+
+LeNet-300-100 on mnist_5k, batches of 60, plain SGD, compiled chunks of 500
+steps. The alphas take turns, and the fastest of their turns count.
+"""
+
+import time
+
+import jax
+import optax
+
+from powerprop_jax import datasets
+from powerprop_jax import networks
+from powerprop_jax import power
+from powerprop_jax import propagation
+from powerprop_jax import training
+
+ALPHAS = (1.0, 2.0, 3.0, 4.0, 1.375, 1.7)
+STEPS = 500
+TURNS = 12
+
+
+def make_chunk(alpha: float, data: datasets.Dataset):
+  """A function that takes STEPS training steps and waits for them."""
+  network = networks.build('lenet_300_100', data.num_classes)
+  transform = power.power_transform(alpha)
+  tx = propagation.target_propagation(optax.sgd(0.01), transform)
+  key = jax.random.key(0)
+  theta, model_state = network.init(key, data.train.images[:1] / 255.0, True)
+  state = training.init_state(key, theta, model_state, tx, transform)
+  run_steps = jax.jit(
+    training.make_run_steps(
+      training.make_train_step(
+        training.classification_loss(network.apply), tx, transform
+      )
+    )
+  )
+  split = jax.device_put((data.train.images, data.train.labels))
+  size = len(data.train.labels)
+  indices = training.batch_indices(key, 0, STEPS, 60, size)
+  return lambda: jax.block_until_ready(run_steps(state, split, indices))
+
+
+def main() -> None:
+  data = datasets.load('mnist_5k')
+  chunks = {alpha: make_chunk(alpha, data) for alpha in ALPHAS}
+  seconds = {alpha: [] for alpha in ALPHAS}
+  for turn in range(TURNS + 1):
+    for alpha, chunk in chunks.items():
+      start = time.perf_counter()
+      chunk()
+      if turn:  # The first one compiles.
+        seconds[alpha].append(time.perf_counter() - start)
+  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
+  base = min(seconds[1.0])
+  for alpha in ALPHAS:
+    best = min(seconds[alpha])
+    print(
+      f'alpha = {alpha:<5g}  {1e6 * best / STEPS:7.0f} us a step '
+      f' {best / base:.2f} x alpha = 1'
+    )
+
+
+if __name__ == '__main__':
+  main()

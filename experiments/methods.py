@@ -1,0 +1,235 @@
+"""The sparse training methods, from flags to functions."""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import common
+from powerprop_jax import distributions
+from powerprop_jax import flops
+from powerprop_jax import schedules
+from powerprop_jax import training
+from powerprop_jax import updaters
+
+METHODS = ('dense', 'static', 'snip', 'set', 'rigl', 'top_kast', 'magnitude')
+_NEVER_UPDATED = ('dense', 'static', 'snip')
+
+
+class Cadence(NamedTuple):
+  """When masks are updated: at range(start, last + 1, every)."""
+
+  every: int
+  start: int
+  last: int
+
+
+class Method(NamedTuple):
+  """A method with its settings.
+
+  Attributes:
+    updater: chooses the masks.
+    due: whether masks are updated before a step.
+    penalty: of the train step.
+    counts: how many weights each leaf keeps in the end, a pytree of ints.
+    training_flops: maps the dense layers' operations at inference to those of a
+      training step on one example, on average over the run.
+  """
+
+  updater: updaters.MaskUpdater
+  due: Callable[[int], bool]
+  penalty: training.Penalty | None
+  counts: Any
+  training_flops: Callable[[dict[str, float]], float]
+
+
+def parse_distribution(
+  name: str, sparsity: float, dense_layers: Sequence[str] = ()
+) -> distributions.Distribution:
+  """The distribution of a flag: uniform, erk, er, or pattern=sparsity,..."""
+  if name == 'uniform':
+    return distributions.uniform(sparsity, dense_layers)
+  if name in ('erk', 'er'):
+    return distributions.erdos_renyi(sparsity, name == 'erk', dense_layers)
+  if '=' not in name:
+    raise ValueError(
+      '--distribution must be uniform, erk, er or pattern=sparsity,..., got'
+      f' {name!r}.'
+    )
+  return distributions.custom(
+    common.parse_factors(name.split(','), 'distribution'), default=sparsity
+  )
+
+
+def make_cadence(
+  method: str, steps: int, every: int, start: int | None, stop: int | None
+) -> Cadence:
+  """The cadence of the flags, with the method's defaults.
+
+  Raises:
+    ValueError: if there is no update within the run.
+  """
+  start = every if start is None else start
+  if stop is None:
+    # Top-KAST goes on; the others let the last masks settle.
+    stop = steps if method == 'top_kast' else 3 * steps // 4
+  if method not in _NEVER_UPDATED and not 0 <= start < stop <= steps:
+    raise ValueError(
+      f'masks can not be updated from step {start} to step {stop} of {steps}.'
+      ' Change --update_start, --update_stop or --update_every.'
+    )
+  return Cadence(every, start, start + max(0, stop - start) // every * every)
+
+
+def _progress(cadence: Cadence) -> Callable[[Any], jax.Array]:
+  """Gradual pruning: cubic, and done at the last update."""
+  if cadence.last == cadence.start:
+    return lambda step: jnp.ones([])
+  # The first update prunes something already.
+  return schedules.cubic(cadence.start - cadence.every, cadence.last)
+
+
+def _make_updater(
+  method: str,
+  cadence: Cadence,
+  forward: distributions.Distribution,
+  backward: distributions.Distribution,
+  *,
+  fresh: Callable[[jax.Array], Any],
+  scope: str,
+  drop_fraction: float,
+  drop_schedule: str,
+  regrow: str,
+  regrow_dropped: bool,
+) -> updaters.MaskUpdater:
+  values = {
+    'init': fresh,
+    'keep': None,
+    'zero': lambda key: jax.tree.map(jnp.zeros_like, fresh(key)),
+  }[regrow]
+  drop = schedules.drop_fraction(drop_fraction, cadence.last + 1, drop_schedule)
+  return {
+    'dense': updaters.dense,
+    'static': functools.partial(updaters.static, forward),
+    'snip': functools.partial(updaters.snip, forward, scope),
+    'set': functools.partial(
+      updaters.set_, forward, drop, values, regrow_dropped
+    ),
+    'rigl': functools.partial(
+      updaters.rigl, forward, drop, values, regrow_dropped
+    ),
+    'top_kast': functools.partial(updaters.top_kast, forward, backward),
+    'magnitude': functools.partial(
+      updaters.magnitude, forward, _progress(cadence), scope
+    ),
+  }[method]()
+
+
+def _training_flops(
+  method: str,
+  cadence: Cadence,
+  steps: int,
+  densities: Any,
+  backward_densities: Any,
+  layers: dict[str, float],
+) -> float:
+  dense = math.fsum(layers.values())
+  if method == 'dense':
+    return flops.training_flops(dense)
+  sparse = math.fsum(flops.inference_flops(layers, densities).values())
+  if method == 'rigl':
+    return flops.rigl_training_flops(dense, sparse, cadence.every)
+  if method == 'top_kast':
+    wide = flops.inference_flops(layers, backward_densities)
+    return flops.top_kast_training_flops(sparse, math.fsum(wide.values()))
+  if method == 'magnitude':
+    updates = range(cadence.start, cadence.last + 1, cadence.every)
+    progress = [float(_progress(cadence)(t)) for t in updates]
+    # The steps before the first update, between updates, and after the last.
+    spans = [cadence.start, *[cadence.every] * (len(progress) - 1)]
+    spans.append(steps - cadence.last)
+    costs = [
+      span / steps * (dense + p * (sparse - dense))
+      for span, p in zip(spans, [0.0, *progress])
+    ]
+    return flops.training_flops(math.fsum(costs))
+  return flops.training_flops(sparse)
+
+
+def make_method(
+  method: str,
+  theta: Any,
+  *,
+  alpha: float,
+  steps: int,
+  sparsity: float,
+  backward_sparsity: float | None,
+  distribution: str,
+  dense_layers: Sequence[str],
+  update_every: int,
+  update_start: int | None,
+  update_stop: int | None,
+  regrow: str,
+  exploration_penalty: float,
+  **options: Any,
+) -> Method:
+  """Builds a method.
+
+  Args:
+    method: one of METHODS.
+    theta: the weights, or their shapes and dtypes.
+    alpha: the power.
+    steps: length of the run.
+    **others: the flags of the same names; `fresh` draws weights theta as at
+      initialisation, of a key.
+
+  Returns:
+    A `Method`.
+
+  Raises:
+    ValueError: if the settings are impossible.
+  """
+  if regrow == 'zero' and alpha != 1.0:
+    raise ValueError(
+      f'--regrow=zero with alpha = {alpha:g}: a weight at zero never moves for'
+      ' alpha > 1 (section 2 of the paper). Use init or keep.'
+    )
+  cadence = make_cadence(method, steps, update_every, update_start, update_stop)
+  if backward_sparsity is None:
+    backward_sparsity = max(0.0, sparsity - 0.1)
+  if backward_sparsity > sparsity:
+    raise ValueError(
+      f'--backward_sparsity={backward_sparsity} must not be above'
+      f' --sparsity={sparsity}: Top-KAST updates at least what it uses.'
+    )
+  forward = parse_distribution(distribution, sparsity, dense_layers)
+  backward = parse_distribution(distribution, backward_sparsity, dense_layers)
+  counts = forward(theta)  # What is impossible fails here.
+
+  def densities(counts):
+    sparsities = distributions.sparsities(theta, counts)
+    return jax.tree.map(lambda s: 1.0 - s, sparsities)
+
+  penalty = functools.partial(
+    updaters.top_kast_penalty, strength=exploration_penalty
+  )
+  due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
+  return Method(
+    updater=_make_updater(
+      method, cadence, forward, backward, regrow=regrow, **options
+    ),
+    due=(lambda step: False) if method in _NEVER_UPDATED else due,
+    penalty=penalty if method == 'top_kast' else None,
+    counts=jax.tree.map(jnp.size, theta) if method == 'dense' else counts,
+    training_flops=functools.partial(
+      _training_flops,
+      method,
+      cadence,
+      steps,
+      densities(counts),
+      densities(backward(theta)),
+    ),
+  )

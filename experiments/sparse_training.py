@@ -1,0 +1,426 @@
+"""Sparse training of a network, by any method of the field, with any alpha.
+
+  python -m experiments.sparse_training --method=rigl --alpha=2 --sparsity=0.9
+
+Runs on CPU, GPU or TPU, on all local devices and on several hosts. It may be
+killed at any moment: the same command goes on from the last checkpoint and ends
+with the same parameters, bit for bit. --out_dir gets config.json,
+metrics.jsonl, summary.json and the checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from experiments import common
+from experiments import feeds
+from experiments import methods
+from experiments import sparse_problem
+from powerprop_jax import analysis
+from powerprop_jax import checkpoint
+from powerprop_jax import devices
+from powerprop_jax import flops
+from powerprop_jax import networks
+from powerprop_jax import power
+from powerprop_jax import training
+
+PRESETS = {
+  # ResNet-50 on ImageNet as the field reports it: 100 epochs of batches of
+  # 4096, five of them to warm up.
+  'imagenet': {
+    'dataset': 'imagenet2012',
+    'network': 'resnet50',
+    'batch_size': 4096,
+    'steps': 31_250,
+    'optimizer': 'sgd',
+    'learning_rate': 1.6,
+    'momentum': 0.9,
+    'nesterov': True,
+    'schedule': 'steps',
+    'warmup_steps': 1_563,
+    'label_smoothing': 0.1,
+    'weight_decay': 1e-4,
+    'bfloat16': True,
+    'distribution': 'erk',
+    'checkpoint_every': 1_000,
+  },
+}
+
+# What decides the result; a checkpoint fits only a run of equal flags.
+_RUN_FLAGS = (
+  'method',
+  'alpha',
+  'network',
+  'dataset',
+  'steps',
+  'steps_multiplier',
+  'batch_size',
+  'gradient_batches',
+  'label_smoothing',
+  'bfloat16',
+  'image_size',
+  'seed',
+  'init_from',
+  *sparse_problem.METHOD_FLAGS,
+  *common.OPTIMISER_FLAGS,
+)
+_SEGMENT = 100  # Steps between two looks at the loss, at most.
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this binary."""
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  enum = functools.partial(flags.DEFINE_enum, flag_values=values)
+  boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
+  enum('method', 'rigl', methods.METHODS, 'Sparse training method.')
+  real('alpha', 2.0, 'The power; 1 is the baseline.')
+  real('sparsity', 0.9, 'Fraction of the weights removed.', 0.0, 1.0)
+  real('backward_sparsity', None, 'Top-KAST: of the backward pass.', 0.0, 1.0)
+  string('distribution', 'erk', 'uniform, erk, er or pattern=sparsity,...')
+  flags.DEFINE_list(
+    'dense_layers', [], 'Patterns of layers to keep dense.', flag_values=values
+  )
+  enum('scope', 'layer', ['layer', 'global'], 'Ranking of magnitude and snip.')
+  integer('update_every', 100, 'Steps between mask updates.', 1)
+  integer('update_start', None, 'First mask update; update_every if not given.')
+  integer(
+    'update_stop', None, 'Last mask update; 3/4 of the steps if not given.'
+  )
+  real('drop_fraction', 0.3, 'Weights traded in an update.', 0.0, 1.0)
+  enum('drop_schedule', 'cosine', ['cosine', 'constant'], 'Of drop_fraction.')
+  enum('regrow', 'init', ['init', 'keep', 'zero'], 'Values of grown weights.')
+  boolean('regrow_dropped', False, 'Whether a dropped weight may come back.')
+  real('exploration_penalty', 1e-4, 'Of Top-KAST, in its backward set.', 0.0)
+  integer('gradient_batches', 1, 'Batches averaged to score masks.', 1)
+  enum(
+    'on_collapse', 'error', ['error', 'warn'], 'If a layer loses all weights.'
+  )
+  enum('network', 'lenet_300_100', sorted(networks.NETWORKS), 'The network.')
+  string('dataset', 'mnist_5k', 'mnist_5k, idx, a TFDS name; folder.')
+  string('data_dir', None, 'Where TFDS, idx files or image folders lie.')
+  integer('image_size', 224, 'Of streamed images.', 8)
+  integer('num_workers', 8, 'Processes that decode streamed images.', 0)
+  integer('steps', 5_000, 'Training steps.', 1)
+  real('steps_multiplier', 1.0, 'Extended training: stretches all steps.', 1e-6)
+  integer('batch_size', 100, 'Examples a step, over all devices.', 1)
+  real('label_smoothing', 0.0, 'Of the targets.', 0.0, 1.0)
+  boolean('bfloat16', False, 'Whether activations are bfloat16.')
+  integer('seed', 0, 'Of everything random.', 0)
+  string('init_from', None, 'Checkpoint folder to take weights and masks from.')
+  integer('checkpoint_every', 1_000, 'Steps between checkpoints.', 1)
+  string('out_dir', 'results/sparse_training', 'Folder of results.')
+  enum('preset', None, sorted(PRESETS), 'Settings to start from.')
+  string('coordinator', None, 'host:port, or auto on Slurm and cloud TPU.')
+  integer('num_processes', None, 'How many hosts, with a coordinator.')
+  integer('process_index', None, 'Which host this is, with a coordinator.')
+  common.define_optimiser_flags(values)
+
+
+class Progress(NamedTuple):
+  """What a checkpoint holds: the state, and which weights were ever in use."""
+
+  state: training.TrainState
+  ever: Any
+
+
+def begin(
+  problem: sparse_problem.Problem,
+  manager: checkpoint.Manager,
+  init_from: str | None,
+) -> tuple[int, Progress, bool]:
+  """Where to go on: a checkpoint of this run or of another, or a fresh state.
+
+  Returns:
+    The step, the progress, and whether masks are still to be chosen.
+  """
+  state = problem.init()
+  like = Progress(state, jax.tree.map(jnp.copy, state.masks.forward))
+  found = checkpoint.restore_latest(manager, like)
+  if found is not None:
+    return found[0], found[1], False
+  if init_from is None:
+    return 0, like, True
+  source = checkpoint.load(init_from)
+  wanted = {'state': {'phi': state.phi, 'masks': state.masks}}
+  there = checkpoint.fill(wanted, source, partial=True)['state']
+  phi = power.change_alpha(
+    there['phi'],
+    power.power_transform(source.config['alpha']),
+    problem.transform,
+  )
+  state = state._replace(phi=phi, masks=there['masks'])
+  forward = state.masks.forward
+  # A network that is sparse already keeps its mask.
+  is_dense = all(bool(m.all()) for m in jax.tree.leaves(forward))
+  return 0, Progress(state, jax.tree.map(jnp.copy, forward)), is_dense
+
+
+def fingerprint(state: training.TrainState) -> str:
+  """A SHA-256 over phi and the masks: equal runs have equal ones."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get((state.phi, state.masks))):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
+
+
+def check_collapse(masks: Any, theta: Any, on_collapse: str) -> None:
+  """Raises ValueError, or warns, if a layer has no weight left."""
+  report = analysis.sparsity_report(jax.device_get(masks), theta)
+  empty = [row['path'] for row in report['layers'] if not row['kept']]
+  if empty and on_collapse == 'error':
+    raise ValueError(
+      f'no weight is left in {", ".join(empty)}: nothing can be learnt. Lower'
+      ' --sparsity, choose another --distribution or --scope, or go on with'
+      ' --on_collapse=warn.'
+    )
+  if empty:
+    logging.warning('No weight is left in %s.', ', '.join(empty))
+
+
+def next_stop(
+  step: int, steps: int, due: Callable[[int], bool], checkpoint_every: int
+) -> int:
+  """The end of the segment that starts at a step."""
+  for end in range(step + 1, min(step + _SEGMENT, steps)):
+    if due(end) or end % checkpoint_every == 0 or end % _SEGMENT == 0:
+      return end
+  return min(step + _SEGMENT, steps)
+
+
+class Log(NamedTuple):
+  """Where the first host reports to; other hosts have none."""
+
+  bar: Any
+  path: pathlib.Path
+
+
+def open_log(out_dir: pathlib.Path, step: int, steps: int) -> Log | None:
+  """Opens the bar and metrics.jsonl, of which only the past is kept."""
+  if jax.process_index():
+    return None
+  path = out_dir / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  past = []
+  for line in lines:
+    try:
+      if json.loads(line)['step'] <= step:
+        past.append(line + '\n')
+    except json.JSONDecodeError:
+      continue  # The end of a file that was cut off.
+  path.write_text(''.join(past))
+  return Log(tqdm.tqdm(total=steps, initial=step, unit='step'), path)
+
+
+def write_log(log: Log | None, step: int, metrics: feeds.Metrics) -> None:
+  """Reports a segment that ended before a step."""
+  if log is None:
+    return
+  means = {name: float(np.mean(x)) for name, x in metrics.items()}
+  with log.path.open('a') as f:
+    f.write(json.dumps({'step': step, **means}) + '\n')
+  log.bar.update(step - log.bar.n)
+  log.bar.set_postfix({name: f'{x:.4f}' for name, x in means.items()})
+
+
+def train(
+  problem: sparse_problem.Problem,
+  feed: feeds.Feed,
+  manager: checkpoint.Manager,
+  out_dir: pathlib.Path,
+  settings: dict[str, Any],
+  *,
+  checkpoint_every: int,
+  on_collapse: str,
+) -> tuple[Progress, float] | None:
+  """Trains to the end, or until the process is asked to stop.
+
+  Returns:
+    The progress and the steps a second, or None if it was stopped.
+
+  Raises:
+    ValueError: if a layer collapses or the loss is not finite.
+  """
+  axis, steps = problem.axis, settings['steps']
+  step, progress, choose = begin(problem, manager, settings['init_from'])
+  theta = progress.state.phi
+  state, ever = devices.replicate(progress, axis)
+  union = devices.on_devices(
+    lambda a, b: jax.tree.map(jnp.logical_or, a, b), axis
+  )
+
+  def update(f, state, ever):
+    batches = feed.batches(step, settings['gradient_batches'])
+    state = f(state, batches)
+    forward = state.masks.forward
+    check_collapse(devices.first(forward, axis), theta, on_collapse)
+    return state, union(ever, forward)
+
+  if choose:
+    none = jax.tree.map(jnp.zeros_like, ever)
+    state, ever = update(problem.init_masks, state, none)
+  stop = []
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stop.append(True))
+  log, times = open_log(out_dir, step, steps), []
+  while step < steps and not stop:
+    if problem.method.due(step):
+      state, ever = update(problem.update_masks, state, ever)
+    begun, end = (
+      time.time(),
+      next_stop(step, steps, problem.method.due, checkpoint_every),
+    )
+    state, metrics = feed.advance(state, step, end)
+    times.append((end - step, time.time() - begun))
+    if not np.isfinite(metrics['loss']).all():
+      at = step + int(np.argmin(np.isfinite(metrics['loss'])))
+      raise ValueError(
+        f'the loss became {metrics["loss"][at - step]} at step {at}, with alpha'
+        f' = {settings["alpha"]:g} and learning_rate ='
+        f' {settings["learning_rate"]:g}. Lower the learning rate.'
+      )
+    step = end
+    write_log(log, step, metrics)
+    if step % checkpoint_every == 0 or step == steps or stop:
+      saved = Progress(*devices.first((state, ever), axis))
+      checkpoint.save(manager, step, saved)
+  checkpoint.close(manager)
+  feed.close()
+  if log is not None:
+    log.bar.close()
+  if step < steps:
+    return None
+  # The first segment compiles.
+  count, seconds = np.sum(times[1:] or times or [(0, 1)], axis=0)
+  progress = Progress(*devices.first((state, ever), axis))
+  return progress, float(count / seconds)
+
+
+def summarise(
+  problem: sparse_problem.Problem,
+  progress: Progress,
+  accuracy: dict[str, float],
+  steps_per_second: float,
+  steps: int,
+) -> dict[str, Any]:
+  """What summary.json holds."""
+  state = progress.state
+  report = analysis.sparsity_report(
+    jax.device_get(state.masks.forward), state.phi
+  )
+  ever = analysis.sparsity_report(jax.device_get(progress.ever), state.phi)
+  layers = problem.layer_flops
+  dense = math.fsum(layers.values())
+  kept = flops.inference_flops(
+    layers,
+    {
+      **dict.fromkeys(layers, 1.0),
+      **{row['path']: row['density'] for row in report['layers']},
+    },
+  )
+  inference = math.fsum(kept.values())
+  step = problem.method.training_flops(layers)
+  return {
+    **accuracy,
+    'sparsity': {
+      'total': 1 - report['total']['density'],
+      **{row['path']: 1 - row['density'] for row in report['layers']},
+    },
+    'dead_units': report['total']['dead'],
+    'explored': ever['total']['density'],
+    'inference_flops': {'absolute': inference, 'relative': inference / dense},
+    # Of one example, over the whole run.
+    'training_flops': {
+      'absolute': step * steps,
+      'relative': step / flops.training_flops(dense),
+    },
+    'steps_per_second': steps_per_second,
+    'fingerprint': fingerprint(state),
+  }
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The summary as a person reads it."""
+  lines = [f'{"layer":<40} sparsity']
+  lines += [f'{k:<40} {v:.4f}' for k, v in summary['sparsity'].items()]
+  for name in ('valid_accuracy', 'test_accuracy'):
+    if name in summary:
+      lines.append(f'{name:<40} {100 * summary[name]:.2f} %')
+  for name in ('inference_flops', 'training_flops'):
+    value = summary[name]
+    lines.append(
+      f'{name:<40} {value["absolute"]:.4g} ({value["relative"]:.3f} x dense)'
+    )
+  lines.append(f'{"weights ever in use":<40} {summary["explored"]:.4f}')
+  lines.append(f'{"dead units":<40} {summary["dead_units"]}')
+  lines.append(f'{"steps a second":<40} {summary["steps_per_second"]:.1f}')
+  return '\n'.join([*lines, f'fingerprint {summary["fingerprint"]}'])
+
+
+def connect(values: flags.FlagValues) -> None:
+  """Joins the other hosts, if there are any."""
+  if values.coordinator == 'auto':
+    jax.distributed.initialize()
+  elif values.coordinator is not None:
+    jax.distributed.initialize(
+      values.coordinator, values.num_processes, values.process_index
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+  common.check_no_arguments(argv)
+  values = flags.FLAGS
+  if values.preset:
+    common.apply_preset(values, PRESETS[values.preset])
+  settings = {name: values[name].value for name in _RUN_FLAGS}
+  try:
+    power.check_alpha(values.alpha)
+    settings = sparse_problem.stretched(settings)
+    connect(values)
+    data = sparse_problem.load(settings, values.data_dir)
+    problem = sparse_problem.make_problem(settings, data, values.num_workers)
+    out_dir = common.prepare_out_dir(values.out_dir, settings)
+    manager = checkpoint.open_manager(out_dir / 'checkpoints', settings)
+    feed = problem.make_feed()
+    result = train(
+      problem,
+      feed,
+      manager,
+      out_dir,
+      settings,
+      checkpoint_every=values.checkpoint_every,
+      on_collapse=values.on_collapse,
+    )
+  except (ValueError, FileNotFoundError) as e:
+    common.fail(e)
+  if result is None:
+    print('\nInterrupted. The same command goes on.', file=sys.stderr)
+    sys.exit(130)
+  progress, speed = result
+  theta = training.masked_theta(progress.state, problem.transform)
+  accuracy = feed.accuracy(theta, progress.state.model_state)
+  summary = summarise(problem, progress, accuracy, speed, settings['steps'])
+  if jax.process_index() == 0:
+    common.write_json(out_dir / 'summary.json', summary)
+    print(table(summary))
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(main)

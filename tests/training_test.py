@@ -1,0 +1,174 @@
+"""Tests of training."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from powerprop_jax import masks
+from powerprop_jax import networks
+from powerprop_jax import power
+from powerprop_jax import propagation
+from powerprop_jax import training
+
+
+def _linear_problem(alpha, optimiser):
+  """A linear regression of two weights and a bias, solvable by hand."""
+  transform = power.power_transform(alpha)
+  tx = propagation.target_propagation(optimiser, transform)
+
+  def loss_fn(theta, model_state, key, batch):
+    del key
+    x, y = batch
+    error = x @ theta['linear']['w'] + theta['linear']['b'] - y
+    return jnp.mean(error**2), (model_state, {'error': jnp.mean(error)})
+
+  theta = {'linear': {'w': jnp.array([4.0, -1.0]), 'b': jnp.array(0.5)}}
+  state = training.init_state(jax.random.key(0), theta, {}, tx, transform)
+  return state, training.make_train_step(loss_fn, tx, transform)
+
+
+def test_one_step_by_hand():
+  state, step = _linear_problem(2.0, optax.sgd(0.1))
+  # phi = (2, -1), theta = (4, -1), error = 1*4 + 2*(-1) + 0.5 - 0 = 2.5.
+  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
+  state, metrics = step(state, batch)
+  # dL/dtheta = 2 * 2.5 * x = (5, 10), times 2 |phi| = (4, 2).
+  np.testing.assert_allclose(
+    state.phi['linear']['w'], [2 - 0.1 * 20, -1 - 0.1 * 20], rtol=1e-6
+  )
+  np.testing.assert_allclose(state.phi['linear']['b'], 0.5 - 0.1 * 5)
+  np.testing.assert_allclose(metrics['loss'], 6.25)
+  np.testing.assert_allclose(metrics['error'], 2.5)
+  assert state.step == 1
+
+
+@pytest.mark.parametrize(
+  'optimiser',
+  [optax.sgd(0.1, momentum=0.9), optax.adamw(0.1, weight_decay=0.1)],
+  ids=['momentum', 'adamw'],
+)
+def test_masks_cut_the_forward_pass_and_freeze_the_update(optimiser):
+  state, step = _linear_problem(2.0, optimiser)
+  cut = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
+  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
+  state, _ = step(state, batch)  # Momentum of both weights starts to build up.
+  before = state.phi['linear']['w'][1]
+  state = state._replace(masks=masks.Masks(forward=cut, backward=cut))
+  theta = power.power_transform(2.0).to_theta(state.phi)
+  _, metrics = step(state, batch)
+  expected = theta['linear']['w'][0] + theta['linear']['b']
+  np.testing.assert_allclose(metrics['error'], expected, rtol=1e-6)
+  for _ in range(3):
+    state, _ = step(state, batch)
+  assert state.phi['linear']['w'][1] == before
+  assert state.phi['linear']['w'][0] != before
+
+
+def test_run_steps_equals_a_python_loop():
+  state, step = _linear_problem(3.0, optax.adam(1e-2))
+  rng = np.random.default_rng(0)
+  data = (
+    jnp.asarray(rng.normal(size=(20, 2)), jnp.float32),
+    jnp.asarray(rng.normal(size=20), jnp.float32),
+  )
+  indices = training.batch_indices(jax.random.key(1), 0, 7, 4, 20)
+  loop, losses = state, []
+  for index in indices:
+    loop, metrics = step(loop, jax.tree.map(lambda x, i=index: x[i], data))
+    losses.append(metrics['loss'])
+  scanned, metrics = training.make_run_steps(step)(state, data, indices)
+  chex.assert_trees_all_close(scanned.phi, loop.phi, rtol=1e-6)
+  chex.assert_trees_all_close(scanned.opt_state, loop.opt_state, rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss'], jnp.stack(losses), rtol=1e-5)
+  assert scanned.step == 7
+
+
+def test_init_state_leaves_the_callers_arrays_alone():
+  transform = power.power_transform(1.0)  # psi returns its argument.
+  theta, key = {'linear': {'w': jnp.ones(3)}}, jax.random.key(0)
+  state = training.init_state(key, theta, {}, optax.sgd(0.1), transform)
+  jax.jit(lambda s: s, donate_argnums=0)(state)
+  assert not theta['linear']['w'].is_deleted()
+  assert not key.is_deleted()
+
+
+def test_batch_indices_are_epochs():
+  key = jax.random.key(3)
+  indices = training.batch_indices(key, 0, 10, 3, 10)
+  chex.assert_shape(indices, (10, 3))
+  for epoch in indices.reshape(3, 10):
+    assert sorted(epoch.tolist()) == list(range(10))
+  assert indices.ravel()[:10].tolist() != indices.ravel()[10:20].tolist()
+
+
+@pytest.mark.parametrize('start', [0, 1, 4, 33])
+@pytest.mark.parametrize('batch_size', [3, 10, 25])
+def test_batch_indices_go_on_from_any_step(start, batch_size):
+  key = jax.random.key(3)
+  whole = training.batch_indices(key, 0, start + 5, batch_size, 10)
+  part = training.batch_indices(key, start, 5, batch_size, 10)
+  np.testing.assert_array_equal(part, whole[start:])
+
+
+def test_batch_indices_beyond_int32():
+  # Step 2^31 of batches of 8 is example 2^34 of the stream.
+  indices = training.batch_indices(jax.random.key(0), 2**31, 2, 8, 16)
+  assert sorted(indices.ravel().tolist()) == list(range(16))
+
+
+def test_each_step_has_a_key_of_its_own():
+  transform = power.power_transform(1.0)
+
+  def loss_fn(theta, model_state, key, batch):
+    noise = jax.random.uniform(key)
+    return jnp.sum(theta['w']) * 0.0, (model_state, {'noise': noise})
+
+  tx = optax.sgd(0.1)
+  state = training.init_state(
+    jax.random.key(0), {'w': jnp.ones(1)}, {}, tx, transform
+  )
+  step = training.make_train_step(loss_fn, tx, transform)
+  state, first = step(state, None)
+  _, second = step(state, None)
+  assert first['noise'] != second['noise']
+
+
+def _network():
+  network = networks.build('lenet_300_100', 3)
+  params, state = network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), True)
+  return network, params, state
+
+
+def test_classification_loss_by_hand():
+  def apply(theta, model_state, key, images, is_training):
+    assert is_training
+    return images.reshape(2, 2) @ theta, model_state
+
+  loss_fn = training.classification_loss(apply, label_smoothing=0.1)
+  images = jnp.array([[255, 0], [0, 51]], jnp.uint8).reshape(2, 1, 2, 1)
+  labels = jnp.array([0, 0])
+  loss, (_, metrics) = loss_fn(
+    jnp.eye(2), {}, jax.random.key(0), (images, labels)
+  )
+  # Logits are (1, 0) and (0, 0.2); the targets are (0.95, 0.05).
+  a = np.log(1 + np.e) - 0.95
+  b = np.log(1 + np.exp(0.2)) - 0.05 * 0.2
+  np.testing.assert_allclose(loss, (a + b) / 2, rtol=1e-6)
+  np.testing.assert_allclose(metrics['accuracy'], 0.5)
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 7, 10, 64])
+def test_accuracy_counts_every_example_once(batch_size):
+  network, params, state = _network()
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.integers(0, 256, (10, 4, 4, 1)), jnp.uint8)
+  logits, _ = network.apply(params, state, None, images / 255, False)
+  labels = jnp.argmax(logits, axis=-1)
+  labels = labels.at[jnp.array([2, 9])].set((labels[jnp.array([2, 9])] + 1) % 3)
+  accuracy = training.make_accuracy(network.apply, batch_size=batch_size)
+  np.testing.assert_allclose(
+    jax.jit(accuracy)(params, state, images, labels), 0.8, rtol=1e-6
+  )
