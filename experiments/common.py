@@ -1,6 +1,7 @@
 """What the binaries share: optimiser flags, output files, flag errors."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -61,65 +62,46 @@ OPTIMISER_FLAGS = (
 
 def define_optimiser_flags(values: flags.FlagValues) -> None:
   """Defines the flags that `make_tx` takes by keyword."""
-  flags.DEFINE_enum(
-    'optimizer',
-    'sgd',
-    sorted(OPTIMISERS),
-    'Optimiser, by its name in optax.',
-    flag_values=values,
-  )
-  flags.DEFINE_float(
-    'learning_rate',
-    0.1,
-    'Peak learning rate.',
-    lower_bound=0,
-    flag_values=values,
-  )
-  flags.DEFINE_enum(
+  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  enum = functools.partial(flags.DEFINE_enum, flag_values=values)
+  enum('optimizer', 'sgd', sorted(OPTIMISERS), 'By its name in optax.')
+  real('learning_rate', 0.1, 'Peak learning rate.', 0.0)
+  enum(
     'schedule',
     'constant',
     ['constant', 'cosine', 'steps'],
     'Of the learning rate; steps divides it by 10 at 30, 60 and 80 %.',
-    flag_values=values,
   )
   flags.DEFINE_integer(
     'warmup_steps',
     0,
     'Steps in which the learning rate rises from 0.',
-    lower_bound=0,
+    0,
     flag_values=values,
   )
-  flags.DEFINE_float(
-    'momentum',
-    0.0,
-    'Momentum, for optimisers that have it.',
-    0.0,
-    1.0,
-    flag_values=values,
+  real('momentum', 0.0, 'Momentum, for optimisers that have it.', 0.0, 1.0)
+  flags.DEFINE_bool(
+    'nesterov', False, "Nesterov's momentum.", flag_values=values
   )
-  flags.DEFINE_bool('nesterov', False, 'Nesterov momentum.', flag_values=values)
-  flags.DEFINE_float(
+  real(
     'weight_decay',
     0.0,
     'Decay of the weights theta: of the optimiser where it has one (adamw), an'
     ' L2 penalty on its gradient otherwise.',
-    lower_bound=0,
-    flag_values=values,
+    0.0,
   )
-  flags.DEFINE_float(
+  real(
     'phi_decay',
     0.0,
     'Decay of the parameters phi, a step, outside of the optimiser and of the'
     ' learning rate: phi -= phi_decay * phi. Sparsifies strongly if alpha > 1.',
-    lower_bound=0,
-    flag_values=values,
+    0.0,
   )
-  flags.DEFINE_enum(
+  enum(
     'phi_decay_norm',
     'l2',
     ['l1', 'l2'],
     'l2 decays phi in proportion; l1 by a constant amount, down to zero.',
-    flag_values=values,
   )
   flags.DEFINE_string(
     'phi_decay_schedule',

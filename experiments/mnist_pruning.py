@@ -40,7 +40,7 @@ _KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
 _TUNED = {
   'dataset': 'mnist',
   'seeds': 5,
-  'steps': 100_000,
+  'steps': 150_000,
   'batch_size': 60,
   'optimizer': 'sgd',
   'schedule': 'cosine',
@@ -66,7 +66,7 @@ PRESETS = {
     'alphas': ['2'],
     'learning_rate': 0.2,
     'momentum': 0.9,
-    'phi_decay': 3.5e-4,
+    'phi_decay': 3e-4,
     'phi_decay_norm': 'l2',
   },
   # alpha = 1, with an L1 decay: what L2 on phi is to theta at alpha = 2.
@@ -83,56 +83,31 @@ PRESETS = {
 
 def define_flags(values: flags.FlagValues) -> None:
   """Defines the flags of this binary."""
-  flags.DEFINE_string(
-    'dataset',
-    'mnist_5k',
-    'mnist_5k, idx, or the name of a TFDS data set.',
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    'data_dir', None, 'Where TFDS or idx files lie.', flag_values=values
-  )
-  flags.DEFINE_list(
-    'alphas',
-    ['1', '2', '3', '4'],
-    'Powers, each at least 1.',
-    flag_values=values,
-  )
-  flags.DEFINE_integer(
-    'seeds', 3, 'Runs of each alpha.', lower_bound=1, flag_values=values
-  )
-  flags.DEFINE_integer(
-    'steps', 5_000, 'Training steps.', lower_bound=1, flag_values=values
-  )
-  flags.DEFINE_integer(
-    'batch_size', 60, 'Examples a step.', lower_bound=1, flag_values=values
-  )
-  flags.DEFINE_list(
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  several = functools.partial(flags.DEFINE_list, flag_values=values)
+  string('dataset', 'mnist_5k', 'mnist_5k, idx, or the name of a TFDS set.')
+  string('data_dir', None, 'Where TFDS or idx files lie.')
+  several('alphas', ['1', '2', '3', '4'], 'Powers, each at least 1.')
+  integer('seeds', 3, 'Runs of each alpha.', 1)
+  integer('steps', 5_000, 'Training steps.', 1)
+  integer('batch_size', 60, 'Examples a step.', 1)
+  several(
     'update_rule',
     ['target_propagation'],
     'target_propagation, chain_rule, or both: whether the optimiser sees the'
     ' gradient at theta or the one at phi.',
-    flag_values=values,
   )
-  flags.DEFINE_list(
+  several(
     'scope',
     ['layer'],
     'layer, global, or both: whether each layer is pruned to a density, or all'
     ' weights together.',
-    flag_values=values,
   )
-  flags.DEFINE_list(
-    'kept', _KEPT, 'Fractions of the weights to keep.', flag_values=values
-  )
-  flags.DEFINE_string(
-    'out_dir', 'results/mnist_pruning', 'Folder of results.', flag_values=values
-  )
+  several('kept', _KEPT, 'Fractions of the weights to keep.')
+  string('out_dir', 'results/mnist_pruning', 'Folder of results.')
   flags.DEFINE_enum(
-    'preset',
-    None,
-    sorted(PRESETS),
-    'Settings to start from.',
-    flag_values=values,
+    'preset', None, sorted(PRESETS), 'Where to start.', flag_values=values
   )
   common.define_optimiser_flags(values)
 

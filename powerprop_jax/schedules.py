@@ -108,6 +108,8 @@ def cubic_sparsity(
     raise ValueError(
       f'0 <= initial <= final < 1 must hold, got {initial=} and {final=}.'
     )
+  if not 0 <= start < stop:
+    raise ValueError(f'0 <= start < stop must hold, got {start=} and {stop=}.')
   progress = cubic(start, stop)
   return lambda step: final + (initial - final) * (1.0 - progress(step))
 

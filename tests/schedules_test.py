@@ -97,3 +97,12 @@ def test_traced_and_python_steps_agree(schedule):
   eager = [schedule(t) for t in range(20)]
   assert all(isinstance(x, jax.Array) and x.shape == () for x in eager)
   np.testing.assert_allclose(traced, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_cubic_by_hand():
+  progress = schedules.cubic(2, 6)
+  actual = [float(progress(t)) for t in (0, 2, 3, 4, 6, 9)]
+  np.testing.assert_allclose(actual, [0, 0, 37 / 64, 7 / 8, 1, 1], rtol=1e-6)
+  assert actual[-1] == 1.0
+  with pytest.raises(ValueError, match='start < stop must hold'):
+    schedules.cubic(3, 3)
