@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments import presets
 from experiments import runner
 from powerprop_jax import analysis
 from powerprop_jax import datasets
@@ -33,52 +34,6 @@ from powerprop_jax import plotting
 from powerprop_jax import power
 from powerprop_jax import pruning
 from powerprop_jax import training
-
-_KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
-# What `best` and `baseline` share. They were tuned alike, on validation data
-# (LOG.md); layers that keep few weights at a density get more decay.
-_TUNED = {
-  'dataset': 'mnist',
-  'seeds': 5,
-  'steps': 150_000,
-  'batch_size': 60,
-  'optimizer': 'sgd',
-  'schedule': 'cosine',
-  'phi_decay_schedule': 'cosine',
-  'phi_decay_scale': ['logits=5', 'linear_1=2.2'],
-  'scope': ['layer', 'global'],
-  'kept': ['0.005', '0.007', *_KEPT],
-}
-PRESETS = {
-  # The settings of the paper's published notebook.
-  'paper': {
-    'dataset': 'mnist',
-    'alphas': ['1', '2', '3', '4', '5'],
-    'seeds': 5,
-    'steps': 50_000,
-    'batch_size': 60,
-    'optimizer': 'sgd',
-    'learning_rate': 0.1,
-    'schedule': 'constant',
-  },
-  'best': {
-    **_TUNED,
-    'alphas': ['2'],
-    'learning_rate': 0.2,
-    'momentum': 0.9,
-    'phi_decay': 3e-4,
-    'phi_decay_norm': 'l2',
-  },
-  # alpha = 1, with an L1 decay: what L2 on phi is to theta at alpha = 2.
-  'baseline': {
-    **_TUNED,
-    'alphas': ['1'],
-    'learning_rate': 0.02,
-    'momentum': 0.9,
-    'phi_decay': 2.5e-5,
-    'phi_decay_norm': 'l1',
-  },
-}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -104,10 +59,14 @@ def define_flags(values: flags.FlagValues) -> None:
     'layer, global, or both: whether each layer is pruned to a density, or all'
     ' weights together.',
   )
-  several('kept', _KEPT, 'Fractions of the weights to keep.')
+  several('kept', presets.KEPT, 'Fractions of the weights to keep.')
   string('out_dir', 'results/mnist_pruning', 'Folder of results.')
   flags.DEFINE_enum(
-    'preset', None, sorted(PRESETS), 'Where to start.', flag_values=values
+    'preset',
+    None,
+    sorted(presets.MNIST_PRUNING),
+    'Where to start.',
+    flag_values=values,
   )
   common.define_optimiser_flags(values)
 
@@ -323,7 +282,7 @@ def read_flags(
 ) -> tuple[list[Job], dict[str, Any]]:
   """The runs, and the settings that they share, checked."""
   if values.preset:
-    common.apply_preset(values, PRESETS[values.preset])
+    common.apply_preset(values, presets.MNIST_PRUNING[values.preset])
   jobs = parse_jobs(values.alphas, values.update_rule, values.seeds)
   settings = {name: values[name].value for name in _RUN_FLAGS}
   try:

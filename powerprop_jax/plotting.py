@@ -222,7 +222,7 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
     weights, each of area 1; on its right, the density of all trained values.
   """
   n = len(distributions)
-  figure = Figure(figsize=(4.2 * n + 0.3, 4.8), layout='constrained')
+  figure = Figure(figsize=(4.2 * n + 0.6, 4.8), layout='constrained')
   grid = figure.subplots(
     *(2, 2 * n),
     sharex='col',
@@ -250,6 +250,8 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
     *mains[0].get_legend_handles_labels(),
     loc='outside lower center',
     ncols=3,
+    columnspacing=1.2,
+    handletextpad=0.4,
     frameon=False,
     markerscale=3,
   )

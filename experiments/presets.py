@@ -1,0 +1,50 @@
+"""Settings to start from: flags of the binaries, by the name of a preset."""
+
+import numpy as np
+
+# The 20 fractions of the paper's published notebook.
+KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
+# What `best` and `baseline` share, chosen on validation data (LOG.md). Layers
+# that keep few weights at a density get more decay.
+_TUNED = {
+  'dataset': 'mnist',
+  'seeds': 5,
+  'steps': 150_000,
+  'batch_size': 60,
+  'optimizer': 'sgd',
+  'schedule': 'cosine',
+  'phi_decay_schedule': 'cosine',
+  'phi_decay_scale': ['logits=5', 'linear_1=2.2'],
+  'scope': ['layer', 'global'],
+  'kept': ['0.005', '0.007', *KEPT],
+}
+MNIST_PRUNING = {
+  # The settings of the paper's published notebook.
+  'paper': {
+    'dataset': 'mnist',
+    'alphas': ['1', '2', '3', '4', '5'],
+    'seeds': 5,
+    'steps': 50_000,
+    'batch_size': 60,
+    'optimizer': 'sgd',
+    'learning_rate': 0.1,
+    'schedule': 'constant',
+  },
+  'best': {
+    **_TUNED,
+    'alphas': ['2'],
+    'learning_rate': 0.2,
+    'momentum': 0.9,
+    'phi_decay': 3e-4,
+    'phi_decay_norm': 'l2',
+  },
+  # alpha = 1, with an L1 decay: what L2 on phi is to theta at alpha = 2.
+  'baseline': {
+    **_TUNED,
+    'alphas': ['1'],
+    'learning_rate': 0.02,
+    'momentum': 0.9,
+    'phi_decay': 2.5e-5,
+    'phi_decay_norm': 'l1',
+  },
+}
