@@ -223,7 +223,9 @@ def make_method(
     ),
     due=(lambda step: False) if method in _NEVER_UPDATED else due,
     penalty=penalty if method == 'top_kast' else None,
-    counts=jax.tree.map(jnp.size, theta) if method == 'dense' else counts,
+    counts=jax.tree.map(lambda x: x.size, theta)
+    if method == 'dense'
+    else counts,
     training_flops=functools.partial(
       _training_flops,
       method,

@@ -61,13 +61,8 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   several('kept', presets.KEPT, 'Fractions of the weights to keep.')
   string('out_dir', 'results/mnist_pruning', 'Folder of results.')
-  flags.DEFINE_enum(
-    'preset',
-    None,
-    sorted(presets.MNIST_PRUNING),
-    'Where to start.',
-    flag_values=values,
-  )
+  names = sorted(presets.MNIST_PRUNING)
+  flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
   common.define_optimiser_flags(values)
 
 
@@ -289,6 +284,10 @@ def read_flags(
     settings['kept'] = [masks.check_density(float(p)) for p in values.kept]
   except ValueError as e:
     raise ValueError(f'--kept={",".join(values.kept)}: {e}') from e
+  if min(settings['kept']) < 1e-5:
+    raise ValueError(
+      f'--kept={min(settings["kept"]):g} keeps no weight at all.'
+    )
   for scope in values.scope:
     if scope not in ('layer', 'global'):
       raise ValueError(f'--scope must be layer, global or both, got {scope!r}.')

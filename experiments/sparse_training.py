@@ -275,9 +275,11 @@ def train(
   if choose:
     none = jax.tree.map(jnp.zeros_like, ever)
     state, ever = update(problem.init_masks, state, none)
-  stop = []
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stop.append(True))
+  asked, stop = [], False
+  handlers = {
+    number: signal.signal(number, lambda *_: asked.append(True))
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
   log, times = open_log(out_dir, step, steps), []
   while step < steps and not stop:
     if problem.method.due(step):
@@ -297,11 +299,15 @@ def train(
       )
     step = end
     write_log(log, step, metrics)
+    stop = devices.any_host(bool(asked))
     if step % checkpoint_every == 0 or step == steps or stop:
       saved = Progress(*devices.first((state, ever), axis))
       checkpoint.save(manager, step, saved)
   checkpoint.close(manager)
   feed.close()
+  for number, handler in handlers.items():
+    # None is a handler that Python has not set and can not set again.
+    signal.signal(number, handler or signal.SIG_DFL)
   if log is not None:
     log.bar.close()
   if step < steps:

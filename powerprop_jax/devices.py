@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,13 +46,22 @@ def replicate(tree: Any, axis: str | None) -> Any:
   """A copy of a tree on every local device."""
   if axis is None:
     return jax.tree.map(jnp.asarray, tree)
-  devices = jax.local_devices()
-  return jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
+  # Compiled, so that each device holds its own copy and none holds all: what
+  # lies on another device is moved by every call, and can not be donated.
+  copy = jax.pmap(lambda _, x: x, axis_name=axis, in_axes=(0, None))
+  return copy(np.arange(jax.local_device_count()), tree)
 
 
 def first(tree: Any, axis: str | None) -> Any:
   """The tree of the first local device, of a replicated one."""
   return tree if axis is None else jax.tree.map(lambda x: x[0], tree)
+
+
+def any_host(flag: bool) -> bool:
+  """Whether a flag is set on any host. All hosts have to ask together."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -148,6 +148,7 @@ def _flags(*args):
     ('alphas', ['two'], r'--alphas=two: could not convert'),
     ('kept', ['0', '1'], r'--kept=0,1: density must be in \(0, 1\]'),
     ('kept', ['1.5'], r'--kept=1.5: density must be in \(0, 1\]'),
+    ('kept', ['1e-6', '1'], r'--kept=1e-06 keeps no weight'),
     ('update_rule', ['backprop'], r'among target_propagation, chain_rule'),
     ('dataset', 'no_such_set', r'no_such_set'),
     ('scope', ['row'], r"layer, global or both, got 'row'"),

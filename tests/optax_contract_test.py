@@ -24,8 +24,6 @@ from powerprop_jax import propagation
 
 POWERS = {'kernel': 3.0, 'w': 1.5}  # Of the weights; there is a bias too.
 STEPS = 4
-
-
 OPTIMISERS = {
   'sgd': lambda: optax.sgd(0.1),
   'momentum': lambda: optax.sgd(0.1, momentum=0.9),
@@ -143,12 +141,12 @@ def _update(tx, grads, state, params, **extra_args) -> tuple[Any, Any]:
 
 
 def _assert_close(actual, desired, rtol=1e-5, atol=1e-6):
+  def check(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
   assert jax.tree.structure(actual) == jax.tree.structure(desired)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
-    actual,
-    desired,
-  )
+  jax.tree.map(check, actual, desired)
 
 
 def _assert_identical(actual, desired):
@@ -267,13 +265,12 @@ def _cast(tree, dtype):
   return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @each_optimiser
-def test_dtypes_are_those_of_the_inner_optimiser(name, dtype):
+def test_bfloat16_is_kept_where_the_inner_optimiser_keeps_it(name):
   types = functools.partial(
     _types,
-    params=_cast(_random(0), dtype),
-    grads=_cast(_random(1), dtype),
+    params=_cast(_random(0), jnp.bfloat16),
+    grads=_cast(_random(1), jnp.bfloat16),
     **EXTRA_ARGS.get(name, {}),
   )
   inner = OPTIMISERS[name]()
@@ -282,7 +279,7 @@ def test_dtypes_are_those_of_the_inner_optimiser(name, dtype):
   assert types(propagation.powerprop(inner, _alpha)) == expected
   # The rates that inject_hyperparams keeps are float32 and promote the updates.
   if name != 'inject_hyperparams':
-    assert {x.dtype for x in jax.tree.leaves(expected[1])} == {jnp.dtype(dtype)}
+    assert {str(x.dtype) for x in jax.tree.leaves(expected[1])} == {'bfloat16'}
 
 
 def test_dtypes_of_half_precision_gradients_for_float32_parameters():
@@ -293,9 +290,7 @@ def test_dtypes_of_half_precision_gradients_for_float32_parameters():
   expected = types(inner)
   assert types(_wrapped('sgd')) == expected
   assert types(propagation.powerprop(inner, _alpha)) == expected
-  assert {x.dtype for x in jax.tree.leaves(expected[1])} == {
-    jnp.dtype(jnp.bfloat16)
-  }
+  assert {str(x.dtype) for x in jax.tree.leaves(expected[1])} == {'bfloat16'}
 
 
 @each_optimiser
