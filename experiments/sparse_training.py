@@ -118,7 +118,12 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('image_size', 224, 'Of streamed images.', 8)
   integer('num_workers', 8, 'Processes that decode streamed images.', 0)
   integer('steps', 5_000, 'Training steps.', 1)
-  real('steps_multiplier', 1.0, 'Extended training: stretches all steps.', 1e-6)
+  real(
+    'steps_multiplier',
+    1.0,
+    'Extended training: stretches the run and its schedules.',
+    1e-6,
+  )
   integer('batch_size', 100, 'Examples a step, over all devices.', 1)
   real('label_smoothing', 0.0, 'Of the targets.', 0.0, 1.0)
   boolean('bfloat16', False, 'Whether activations are bfloat16.')
@@ -312,8 +317,8 @@ def train(
     log.bar.close()
   if step < steps:
     return None
-  # The first segment compiles.
-  count, seconds = np.sum(times[1:] or times or [(0, 1)], axis=0)
+  # The first segment compiles. Nothing is known of a run that was at its end.
+  count, seconds = np.sum(times[1:] or [(np.nan, 1)], axis=0)
   progress = Progress(*devices.first((state, ever), axis))
   return progress, float(count / seconds)
 
@@ -356,7 +361,9 @@ def summarise(
       'absolute': step * steps,
       'relative': step / flops.training_flops(dense),
     },
-    'steps_per_second': steps_per_second,
+    'steps_per_second': (
+      None if math.isnan(steps_per_second) else steps_per_second
+    ),
     'fingerprint': fingerprint(state),
   }
 
@@ -375,7 +382,8 @@ def table(summary: dict[str, Any]) -> str:
     )
   lines.append(f'{"weights ever in use":<40} {summary["explored"]:.4f}')
   lines.append(f'{"dead units":<40} {summary["dead_units"]}')
-  lines.append(f'{"steps a second":<40} {summary["steps_per_second"]:.1f}')
+  if summary['steps_per_second'] is not None:
+    lines.append(f'{"steps a second":<40} {summary["steps_per_second"]:.1f}')
   return '\n'.join([*lines, f'fingerprint {summary["fingerprint"]}'])
 
 

@@ -204,6 +204,10 @@ def magnitude(
       return final
     return size - masks_lib.floor_multiply(done, size - final)
 
+  def still(mask, masks):
+    # The network may have been sparser from the start than it has to be.
+    return _same(jax.tree.map(jnp.logical_and, mask, masks.forward))
+
   def init(key, theta, grads):
     del key, grads
     return masks_lib.dense(theta)
@@ -223,13 +227,13 @@ def magnitude(
         theta,
         final,
       )
-      return theta, _same(masks_lib.layerwise(scores, wanted))
+      return theta, still(masks_lib.layerwise(scores, wanted), masks)
     chosen = leaves.weights(theta, is_weight)
     triples = zip(*map(jax.tree.leaves, (chosen, theta, final)))
     sizes = [(x.size, n) for w, x, n in triples if w]
     size, total = (sum(column) for column in zip(*sizes))
     number = kept(done, size, total)
-    return theta, _same(masks_lib.globally(scores, number, chosen))
+    return theta, still(masks_lib.globally(scores, number, chosen), masks)
 
   return MaskUpdater(init, update)
 

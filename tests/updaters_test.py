@@ -208,6 +208,13 @@ def test_magnitude_at_once():
   assert _bits(made.forward) == [0, 0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize('scope', ['layer', 'global'])
+def test_magnitude_grows_nothing_in_a_network_that_is_sparser(scope):
+  updater = updaters.magnitude(_counts(3), scope=scope)
+  _, made = updater.update(KEY, 0, THETA, _masks([1, 0, 0, 0, 1, 0]), GRADS)
+  assert _bits(made.forward) == [1, 0, 0, 0, 1, 0]
+
+
 def test_top_kast_updates_more_than_it_uses():
   updater = updaters.top_kast(_counts(2), _counts(4))
   made = updater.init(KEY, THETA, GRADS)
