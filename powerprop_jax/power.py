@@ -56,6 +56,11 @@ class PowerTransform(NamedTuple):
 
 def check_alpha(alpha: float) -> float:
   """Returns alpha as a float, or raises ValueError if it is not in [1, inf)."""
+  if isinstance(alpha, jax.core.Tracer):
+    raise ValueError(
+      'alpha must be a number when the program is traced, got a traced value.'
+      " Give optax.inject_hyperparams static_args=('alpha',)."
+    )
   value = float(alpha)
   if not (math.isfinite(value) and value >= 1.0):
     raise ValueError(
@@ -201,8 +206,7 @@ def psi_inverse(x: jax.Array, alpha: float) -> jax.Array:
 def _exponent(
   alpha: Alpha, is_weight: leaves.IsWeight, path: leaves.Path, leaf: Any
 ) -> float:
-  # optax.tree_utils.tree_map_params hands init a placeholder in place of the
-  # parameters. It is no array, and never a weight.
+  # Trees may hold leaves that are no arrays, which are never weights.
   if not (hasattr(leaf, 'dtype') and is_weight(path, leaf)):
     return 1.0
   return check_alpha(alpha(path, leaf) if callable(alpha) else alpha)

@@ -18,11 +18,12 @@ Three forms of the one update:
 
   * `target_propagation(inner, transform)` wraps an optimiser; the parameters
     are phi, the gradients are taken at theta, and `inner` sees theta. Weight
-    decay inside `inner` acts on theta. Decay added outside, as in
-    `optax.chain(target_propagation(...), optax.add_decayed_weights(-1e-4))`,
-    acts on phi: it multiplies phi by 1 - 1e-4 and theta by (1 - 1e-4)^alpha a
-    step, while the gradient that holds small weights up vanishes; for alpha > 1
-    it is a strong sparsifier (a penalty |theta|^(2 / alpha)).
+    decay inside `inner` is a penalty on theta; as every update it is scaled by
+    the Jacobian, and small weights hardly feel it. Decay added outside, as in
+    `optax.chain(target_propagation(...), optax.add_decayed_weights(-1e-4,
+    mask=leaves.weights))`, acts on phi: it multiplies phi by 1 - 1e-4 and theta
+    by (1 - 1e-4)^alpha a step, while the gradient that holds small weights up
+    vanishes; for alpha > 1 it is a strong sparsifier (|theta|^(2 / alpha)).
   * `scale_by_power_jacobian(transform)` is the factor alone, the last link of a
     chain whose earlier links see phi as parameters.
   * `powerprop(inner, alpha)` keeps theta as the parameters of the caller.
@@ -51,7 +52,9 @@ def target_propagation(
 
   Args:
     inner: an optimiser, with its learning rate. Its state, and the parameters
-      it is given, are those of theta.
+      it is given, are those of theta. Its updates are scaled and not applied as
+      they are: wrappers that count on that (schedule_free, lookahead,
+      keep_params_nonnegative) go outside.
     transform: a `power.power_transform`.
 
   Returns:
@@ -118,11 +121,18 @@ def powerprop(
     is_weight: which leaves are reparameterised.
 
   Returns:
-    A gradient transformation for parameters and gradients of theta.
+    A gradient transformation for parameters and gradients of theta. Its init
+    raises ValueError if none of the parameters is a weight by its name.
   """
   if not callable(alpha):
     alpha = power.check_alpha(alpha)
   inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    power.exponents(params, alpha, is_weight)  # Raises on a bad alpha.
+    if jax.tree.leaves(params):  # Optax looks into states with a placeholder.
+      leaves.weight_rows(params, is_weight)
+    return inner.init(params)
 
   def difference(a, update, theta):
     if a == 1.0:  # Where psi is the identity the update is kept as it is.
@@ -142,4 +152,4 @@ def powerprop(
     powers = power.exponents(params, alpha, is_weight)
     return jax.tree.map(difference, powers, updates, params), state
 
-  return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

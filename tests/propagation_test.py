@@ -420,3 +420,17 @@ def test_sharded_parameters_stay_sharded():
   for x in (updates, optax.tree_utils.tree_get(state, 'mu')):
     assert x['linear']['w'].sharding.is_equivalent_to(sharding, 2)
   _assert_close(updates, expected, rtol=1e-5)
+
+
+def test_drop_in_refuses_parameters_without_names():
+  params = [(jnp.ones((2, 2)), jnp.zeros(2))]
+  with pytest.raises(ValueError, match='There is no weight among the leaves'):
+    propagation.powerprop(optax.sgd(0.1), 2.0).init(params)
+
+
+def test_drop_in_checks_alpha_at_init():
+  tx = propagation.powerprop(optax.sgd(0.1), lambda path, leaf: 0.5)
+  with pytest.raises(ValueError, match='got 0.5'):
+    tx.init({'w': jnp.ones(2)})
+  with pytest.raises(ValueError, match='static_args'):
+    jax.jit(lambda a: power.check_alpha(a))(2.0)
