@@ -56,12 +56,13 @@ class PowerTransform(NamedTuple):
 
 def check_alpha(alpha: float) -> float:
   """Returns alpha as a float, or raises ValueError if it is not in [1, inf)."""
-  if isinstance(alpha, jax.core.Tracer):
+  try:
+    value = float(alpha)
+  except jax.errors.ConcretizationTypeError as e:
     raise ValueError(
       'alpha must be a number when the program is traced, got a traced value.'
       " Give optax.inject_hyperparams static_args=('alpha',)."
-    )
-  value = float(alpha)
+    ) from e
   if not (math.isfinite(value) and value >= 1.0):
     raise ValueError(
       f'alpha must be a finite number >= 1, got {alpha}. alpha = 1 is the'
