@@ -4,8 +4,8 @@ import numpy as np
 
 # The 20 fractions of the paper's published notebook.
 KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
-# What `best` and `baseline` share; LOG.md says how they were chosen. Layers that
-# keep few weights at a density get more decay.
+# What `best` and `baseline` share; LOG.md says how they were chosen. Layers
+# that keep few weights at a density get more decay.
 _TUNED = {
   'dataset': 'mnist',
   'seeds': 5,
