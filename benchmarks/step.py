@@ -11,6 +11,7 @@ import time
 import jax
 import optax
 
+from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import networks
 from powerprop_jax import power
@@ -33,7 +34,7 @@ def make_chunk(alpha: float, data: datasets.Dataset):
   run_steps = jax.jit(
     training.make_run_steps(
       training.make_train_step(
-        training.classification_loss(network.apply), tx, transform
+        classification.make_loss(network.apply), tx, transform
       )
     )
   )

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from experiments import runner
+from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import networks
 from powerprop_jax import power
@@ -43,7 +44,7 @@ def package(data: datasets.Dataset, steps: int) -> float:
   def make(alpha):
     transform = power.power_transform(alpha)
     tx = propagation.target_propagation(optax.sgd(RATE), transform)
-    loss_fn = training.classification_loss(network.apply)
+    loss_fn = classification.make_loss(network.apply)
     run_steps = training.make_run_steps(
       training.make_train_step(loss_fn, tx, transform)
     )

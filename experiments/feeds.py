@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax import augment
+from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import devices
 from powerprop_jax import streams
@@ -74,7 +75,7 @@ def in_memory(
   size, columns = len(data.train.labels), _host_columns(batch_size)
   split = devices.replicate((data.train.images, data.train.labels), axis)
   run_steps = devices.on_devices(training.make_run_steps(step), axis)
-  accuracy = jax.jit(training.make_accuracy(apply, prepare=prepare))
+  accuracy = jax.jit(classification.make_accuracy(apply, prepare=prepare))
 
   def indices(start, n, salt=0):
     order = training.batch_indices(

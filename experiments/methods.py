@@ -12,6 +12,7 @@ from experiments import common
 from powerprop_jax import distributions
 from powerprop_jax import flops
 from powerprop_jax import schedules
+from powerprop_jax import top_kast
 from powerprop_jax import training
 from powerprop_jax import updaters
 
@@ -121,7 +122,7 @@ def _make_updater(
     'rigl': functools.partial(
       updaters.rigl, forward, drop, values, regrow_dropped
     ),
-    'top_kast': functools.partial(updaters.top_kast, forward, backward),
+    'top_kast': functools.partial(top_kast.top_kast, forward, backward),
     'magnitude': functools.partial(
       updaters.magnitude, forward, _progress(cadence), scope
     ),
@@ -213,9 +214,7 @@ def make_method(
     sparsities = distributions.sparsities(theta, counts)
     return jax.tree.map(lambda s: 1.0 - s, sparsities)
 
-  penalty = functools.partial(
-    updaters.top_kast_penalty, strength=exploration_penalty
-  )
+  penalty = functools.partial(top_kast.penalty, strength=exploration_penalty)
   due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
   return Method(
     updater=_make_updater(

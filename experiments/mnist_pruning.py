@@ -27,6 +27,7 @@ from experiments import common
 from experiments import presets
 from experiments import runner
 from powerprop_jax import analysis
+from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import masks
 from powerprop_jax import networks
@@ -111,8 +112,8 @@ def make_functions(
     theta, model_state = network.init(init_key, images / 255.0, True)
     return training.init_state(run_key, theta, model_state, tx, transform)
 
-  accuracy = training.make_accuracy(network.apply)
-  loss_fn = training.classification_loss(network.apply)
+  accuracy = classification.make_accuracy(network.apply)
+  loss_fn = classification.make_loss(network.apply)
   step = training.make_train_step(loss_fn, tx, transform)
   return Functions(
     init=jax.jit(init),

@@ -11,6 +11,7 @@ from experiments import common
 from experiments import feeds
 from experiments import methods
 from powerprop_jax import augment
+from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import devices
 from powerprop_jax import flops
@@ -138,7 +139,7 @@ def make_problem(
     **{name: settings[name] for name in METHOD_FLAGS},
   )
   prepare = _prepare(settings['dataset'], axis)
-  loss_fn = training.classification_loss(
+  loss_fn = classification.make_loss(
     network.apply, prepare, settings['label_smoothing']
   )
   step = training.make_train_step(loss_fn, tx, transform, axis, method.penalty)

@@ -240,7 +240,10 @@ def layerwise(scores: Params, counts: Any) -> Mask:
   def mask(n, s):
     if s is None:  # No leaf, as where Equinox has filtered one out.
       return None
-    return jnp.ones(jnp.shape(s), bool) if n is None else top_count_mask(s, n)
+    # What is kept whole is not ranked, and may be of any dtype.
+    if n is None or (not isinstance(n, jax.Array) and n == jnp.size(s)):
+      return jnp.ones(jnp.shape(s), bool)
+    return top_count_mask(s, n)
 
   return jax.tree.map(mask, counts, scores, is_leaf=lambda n: n is None)
 

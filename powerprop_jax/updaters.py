@@ -18,7 +18,6 @@ References:
   sparse connectivity <https://arxiv.org/abs/1707.04780>`_, 2018 (SET).
   Evci et al, `Rigging the lottery <https://arxiv.org/abs/1911.11134>`_, 2020
   (RigL).
-  Jayakumar et al, `Top-KAST <https://arxiv.org/abs/2106.03517>`_, 2020.
 """
 
 from collections.abc import Callable
@@ -77,13 +76,6 @@ def _uniform(key: jax.Array, theta: Params) -> Params:
   return jax.tree.unflatten(treedef, scores)
 
 
-def _where_counted(counts: Any, theta: Params) -> Any:
-  """Counts with None where a leaf is kept whole, as `masks.layerwise` takes."""
-  return jax.tree.map(
-    lambda n, x: None if n == jnp.size(x) else n, counts, theta
-  )
-
-
 def dense() -> MaskUpdater:
   """All weights, always: the baseline."""
 
@@ -114,8 +106,7 @@ def fixed(mask: Any) -> MaskUpdater:
 def _random(counts: Counts):
   def init(key, theta, grads):
     del grads
-    wanted = _where_counted(counts(theta), theta)
-    return _same(masks_lib.layerwise(_uniform(key, theta), wanted))
+    return _same(masks_lib.layerwise(_uniform(key, theta), counts(theta)))
 
   return init
 
@@ -166,7 +157,7 @@ def _check_scope(scope: str) -> None:
 
 def _largest(scores, wanted, scope, is_weight):
   if scope == 'layer':
-    return masks_lib.layerwise(scores, _where_counted(wanted, scores))
+    return masks_lib.layerwise(scores, wanted)
   chosen = leaves.weights(scores, is_weight)
   flags = jax.tree.leaves(chosen)
   total = sum(n for n, w in zip(jax.tree.leaves(wanted), flags) if w)
@@ -222,11 +213,7 @@ def magnitude(
       lambda x, m: jnp.where(m, jnp.abs(x), -1.0), theta, masks.forward
     )
     if scope == 'layer':
-      wanted = jax.tree.map(
-        lambda x, n: None if n == x.size else kept(done, x.size, n),
-        theta,
-        final,
-      )
+      wanted = jax.tree.map(lambda x, n: kept(done, x.size, n), theta, final)
       return theta, still(masks_lib.layerwise(scores, wanted), masks)
     chosen = leaves.weights(theta, is_weight)
     triples = zip(*map(jax.tree.leaves, (chosen, theta, final)))
@@ -357,80 +344,3 @@ def rigl(
     regrow_dropped,
     lambda key, theta, grads: _magnitudes(grads),
   )
-
-
-def top_kast(forward: Counts, backward: Counts) -> MaskUpdater:
-  """Top-KAST: uses the largest |theta| (A), and updates a larger set (B).
-
-  Weights of B that are not in A learn from the gradient they would have, and
-  enter A if they outgrow its smallest. Weights outside of B do not change. Add
-  `top_kast_penalty` to the gradient.
-
-  Args:
-    forward: how many weights of each leaf are in A, as of `distributions`.
-    backward: how many are in B.
-
-  Returns:
-    A `MaskUpdater`.
-
-  Raises:
-    ValueError: from its functions, if B is smaller than A in a leaf.
-  """
-
-  def choose(theta):
-    counts_a, counts_b = forward(theta), backward(theta)
-    for path, a, b in zip(
-      jax.tree.leaves(leaves.map_with_path(lambda p, x: str(p), theta)),
-      jax.tree.leaves(counts_a),
-      jax.tree.leaves(counts_b),
-    ):
-      if a > b:
-        raise ValueError(
-          f'Top-KAST updates at least the weights it uses, but {path!r} has {a}'
-          f' in the forward and {b} in the backward pass.'
-        )
-    # Both rank alike, ties included, so A is inside B.
-    scores = _magnitudes(theta)
-    return Masks(
-      forward=masks_lib.layerwise(scores, _where_counted(counts_a, theta)),
-      backward=masks_lib.layerwise(scores, _where_counted(counts_b, theta)),
-    )
-
-  def init(key, theta, grads):
-    del key, grads
-    return choose(theta)
-
-  def update(key, step, theta, masks, grads):
-    del key, step, masks, grads
-    return theta, choose(theta)
-
-  return MaskUpdater(init, update)
-
-
-def top_kast_penalty(
-  theta: Params, masks: Masks, strength: float, is_weight=leaves.is_weight
-) -> Grads:
-  """The gradient of Top-KAST's exploration penalty, an L2 one.
-
-  Weights in A are decayed by `strength` and those in B but not in A by
-  `strength / density of A`, which keeps A from freezing to its first choice: a
-  newcomer must be worth it.
-
-  Args:
-    theta: all weights, masked or not.
-    masks: forward A and backward B.
-    strength: of the penalty strength / 2 |theta|^2 in A.
-    is_weight: which leaves are weights; others have no penalty.
-
-  Returns:
-    A pytree to add to the gradient at theta.
-  """
-
-  def leaf(path, x, a, b):
-    if not is_weight(path, x):
-      return jnp.zeros_like(x)
-    density = jnp.sum(a, dtype=jnp.int32) / a.size
-    factor = jnp.where(a, strength, jnp.where(b, strength / density, 0.0))
-    return (factor * x).astype(x.dtype)
-
-  return leaves.map_with_path(leaf, theta, masks.forward, masks.backward)

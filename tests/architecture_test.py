@@ -15,8 +15,9 @@ _LAYERS = (
   {'checkpoint', 'devices', 'plotting'},
   {'power', 'datasets', 'streams'},
   {'reparam', 'propagation', 'distributions', 'updaters', 'flops', 'pruning'},
-  {'analysis'},
+  {'analysis', 'top_kast'},
   {'training'},
+  {'classification'},
   {'__init__'},
 )
 

@@ -10,6 +10,7 @@ from powerprop_jax import distributions
 from powerprop_jax import leaves
 from powerprop_jax import masks
 from powerprop_jax import schedules
+from powerprop_jax import top_kast
 from powerprop_jax import updaters
 
 KEY = jax.random.key(0)
@@ -215,33 +216,6 @@ def test_magnitude_grows_nothing_in_a_network_that_is_sparser(scope):
   assert _bits(made.forward) == [1, 0, 0, 0, 1, 0]
 
 
-def test_top_kast_updates_more_than_it_uses():
-  updater = updaters.top_kast(_counts(2), _counts(4))
-  made = updater.init(KEY, THETA, GRADS)
-  assert _bits(made.forward) == [0, 0, 0, 1, 1, 0]
-  assert _bits(made.backward) == [1, 0, 0, 1, 1, 1]
-  tied = _tree(jnp.ones(6))
-  _, made = updater.update(KEY, 0, tied, made, GRADS)
-  assert _bits(made.forward) == [1, 1, 0, 0, 0, 0]
-  assert _bits(made.backward) == [1, 1, 1, 1, 0, 0]
-
-
-def test_top_kast_needs_a_larger_backward_set():
-  updater = updaters.top_kast(_counts(3), _counts(2))
-  with pytest.raises(ValueError, match="'linear/w' has 3 in the forward and 2"):
-    updater.init(KEY, THETA, GRADS)
-
-
-def test_top_kast_penalty_by_hand():
-  made = updaters.top_kast(_counts(3), _counts(4)).init(KEY, THETA, GRADS)
-  penalty = updaters.top_kast_penalty(THETA, made, 0.1)
-  # A: 9, -8, 7. B adds 0.5, which pays double at a density of 1/2.
-  np.testing.assert_allclose(
-    penalty['linear']['w'], [0.1, 0, 0, 0.9, -0.8, 0.7], rtol=1e-6
-  )
-  assert not penalty['linear']['b'].any()
-
-
 def test_leaves_that_are_not_weights_stay_whole():
   theta = _tree(jnp.arange(6.0), jnp.arange(2.0))
   counts = distributions.uniform(0.5)
@@ -249,7 +223,7 @@ def test_leaves_that_are_not_weights_stay_whole():
     updaters.static(counts),
     updaters.snip(counts),
     updaters.magnitude(counts),
-    updaters.top_kast(counts, counts),
+    top_kast.top_kast(counts, counts),
     updaters.set_(counts, _drop(0.5), None),
     updaters.rigl(counts, _drop(0.5), None),
   ):
