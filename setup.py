@@ -37,6 +37,7 @@ setuptools.setup(
     'orbax-checkpoint>=0.11',
     # TFDS decodes images with it.
     'pillow>=10.0',
+    'safetensors>=0.5',
     'tensorflow-datasets>=4.9.9',
     'tqdm>=4.66',
   ],
@@ -44,11 +45,15 @@ setuptools.setup(
     'dev': [
       'equinox>=0.13',
       'flax>=0.12',
+      'ipykernel>=6.29',
+      'myst-parser>=4.0',
+      'nbclient>=0.10',
       'pre-commit>=4.0',
       'pyright==1.1.414',
       'pytest>=8.3',
       'pytest-xdist>=3.6',
       'ruff==0.17.6',
+      'sphinx>=8.1',
     ],
     # Only to prepare a TFDS data set; reading one needs no TensorFlow.
     'prepare': ['tensorflow-cpu>=2.18'],

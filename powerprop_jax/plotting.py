@@ -1,94 +1,31 @@
-"""Figures of the dicts that `analysis` makes: the paper's Figure 1.
-
-The only module that imports matplotlib. It uses figures as objects, without
-pyplot: they need no display and are freed like any other object. Colours are
-those of Okabe and Ito, which colour-blind readers can tell apart; lines have
-markers of their own as well.
+"""Figures of the numbers that `analysis` and the experiments make.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
   reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021,
   Figure 1.
-  Okabe and Ito, `Color universal design <https://jfly.uni-koeln.de/color/>`_.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import itertools
 import os
 from typing import Any
 
-from matplotlib import axes as mpl_axes
-from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 import numpy as np
 
-Axes = mpl_axes.Axes
-Figure = mpl_figure.Figure
+from powerprop_jax import figure_style
+
+Axes = figure_style.Axes
+Figure = figure_style.Figure
 
 _DPI = 150
-_BLACK, _GREY, _BLUE, _VERMILLION = '#000000', '#7f7f7f', '#0072b2', '#d55e00'
-_COLOURS = ('#e69f00', '#56b4e9', '#009e73', _BLUE, _VERMILLION, '#cc79a7')
-_MARKERS = 'osD^vPX*'
-_GROUPS = {'pruned': _GREY, 'survivors': _VERMILLION}
+_GROUPS = {'pruned': figure_style.GREY, 'survivors': figure_style.VERMILLION}
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
   """Writes a figure as a PNG file, at 150 dots per inch."""
   figure.savefig(path, dpi=_DPI, format='png')
-
-
-def _alpha(label: str) -> float | None:
-  """The power that a label starts with: 2.0 of '2.0 chain_rule'."""
-  try:
-    return float(label.split()[0])
-  except (ValueError, IndexError):
-    return None
-
-
-def _name(label: str) -> str:
-  """A label in words."""
-  alpha, (_, *rest) = _alpha(label), label.split() or ['']
-  if alpha is None:
-    return label.replace('_', ' ')
-  words = ' '.join(rest).replace('_', ' ')
-  baseline = ' (baseline)' if alpha == 1 else ''
-  return rf'$\alpha$ = {alpha:g}{", " if words else ""}{words}{baseline}'
-
-
-def _styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-  """A line style for each label; black and dashed at alpha = 1."""
-  colours, markers = itertools.cycle(_COLOURS), itertools.cycle(_MARKERS)
-  return {
-    label: {'color': _BLACK, 'linestyle': '--', 'marker': next(markers)}
-    if _alpha(label) == 1
-    else {'color': next(colours), 'linestyle': '-', 'marker': next(markers)}
-    for label in labels
-  }
-
-
-def _tidy(axes: Axes) -> Axes:
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(True, color='0.9', linewidth=0.8)
-  axes.set_axisbelow(True)
-  return axes
-
-
-def _line(
-  axes: Axes,
-  kept: Sequence[float],
-  mean: Sequence[float],
-  std: Sequence[float],
-  **style: Any,
-) -> None:
-  """A line in percent, in a band of one standard deviation to either side."""
-  x, y, band = (100 * np.asarray(v) for v in (kept, mean, std))
-  axes.plot(x, y, markersize=4.5, linewidth=1.6, **style)
-  if np.any(band):
-    axes.fill_between(
-      x, y - band, y + band, color=style['color'], alpha=0.18, linewidth=0
-    )
-    note = 'bands: ± one standard deviation over seeds'
-    axes.set_title(note, loc='right', fontsize=8.5, color=_GREY)
 
 
 def _finish(axes: Axes, title: str, ylabel: str) -> None:
@@ -114,12 +51,13 @@ def accuracy_against_kept(summary: Mapping[str, Any]) -> Figure:
     A figure with a line for each label, the mean over seeds, in a band of one
     standard deviation.
   """
-  figure = Figure(figsize=(6.4, 4.2), layout='constrained')
-  axes = _tidy(figure.subplots())
-  results = summary['results']
-  for label, style in _styles(results).items():
+  figure, axes = figure_style.panel()
+  results, kept = summary['results'], 100 * np.asarray(summary['kept'])
+  for label, style in figure_style.styles(results).items():
     mean, std = results[label]['mean'], results[label]['std']
-    _line(axes, summary['kept'], mean, std, label=_name(label), **style)
+    figure_style.line(
+      axes, kept, mean, std, label=figure_style.name(label), **style
+    )
   _finish(axes, 'Accuracy after pruning', 'Test accuracy (%)')
   return figure
 
@@ -134,19 +72,20 @@ def mask_overlap(overlaps: Mapping[Any, Mapping[str, Any]]) -> Figure:
   Returns:
     A figure with a line for each alpha, and one for the chance level.
   """
-  figure = Figure(figsize=(6.4, 4.2), layout='constrained')
-  axes = _tidy(figure.subplots())
+  figure, axes = figure_style.panel()
   named = {str(label): overlap for label, overlap in overlaps.items()}
-  for label, style in _styles(named).items():
-    mean = named[label]['overlap']
+  for label, style in figure_style.styles(named).items():
+    mean, kept = named[label]['overlap'], 100 * np.array(named[label]['kept'])
     std = named[label].get('std', np.zeros(len(mean)))
-    _line(axes, named[label]['kept'], mean, std, label=_name(label), **style)
+    figure_style.line(
+      axes, kept, mean, std, label=figure_style.name(label), **style
+    )
   # The chance level depends on the architecture and not on alpha.
   first = next(iter(named.values()))
   axes.plot(
     100 * np.asarray(first['kept']),
     100 * np.asarray(first['chance']),
-    color=_GREY,
+    color=figure_style.GREY,
     linestyle=':',
     label='random masks',
   )
@@ -176,7 +115,12 @@ def _scatter(axes: Axes, distribution: Mapping[str, Any]) -> None:
       label=name,
     )
   axes.axline(
-    (0, 0), slope=1, color=_BLACK, linewidth=1, linestyle=':', label='unchanged'
+    (0, 0),
+    slope=1,
+    color=figure_style.BLACK,
+    linewidth=1,
+    linestyle=':',
+    label='unchanged',
   )
   shares = distribution['sign_changes']
   lines = [
@@ -201,8 +145,8 @@ def _margins(top: Axes, right: Axes, kde: Mapping[str, Any]) -> None:
     top.plot(x, y, color=colour, linewidth=1.4)
     top.fill_between(x, y, color=colour, alpha=0.25, linewidth=0)
   x, y = kde['trained']['x'], kde['trained']['density']
-  right.plot(y, x, color=_BLUE, linewidth=1.4)
-  right.fill_betweenx(x, y, color=_BLUE, alpha=0.25, linewidth=0)
+  right.plot(y, x, color=figure_style.BLUE, linewidth=1.4)
+  right.fill_betweenx(x, y, color=figure_style.BLUE, alpha=0.25, linewidth=0)
   right.set_xlabel('Density')
   for axes, base in ((top, 'bottom'), (right, 'left')):
     axes.spines[:].set_visible(False)
@@ -235,9 +179,9 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
   for (label, distribution), panel in zip(distributions.items(), panels):
     top, corner, main, right = panel
     corner.set_axis_off()
-    _scatter(_tidy(main), distribution)
+    _scatter(figure_style.tidy(main), distribution)
     _margins(top, right, distribution['kde'])
-    top.set_title(_name(str(label)), loc='left')
+    top.set_title(figure_style.name(str(label)), loc='left')
   # The densities of trained values are not on one scale: where most weights end
   # near zero, their peak would leave nothing to see of the others.
   mains = [panel[2] for panel in panels]
@@ -256,3 +200,173 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
     markerscale=3,
   )
   return figure
+
+
+def one_weight(paths: Mapping[Any, Any], target: float) -> Figure:
+  """Weights on their way to a target, from several starts (section 2).
+
+  Args:
+    paths: the weights after each step, of shape [steps, starts], by alpha.
+    target: where they are pulled to.
+
+  Returns:
+    A figure with a panel for each alpha; a start has one colour in all panels.
+  """
+  figure = Figure(figsize=(2.6 * len(paths) + 0.6, 3.2), layout='constrained')
+  panels = figure.subplots(1, len(paths), sharey=True, squeeze=False)[0]
+  for axes, (alpha, weights) in zip(panels, paths.items()):
+    figure_style.tidy(axes).axhline(
+      target, color=figure_style.GREY, linestyle=':'
+    )
+    colours = itertools.cycle(figure_style.COLOURS)
+    for weight, colour in zip(np.asarray(weights).T, colours):
+      axes.plot(weight, color=colour, linewidth=1.6)
+    axes.set_title(figure_style.name(str(alpha)), loc='left')
+    axes.set_xlabel('Step')
+  panels[0].set_ylabel('Weight')
+  return figure
+
+
+def accuracy_against_sparsity(
+  results: Mapping[str, Mapping[str, Sequence[float]]],
+) -> Figure:
+  """Accuracy of sparse training: a colour a method, a line style an alpha.
+
+  Args:
+    results: for each label, alpha and method as in '2.0 RigL', a dict of lists
+      'sparsity', 'mean' and 'std', all in [0, 1]. A method that is given at
+      sparsity 0 alone is a level across the figure.
+
+  Returns:
+    A figure with bars of one standard deviation.
+  """
+  figure, axes = figure_style.panel(8.0, 4.8)
+  method = {label: label.split(maxsplit=1)[-1] for label in results}
+  sparse = [label for label in results if any(results[label]['sparsity'])]
+  figure_style.scale_sparsities(
+    axes, {s for k in sparse for s in results[k]['sparsity']}
+  )
+  figure_style.scale_errors(axes)
+  names = list(dict.fromkeys(method[label] for label in sparse))
+  order = list(dict.fromkeys(method.values()))
+  alphas = sorted({figure_style.alpha_of(label) or 1.0 for label in results})
+  for label in sorted(results, key=lambda label: order.index(method[label])):
+    x, y, std = (
+      100 * np.asarray(results[label][k]) for k in ('sparsity', 'mean', 'std')
+    )
+    line = ('--', '-', ':', '-.')[
+      alphas.index(figure_style.alpha_of(label) or 1.0)
+    ]
+    style: Any = {
+      'linestyle': line,
+      'label': figure_style.name(label, baseline=False),
+    }
+    if label not in sparse:
+      axes.axhline(y[0], color=figure_style.BLACK, linewidth=1.2, **style)
+      continue
+    i = names.index(method[label])
+    colour = figure_style.COLOURS[i % len(figure_style.COLOURS)]
+    axes.errorbar(
+      # A little apart, for bars not to hide each other.
+      (100 - x) * 1.015 ** (i - (len(names) - 1) / 2),
+      y,
+      std if std.any() else None,
+      color=colour,
+      marker=figure_style.MARKERS[i],
+      markerfacecolor='white' if line == '--' else colour,
+      markersize=4.5,
+      elinewidth=1,
+      **style,
+    )
+  axes.set_title('Accuracy of sparse training', loc='left')
+  figure.legend(loc='outside right upper', frameon=False)
+  return figure
+
+
+def _over_tasks(results: Mapping[str, Any], title: str, xlabel: str) -> Figure:
+  """A line in percent for each label over tasks; dashed at alpha = 1."""
+  figure, axes = figure_style.panel(8.0, 4.2)
+  looks = zip(
+    itertools.cycle((*figure_style.COLOURS, figure_style.BLACK)),
+    itertools.cycle(figure_style.MARKERS),
+  )
+  for (label, runs), (colour, marker) in zip(results.items(), looks):
+    values = np.atleast_2d(np.asarray(runs, float))
+    std = values.std(axis=0, ddof=min(1, len(values) - 1))
+    tasks = np.arange(1, values.shape[1] + 1)
+    figure_style.line(
+      *(axes, tasks, values.mean(axis=0), std),
+      label=figure_style.name(label, baseline=False),
+      color=colour,
+      marker=marker,
+      linestyle='--' if figure_style.alpha_of(label) == 1 else '-',
+      markevery=max(1, len(tasks) // 20),
+    )
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  axes.set_xlabel(xlabel)
+  axes.set_title(title, loc='left')
+  figure.legend(loc='outside right upper', frameon=False)
+  return figure
+
+
+def accuracy_by_task(results: Mapping[str, Any]) -> Figure:
+  """Accuracy on each task in the end, a line for each method.
+
+  Args:
+    results: for each label, such as 'PackNet' or '2.0 EPN', the accuracies in
+      [0, 1], of shape [tasks] or [seeds, tasks].
+
+  Returns:
+    A figure; over seeds, the mean in a band of one standard deviation.
+  """
+  figure = _over_tasks(results, 'Accuracy after the last task', 'Task')
+  figure_style.scale_errors(figure.axes[0])
+  return figure
+
+
+def capacity(results: Mapping[str, Any]) -> Figure:
+  """The share of the weights that some task uses, over the tasks learned.
+
+  Args:
+    results: for each label the shares in [0, 1] after each task, of shape
+      [tasks] or [seeds, tasks].
+
+  Returns:
+    A figure; over seeds, the mean in a band of one standard deviation.
+  """
+  figure = _over_tasks(results, 'Capacity used', 'Tasks learned')
+  figure.axes[0].set_ylim(0, 103)
+  figure.axes[0].set_ylabel('Weights in use (%)')
+  return figure
+
+
+def accuracy_matrix(matrix: Any) -> Figure:
+  """Accuracy on every task (columns) after every task learned (rows).
+
+  Args:
+    matrix: accuracies in [0, 1], NaN for tasks that are not learned yet.
+
+  Returns:
+    A figure. Nothing was forgotten if every column has one colour.
+  """
+  values = 100 * np.asarray(matrix, float)
+  # A tenth of a point must not look like all the difference there is.
+  low = min(np.nanmin(values), np.nanmax(values) - 5)
+  names = 'Task evaluated', 'Tasks learned', 'Test accuracy (%)'
+  return figure_style.matrix_panel(
+    values, low, 'Accuracy over the sequence', *names
+  )
+
+
+def overlap_matrix(matrix: Any) -> Figure:
+  """The share of their weights that the masks of two tasks have in common.
+
+  Args:
+    matrix: intersection over union of the masks of all pairs, in [0, 1].
+
+  Returns:
+    A figure.
+  """
+  values, title = 100 * np.asarray(matrix, float), 'Overlap of masks'
+  names = 'Task', 'Task', 'Weights in both masks, of those in either (%)'
+  return figure_style.matrix_panel(values, 0.0, title, *names)

@@ -11,13 +11,15 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _PACKAGE = _ROOT / 'powerprop_jax'
 # A module may import those of lower layers only.
 _LAYERS = (
-  {'leaves', 'masks', 'schedules', 'networks', 'prepared', 'augment'},
-  {'checkpoint', 'devices', 'plotting'},
+  {'leaves', 'masks', 'schedules', 'networks', 'prepared', 'augment'}
+  | {'figure_style', 'export_codes', 'task_inference', 'continual_report'},
+  {'checkpoint', 'devices', 'plotting', 'layouts', 'export_file', 'search'},
   {'power', 'datasets', 'streams'},
-  {'reparam', 'propagation', 'distributions', 'updaters', 'flops', 'pruning'},
+  {'reparam', 'propagation', 'distributions', 'updaters', 'flops', 'pruning'}
+  | {'tasks', 'continual', 'export'},
   {'analysis', 'top_kast'},
   {'training'},
-  {'classification'},
+  {'classification', 'ewc'},
   {'__init__'},
 )
 

@@ -206,6 +206,179 @@ def test_weight_scatter_without_survivors(tmp_path):
   assert 'of survivors' not in _texts(figure)
 
 
+def _training(**results):
+  """Results of sparse training, from lists of percent."""
+  return {
+    label.replace('_', ' ', 1): {
+      'sparsity': [0.8, 0.9, 0.95, 0.98, 0.99][: len(mean)],
+      'mean': [y / 100 for y in mean],
+      'std': [0.01] * len(mean),
+    }
+    for label, mean in results.items()
+  }
+
+
+def _sparse_results():
+  methods = ['static', 'SNIP', 'SET', 'RigL', 'Top-KAST', 'magnitude']
+  falling = [98.0, 97.5, 97.0, 95.0, 80.0]
+  results = {
+    f'{alpha}_{method}': falling
+    for alpha in ('1.0', '2.0')
+    for method in methods
+  }
+  dense = {'sparsity': [0.0], 'mean': [0.983], 'std': [0.001]}
+  return {'1.0 dense': dense, **_training(**results), '2.0 dense': dense}
+
+
+def test_sparse_accuracy_lines_hold_the_means_over_the_weights_kept():
+  results = _training(**{'1.0_RigL': [98, 97, 95], '2.0_RigL': [97, 96, 94]})
+  figure = plotting.accuracy_against_sparsity(results)
+  (axes,) = figure.axes
+  for line, mean in zip(axes.lines, ([98, 97, 95], [97, 96, 94]), strict=True):
+    np.testing.assert_allclose(_points(line).T, [[20, 10, 5], mean])
+  bars: Any = axes.collections
+  np.testing.assert_allclose(bars[0].get_segments()[1], [[10, 96], [10, 98]])
+  assert axes.get_xlabel() == 'Weights removed (%)'
+  assert axes.get_ylabel().startswith('Test accuracy (%)')
+  (legend,) = figure.legends
+  assert _legend(legend) == [r'$\alpha$ = 1, RigL', r'$\alpha$ = 2, RigL']
+
+
+def test_sparse_accuracy_has_a_colour_a_method_and_a_line_style_an_alpha():
+  figure = plotting.accuracy_against_sparsity(_sparse_results())
+  (axes,) = figure.axes
+  levels = [line for line in axes.lines if line.get_color() == '#000000']
+  lines = [line for line in axes.lines if line not in levels]
+  assert [_points(line)[0, 1] for line in levels] == pytest.approx([98.3] * 2)
+  assert [line.get_linestyle() for line in axes.lines] == ['--', '-'] * 7
+  colours = [line.get_color() for line in lines]
+  fills = [line.get_markerfacecolor() for line in lines]
+  assert fills[::2] == ['white'] * 6
+  assert fills[1::2] == colours[1::2]
+  assert colours[::2] == colours[1::2]
+  assert len(set(colours)) == len({str(x.get_marker()) for x in lines}) == 6
+  (legend,) = figure.legends
+  names = [text.split(', ')[1] for text in _legend(legend)]
+  assert names[::2] == names[1::2]
+  assert len(set(names)) == 7
+
+
+def test_sparse_accuracy_scales_are_logarithmic_in_weights_and_errors():
+  figure = plotting.accuracy_against_sparsity(_sparse_results())
+  figure.draw_without_rendering()
+  (axes,) = figure.axes
+  ticks = [text.get_text() for text in axes.get_xticklabels()]
+  assert ticks == ['80', '90', '95', '98', '99']
+  place = lambda x, y: axes.transData.transform((x, y))
+  steps = np.diff([place(x, 98)[0] for x in (20, 10, 5)])
+  assert steps[0] > 0
+  assert steps[0] == pytest.approx(steps[1])
+  steps = np.diff([place(10, y)[1] for y in (80, 90, 95, 97.5)])
+  assert steps[0] > 0
+  assert steps == pytest.approx([steps[0]] * 3)
+  low, high = axes.get_ylim()
+  assert 70 < low < 80 < 98.3 < high < 99.5
+
+
+def test_accuracy_without_errors_can_be_drawn(tmp_path):
+  perfect = _training(**{'1.0_RigL': [100, 100]})
+  perfect['1.0 RigL']['std'] = [0.0, 0.0]
+  for i, figure in enumerate(
+    [
+      plotting.accuracy_against_sparsity(perfect),
+      plotting.accuracy_by_task({'EPN': [1.0, 1.0, 1.0]}),
+    ]
+  ):
+    plotting.save(figure, tmp_path / f'{i}.png')
+
+
+def test_accuracy_by_task_is_the_mean_over_seeds():
+  figure = plotting.accuracy_by_task(
+    {'PackNet': [0.98, 0.97, 0.95], '2.0 EPN': [[0.98, 0.9], [0.98, 0.8]]}
+  )
+  (axes,) = figure.axes
+  lines = _lines(axes)
+  assert list(lines) == ['PackNet', r'$\alpha$ = 2, EPN']
+  packnet, epn = lines.values()
+  np.testing.assert_allclose(packnet.T, [[1, 2, 3], [98, 97, 95]])
+  np.testing.assert_allclose(epn.T, [[1, 2], [98, 85]])
+  expected = [85 - 10 / np.sqrt(2), 85 + 10 / np.sqrt(2)]
+  np.testing.assert_allclose(_band(axes, 2.0), expected, rtol=1e-6)
+  assert axes.get_xlabel() == 'Task'
+
+
+def test_capacity_is_in_percent_of_all_weights():
+  used = {'1.0 EPN': [0.3, 0.5], '2.0 EPN': np.linspace(0, 0.4, 100)}
+  figure = plotting.capacity(used)
+  figure.draw_without_rendering()
+  (axes,) = figure.axes
+  first, second = axes.lines
+  np.testing.assert_allclose(_points(first).T, [[1, 2], [30, 50]])
+  np.testing.assert_allclose(_points(second)[[0, -1]], [[1, 0], [100, 40]])
+  assert axes.get_ylim() == (0, 103)
+  assert all(x == round(x) for x in axes.get_xticks())
+  (legend,) = figure.legends
+  assert _legend(legend) == [
+    r'$\alpha$ = 1, EPN',
+    r'$\alpha$ = 2, EPN',
+  ]
+
+
+def test_lines_over_tasks_differ_and_are_dashed_without_powerprop():
+  labels = [f'{alpha} m_{i}' for i in range(7) for alpha in (1.0, 2.0)]
+  figure = plotting.capacity({label: [0.1, 0.2] for label in labels})
+  lines = figure.axes[0].lines
+  assert len({(x.get_color(), str(x.get_marker())) for x in lines}) == 14
+  assert [line.get_linestyle() for line in lines] == ['--', '-'] * 7
+  (legend,) = figure.legends
+  assert _legend(legend)[:2] == [r'$\alpha$ = 1, m 0', r'$\alpha$ = 2, m 0']
+
+
+def _array(artist: Any) -> np.ndarray:
+  return np.asarray(artist.get_array())
+
+
+def _cells(axes):
+  return {tuple(text.get_position()): text.get_text() for text in axes.texts}
+
+
+def test_accuracy_matrix_shows_tasks_evaluated_over_tasks_learned():
+  nan = float('nan')
+  matrix = [[0.98, nan, nan], [0.9, 0.97, nan], [0.5, 0.8, 0.96]]
+  axes, bar = plotting.accuracy_matrix(matrix).axes
+  (image_,) = axes.images
+  np.testing.assert_allclose(_array(image_), 100 * np.array(matrix))
+  assert _cells(axes) == {
+    (1, 1): '98.0',
+    (1, 2): '90.0',
+    (2, 2): '97.0',
+    (1, 3): '50.0',
+    (2, 3): '80.0',
+    (3, 3): '96.0',
+  }
+  assert axes.get_xlabel() == 'Task evaluated'
+  assert axes.get_ylabel() == 'Tasks learned'
+  assert axes.yaxis_inverted()
+  assert bar.get_ylabel() == 'Test accuracy (%)'
+  assert image_.get_clim() == pytest.approx((50, 98))
+
+
+def test_accuracy_matrix_does_not_exaggerate_and_takes_many_tasks():
+  matrix = np.where(np.tri(100) > 0, 0.97, np.nan)
+  matrix[:, 0] = 0.98
+  axes, _ = plotting.accuracy_matrix(matrix).axes
+  assert axes.images[0].get_clim() == pytest.approx((93, 98))
+  assert not axes.texts
+
+
+def test_overlap_matrix_runs_from_nothing_to_all():
+  axes, _ = plotting.overlap_matrix([[1.0, 0.4], [0.4, 1.0]]).axes
+  (image_,) = axes.images
+  np.testing.assert_allclose(_array(image_), [[100, 40], [40, 100]])
+  assert image_.get_clim() == (0, 100)
+  assert _cells(axes)[2, 1] == '40.0'
+
+
 def test_save_writes_a_png(tmp_path):
   figure = plotting.accuracy_against_kept(_summary())
   for path in tmp_path / 'figure.png', tmp_path / 'figure':
@@ -222,3 +395,17 @@ def test_pyplot_is_not_imported():
     'sys.exit("matplotlib.pyplot" in sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_one_weight_has_a_line_a_start_and_a_panel_an_alpha():
+  paths = {1.0: [[0.0, 0.2], [0.5, 0.6]], 3.0: [[0.0, 0.2], [0.0, 0.9]]}
+  figure = plotting.one_weight(paths, target=1.0)
+  for axes, (alpha, weights) in zip(figure.axes, paths.items(), strict=True):
+    assert f'= {alpha:g}' in axes.get_title(loc='left')
+    target, *lines = axes.lines
+    np.testing.assert_array_equal(target.get_ydata(), [1.0, 1.0])
+    found = np.transpose([line.get_ydata() for line in lines])
+    np.testing.assert_array_equal(found, weights)
+  # A start is known by its colour.
+  colours = [[line.get_color() for line in x.lines] for x in figure.axes]
+  assert colours[0] == colours[1]

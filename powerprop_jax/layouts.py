@@ -1,0 +1,124 @@
+"""How the leaves of a network are kept from task to task.
+
+In continual learning (section 4 of the paper) a task is more than a mask of
+weights. The biases, the parameters and the statistics of normalisation, and the
+last layer belong to tasks too, and each leaf is of one of four kinds:
+
+  * `masked`: a weight has one owner, and a task one bit a weight;
+  * `private`: starts afresh with every task, and each task stores its own;
+  * `frozen`: learnt with the first task, and fixed from then on;
+  * `shared`: changes with every task, by which earlier tasks are forgotten.
+
+Leaves are known by their '/'-joined path, and groups of them are dictionaries
+by path.
+"""
+
+from collections.abc import Collection, Mapping
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from powerprop_jax import leaves
+
+Params = Any  # A pytree of arrays.
+ByPath = dict[str, jax.Array]  # Some leaves of the parameters, by their path.
+
+_KINDS = {
+  'weights': ('masked', 'private', 'shared'),
+  'heads': ('private', 'shared'),
+  'biases': ('private', 'frozen', 'shared'),
+  'norm': ('private', 'frozen', 'shared'),
+}
+
+
+class Layout(NamedTuple):
+  """How every leaf of a network is kept.
+
+  Attributes:
+    kinds: 'masked', 'private', 'frozen' or 'shared', by the path of the leaf.
+    state: the kind of the statistics of normalisation: all but 'masked'.
+  """
+
+  kinds: dict[str, str]
+  state: str
+
+
+def _paths(params: Params) -> list[str]:
+  tree = leaves.map_with_path(lambda p, _: str(p), params)
+  return jax.tree.leaves(tree)
+
+
+def by_path(params: Params, paths: Collection[str]) -> ByPath:
+  """Some leaves of a tree, by their path."""
+  found = zip(_paths(params), jax.tree.leaves(params))
+  return {path: leaf for path, leaf in found if path in paths}
+
+
+def put(params: Params, found: Mapping[str, Any]) -> Params:
+  """A tree in which some leaves are others, given by their path."""
+  return leaves.map_with_path(lambda p, x: found.get(p, x), params)
+
+
+def make_layout(
+  params: Params,
+  *,
+  weights: str = 'masked',
+  heads: str = 'private',
+  biases: str = 'private',
+  norm: str = 'private',
+  head: str = 'logits',
+  is_weight: leaves.IsWeight = leaves.is_weight,
+) -> Layout:
+  """Says how every leaf of a network is kept.
+
+  Args:
+    params: a pytree of arrays, or of their shapes.
+    weights: 'masked', 'private' or 'shared'.
+    heads: 'private', a last layer for every task, weights and all; or 'shared',
+      one last layer that is kept as the other layers are.
+    biases: 'private', 'frozen' or 'shared': leaves beside a weight.
+    norm: likewise, for leaves of layers without a weight, and for statistics.
+    head: a regular expression, searched in the '/'-joined path, that tells the
+      last layer.
+    is_weight: a function of (path, leaf).
+
+  Returns:
+    A `Layout`.
+
+  Raises:
+    ValueError: if a kind is impossible, or masked weights would be forgotten
+      through leaves that are shared, or no layer is the head.
+  """
+  chosen = {'weights': weights, 'heads': heads, 'biases': biases, 'norm': norm}
+  for name, value in chosen.items():
+    if value not in _KINDS[name]:
+      raise ValueError(f'{name} must be among {_KINDS[name]}, got {value!r}.')
+  if weights == 'masked' and 'shared' in (biases, norm):
+    raise ValueError(
+      f'biases={biases!r} and norm={norm!r} beside masked weights: earlier'
+      " tasks would be forgotten through them. Use 'private' or 'frozen'."
+    )
+  rows = leaves.weight_rows(params, is_weight)
+  weight_paths = {str(path) for path, _ in rows}
+  layers = {path.rpartition('/')[0] for path in weight_paths}
+
+  def kind(path):
+    if heads == 'private' and re.search(head, path):
+      return 'private'
+    if path in weight_paths:
+      return weights
+    return biases if path.rpartition('/')[0] in layers else norm
+
+  paths = _paths(params)
+  if heads == 'private' and not any(re.search(head, path) for path in paths):
+    raise ValueError(
+      f'No layer matches head={head!r}, of {sorted(layers)}. Name the last one,'
+      " or use heads='shared'."
+    )
+  return Layout({path: kind(path) for path in paths}, norm)
+
+
+def paths_of(layout: Layout, kind: str) -> list[str]:
+  """The paths of the leaves of a kind."""
+  return [path for path, k in layout.kinds.items() if k == kind]

@@ -1,0 +1,171 @@
+"""Which task inputs belong to, when nobody says.
+
+A network that holds many tasks, each under its mask, has to be told which mask
+to use. Without the task's number, the masks can be tried: the network of the
+right task is sure of its predictions. Three rules choose a task for a batch of
+images of one task, without labels:
+
+  * the lowest entropy of the predictions, a network evaluated for each task
+    (Wortsman et al. 2020 compare with it);
+  * the largest log-sum-exp of the logits, its negative free energy (Liu et al.
+    2020), which also sees how large the logits are;
+  * one evaluation for all tasks together, the 'one-shot' rule of SupSup
+    (Wortsman et al. 2020): mix the tasks' networks in equal parts, and take the
+    one of which a little more lowers the entropy fastest.
+
+The paper has a rule of its own (section 4, last paragraph). It is in the
+supplementary material, which was not available when this was written, so that
+none of these may be it.
+
+References:
+  Wortsman et al, `Supermasks in superposition
+  <https://arxiv.org/abs/2006.14769>`_, 2020.
+  Liu et al, `Energy-based out-of-distribution detection
+  <https://arxiv.org/abs/2010.03759>`_, 2020.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # A pytree of arrays.
+# Maps (t, images) to the logits [n, classes] of the network of task t, an int32
+# scalar that may be traced, as one that indexes stacked masks can.
+Logits = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+  """The entropy of each prediction, in nats: [..., classes] to [...]."""
+  log_p = jax.nn.log_softmax(logits)
+  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def _search(
+  cost: Callable[[jax.Array], jax.Array],
+  logits: Logits,
+  num_tasks: int,
+  images: jax.Array,
+  halving: bool,
+) -> jax.Array:
+  """The task of least total cost, of logits to a number an image."""
+  if num_tasks < 1 or not len(images):
+    raise ValueError(
+      'There must be a task and an image to choose by, got'
+      f' num_tasks={num_tasks} and {len(images)} images.'
+    )
+  rounds = (num_tasks - 1).bit_length() if halving else 1
+  rounds = max(1, min(rounds, len(images)))
+  tasks, total = jnp.arange(num_tasks), jnp.zeros(num_tasks)
+  for i in range(rounds):
+    start, stop = (len(images) * j // rounds for j in (i, i + 1))
+    part = images[start:stop]
+    total += jax.lax.map(lambda t, x=part: jnp.sum(cost(logits(t, x))), tasks)
+    keep = 1 if i == rounds - 1 else -(-len(tasks) // 2)
+    # Not argmin: NaN, of a network that diverged, would be the least.
+    best = jnp.argsort(total)[:keep]
+    tasks, total = tasks[best], total[best]
+  return tasks[0]
+
+
+def lowest_entropy(
+  logits: Logits,
+  num_tasks: int,
+  images: jax.Array,
+  halving: bool = False,
+) -> jax.Array:
+  """The task whose network is surest of a batch, by its mean entropy.
+
+  Can be jit-compiled, and vmapped over batches.
+
+  Args:
+    logits: maps (t, images) to the logits of task t.
+    num_tasks: how many tasks there are.
+    images: a batch, all of one task.
+    halving: whether to drop half of the tasks after each of log2(num_tasks)
+      parts of the batch, in place of evaluating all tasks on all of it. Sums
+      run over all parts so far. At 64 tasks this takes a third of the work. A
+      batch of fewer images has as many parts as images, of which the last
+      decides among all tasks that are left.
+
+  Returns:
+    The task, an int32 scalar; the first of those that tie.
+
+  Raises:
+    ValueError: if there is no task or no image.
+  """
+  return _search(entropy, logits, num_tasks, images, halving)
+
+
+def largest_logsumexp(
+  logits: Logits,
+  num_tasks: int,
+  images: jax.Array,
+  halving: bool = False,
+) -> jax.Array:
+  """The task with the largest mean log-sum-exp of logits over a batch.
+
+  Compares the scale of the logits of different networks, so that it is for
+  tasks that were trained alike.
+
+  Args:
+    logits: as in `lowest_entropy`.
+    num_tasks: as in `lowest_entropy`.
+    images: as in `lowest_entropy`.
+    halving: as in `lowest_entropy`.
+
+  Returns:
+    The task, an int32 scalar; the first of those that tie.
+
+  Raises:
+    ValueError: if there is no task or no image.
+  """
+  return _search(
+    lambda x: -jax.nn.logsumexp(x, axis=-1), logits, num_tasks, images, halving
+  )
+
+
+def _rescale(mixed: jax.Array, parts: jax.Array) -> jax.Array:
+  """Gives a mixture the root mean square of what it is a mixture of."""
+  size = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))
+  factor = size(parts) / jnp.maximum(size(mixed), jnp.finfo(mixed.dtype).tiny)
+  # A constant: the gradient is that of mixing, not of the size.
+  return mixed * jax.lax.stop_gradient(factor)
+
+
+def one_shot(
+  apply: Callable[[Params, jax.Array], jax.Array],
+  thetas: Params,
+  images: jax.Array,
+  normalise: bool = False,
+) -> jax.Array:
+  """The task that the entropy of a mixture of all tasks asks for, as in SupSup.
+
+  The weights are sum_t c_t theta_t at c_t = 1 / T; the task is the one with the
+  steepest descent of the mean entropy, argmax_t -dH/dc_t. It takes one forward
+  and one backward pass for any number of tasks. Made for random weights under
+  many masks of half of them; masks that share little mix to weights near zero,
+  which predict nothing.
+
+  Args:
+    apply: maps (theta, images) to logits [n, classes].
+    thetas: the weights of all tasks, zero outside of their masks, each leaf
+      with a leading axis of tasks.
+    images: a batch, all of one task.
+    normalise: whether to scale every leaf of the mixture to the root mean
+      square of the leaves it is mixed from. (To hold the sum of c at 1 instead
+      would change nothing: it takes the same number off every derivative.)
+
+  Returns:
+    The task, an int32 scalar.
+  """
+  num_tasks = len(jax.tree.leaves(thetas)[0])
+
+  def mean_entropy(c):
+    mixed = jax.tree.map(lambda x: jnp.tensordot(c, x, 1), thetas)
+    if normalise:
+      mixed = jax.tree.map(_rescale, mixed, thetas)
+    return jnp.mean(entropy(apply(mixed, images)))
+
+  return jnp.argmin(jax.grad(mean_entropy)(jnp.full(num_tasks, 1 / num_tasks)))
