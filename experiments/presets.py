@@ -48,3 +48,15 @@ MNIST_PRUNING = {
     'phi_decay_norm': 'l1',
   },
 }
+SPARSE_SWEEP = {
+  'mnist': {
+    'dataset': 'mnist',
+    'distributions': ['uniform', 'erk'],
+    'seeds': 3,
+    'steps': 10_000,
+    'batch_size': 100,
+    'optimizer': 'sgd',
+    'momentum': 0.9,
+    'schedule': 'cosine',
+  },
+}

@@ -11,8 +11,9 @@ import os
 import pathlib
 import queue
 import signal
+import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,8 +21,6 @@ import tqdm
 
 from experiments import common
 from powerprop_jax import training
-
-_CHUNK = 500  # Steps between two looks at the loss.
 
 # Called with the step and the mean metrics of the steps since the last call.
 Report = Callable[[int, dict[str, float]], None]
@@ -53,6 +52,10 @@ def train(
   steps: int,
   batch_size: int,
   report: Report,
+  chunk: int = 500,
+  before: Callable[[int, training.TrainState], training.TrainState] = (
+    lambda step, state: state
+  ),
 ) -> training.TrainState:
   """Trains in compiled chunks, and looks at the loss after each.
 
@@ -64,6 +67,9 @@ def train(
     steps: how many steps to take.
     batch_size: examples a step.
     report: called after every chunk.
+    chunk: steps between two looks at the loss.
+    before: maps the step and the state before a chunk to the state to go on
+      from, for updates of masks.
 
   Returns:
     The state after the last step.
@@ -71,11 +77,12 @@ def train(
   Raises:
     Diverged: if the loss becomes NaN or infinite, with the step.
   """
-  for start in range(0, steps, _CHUNK):
-    chunk = min(_CHUNK, steps - start)
+  for start in range(0, steps, chunk):
+    size = min(chunk, steps - start)
     indices = training.batch_indices(
-      data_key, start, chunk, batch_size, len(data[1])
+      data_key, start, size, batch_size, len(data[1])
     )
+    state = before(start, state)
     state, metrics = run_steps(state, data, indices)
     metrics = jax.device_get(metrics)
     finite = np.isfinite(metrics['loss'])
@@ -84,7 +91,7 @@ def train(
       raise Diverged(
         f'the loss became {metrics["loss"][first]} at step {start + first}'
       )
-    report(start + chunk, {k: float(np.mean(x)) for k, x in metrics.items()})
+    report(start + size, {k: float(np.mean(x)) for k, x in metrics.items()})
   return state
 
 
@@ -189,3 +196,18 @@ def _drop_unfinished_metrics(out_dir: pathlib.Path) -> None:
     except json.JSONDecodeError:
       continue  # The end of a file that was cut off.
   path.write_text(''.join(kept))
+
+
+def exit_with(
+  messages: list[str], interrupted: bool, done: int, total: int
+) -> NoReturn:
+  """Ends the program: with 130 if interrupted, 1 if a run diverged, or 0."""
+  for message in messages:
+    print(f'error: {message}', file=sys.stderr)
+  if interrupted:
+    print(
+      f'\nInterrupted with {done} of {total} runs finished. The same command'
+      ' continues.',
+      file=sys.stderr,
+    )
+  sys.exit(130 if interrupted else bool(messages))

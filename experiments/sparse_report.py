@@ -1,0 +1,146 @@
+"""The results of a sweep over sparse training methods, as people read them."""
+
+from collections.abc import Callable, Sequence
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments import common
+from powerprop_jax import plotting
+
+Row = dict[str, Any]
+_SETTING = ('method', 'distribution', 'sparsity', 'recipe')
+_TITLES = {
+  'dense': 'dense',
+  'static': 'static',
+  'snip': 'SNIP',
+  'set': 'SET',
+  'rigl': 'RigL',
+  'top_kast': 'Top-KAST',
+  'magnitude': 'magnitude',
+}
+
+
+def summarise(results: Sequence[Row]) -> list[Row]:
+  """Statistics over seeds, one row a setting.
+
+  Args:
+    results: one dict a run: 'method', 'distribution', 'sparsity', 'recipe' (a
+      dict of 'alpha' and what else it is trained with), 'test_accuracy',
+      'valid_accuracy', 'inference_flops' and 'training_flops'.
+
+  Returns:
+    Dicts of the same keys: accuracies are lists over seeds, 'mean' and 'std'
+    those of the test accuracy.
+  """
+  groups: dict[str, list[Row]] = {}
+  for result in results:
+    groups.setdefault(str([result[k] for k in _SETTING]), []).append(result)
+  rows = []
+  for group in groups.values():
+    test = [r['test_accuracy'] for r in group]
+    rows.append(
+      {
+        **{k: group[0][k] for k in _SETTING},
+        'test_accuracy': test,
+        'valid_accuracy': [r['valid_accuracy'] for r in group],
+        'mean': float(np.mean(test)),
+        'std': float(np.std(test, ddof=1)) if len(test) > 1 else 0.0,
+        'inference_flops': group[0]['inference_flops'],
+        'training_flops': group[0]['training_flops'],
+      }
+    )
+  return rows
+
+
+def _table(
+  rows: Sequence[Row],
+  heading: Sequence[str],
+  key: Callable[[Row], tuple[str, ...]],
+  cell: Callable[[Row], str],
+) -> str:
+  """A line for each key, and a column for each sparsity."""
+  sparsities = sorted({r['sparsity'] for r in rows if r['method'] != 'dense'})
+  lines: dict[tuple[str, ...], dict[float, str]] = {}
+  for r in rows:
+    # A dense network is as good at every sparsity.
+    at = sparsities if r['method'] == 'dense' else [r['sparsity']]
+    lines.setdefault(key(r), {}).update(dict.fromkeys(at, cell(r)))
+  table = [[*heading, *(f'{100 * s:g} %' for s in sparsities)]]
+  for name, cells in lines.items():
+    table.append([*name, *(cells.get(s, '') for s in sparsities)])
+  widths = [max(map(len, column)) for column in zip(*table)]
+  return '\n'.join(
+    '  '.join(x.rjust(width) for x, width in zip(line, widths))
+    for line in table
+  )
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+  """Test accuracy in percent, with the deviation where there are seeds."""
+
+  def cell(r):
+    deviation = (
+      f' ± {100 * r["std"]:.2f}' if len(r['test_accuracy']) > 1 else ''
+    )
+    return f'{100 * r["mean"]:.2f}{deviation}'
+
+  recipe = list(rows[0]['recipe'])
+  return _table(
+    rows,
+    ['method', 'distribution', *(name.replace('_', ' ') for name in recipe)],
+    lambda r: (
+      r['method'],
+      '' if r['method'] in ('dense', 'snip') else r['distribution'],
+      *(f'{value:g}' for value in r['recipe'].values()),
+    ),
+    cell,
+  )
+
+
+def flops_table(rows: Sequence[Row]) -> str:
+  """Operations at inference / of training, relative to dense."""
+  alpha = rows[0]['recipe']['alpha']
+  return _table(
+    [r for r in rows if r['recipe']['alpha'] == alpha],
+    ['method', 'distribution'],
+    lambda r: (r['method'], r['distribution']),
+    lambda r: f'{r["inference_flops"]:.3f} / {r["training_flops"]:.3f}',
+  )
+
+
+def curves(
+  rows: Sequence[Row], distribution: str
+) -> dict[str, dict[str, list[float]]]:
+  """What `plotting.accuracy_against_sparsity` draws for a distribution."""
+  lines: dict[str, dict[str, list[float]]] = {}
+  for r in sorted(rows, key=lambda r: r['sparsity']):
+    if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:
+      label = f'{r["recipe"]["alpha"]} {_TITLES[r["method"]]}'
+      line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
+      for name, values in line.items():
+        values.append(r[name])
+  return lines
+
+
+def write(
+  results: Sequence[Row], distributions: Sequence[str], out_dir: pathlib.Path
+) -> None:
+  """Writes summary.json and the figures, and prints the tables."""
+  rows = summarise(results)
+  common.write_json(out_dir / 'summary.json', {'results': rows})
+  names = []
+  for distribution in distributions:
+    names.append(f'accuracy_{distribution}.png')
+    figure = plotting.accuracy_against_sparsity(curves(rows, distribution))
+    plotting.save(figure, out_dir / names[-1])
+  seeds = max(len(r['test_accuracy']) for r in rows)
+  spread = f', mean ± standard deviation of {seeds} seeds' if seeds > 1 else ''
+  print(
+    f'\nTest accuracy (%) at each percentage of weights removed{spread}:'
+    f'\n\n{accuracy_table(rows)}'
+    '\n\nOperations at inference / of training, relative to dense:'
+    f'\n\n{flops_table(rows)}'
+    f'\n\nIn {out_dir}: summary.json, {", ".join(names)}'
+  )

@@ -1,0 +1,230 @@
+"""One run of a sweep over sparse training methods, on one device."""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import common
+from experiments import methods
+from experiments import runner
+from powerprop_jax import classification
+from powerprop_jax import datasets
+from powerprop_jax import flops
+from powerprop_jax import networks
+from powerprop_jax import power
+from powerprop_jax import top_kast
+from powerprop_jax import training
+
+
+class Recipe(NamedTuple):
+  """How networks of one alpha are trained."""
+
+  alpha: float
+  learning_rate: float
+  phi_decay: float
+
+
+class Job(NamedTuple):
+  """One run. A method that has no use for them has no distribution or sparsity.
+
+  SNIP ranks all weights together, which leaves nothing to distribute.
+  """
+
+  method: str
+  distribution: str
+  sparsity: float
+  recipe: Recipe
+  seed: int
+
+
+class Functions(NamedTuple):
+  """What a run needs, compiled; runs that differ in the seed share it."""
+
+  init: Callable[..., training.TrainState]
+  init_masks: training.MaskStep
+  update_masks: training.MaskStep
+  run_steps: Callable[..., tuple[training.TrainState, training.Metrics]]
+  theta: Callable[[training.TrainState], training.Params]
+  accuracy: Callable[..., jax.Array]
+  method: methods.Method
+  layer_flops: dict[str, float]
+
+
+def make_functions(
+  settings: dict[str, Any], input_shape: Sequence[int], num_classes: int
+) -> Callable[[Job], Functions]:
+  """A function that builds what a job needs; nothing is compiled yet.
+
+  What does not depend on the method is compiled once for a recipe.
+
+  Args:
+    settings: the flags of `_RUN_FLAGS`.
+    input_shape: of an image.
+    num_classes: number of classes.
+
+  Returns:
+    A function of a job. It raises ValueError if the job is impossible.
+  """
+  network = networks.build(settings['network'], num_classes)
+  images = jnp.zeros((1, *input_shape))
+  shapes = jax.eval_shape(
+    lambda key: network.init(key, images, True), jax.random.key(0)
+  )
+  layer_flops = flops.layer_flops(
+    lambda p, s, x: network.apply(p, s, None, x, False)[0], *shapes, images
+  )
+  loss_fn = classification.make_loss(network.apply)
+  accuracy = jax.jit(classification.make_accuracy(network.apply))
+
+  @functools.cache
+  def update_rule(recipe):
+    transform = power.power_transform(recipe.alpha)
+    options = {name: settings[name] for name in common.OPTIMISER_FLAGS}
+    options |= {k: v for k, v in recipe._asdict().items() if k in options}
+    tx = common.make_tx(
+      transform,
+      steps=settings['steps'],
+      update_rule='target_propagation',
+      **options,
+    )
+
+    def init(init_key, run_key):
+      theta, model_state = network.init(init_key, images, True)
+      return training.init_state(run_key, theta, model_state, tx, transform)
+
+    def theta(state):
+      return training.masked_theta(state, transform)
+
+    return transform, tx, jax.jit(init), jax.jit(theta)
+
+  @functools.cache
+  def run_steps(recipe, penalty):
+    transform, tx, _, _ = update_rule(recipe)
+    step = training.make_train_step(loss_fn, tx, transform, penalty=penalty)
+    return jax.jit(training.make_run_steps(step), donate_argnums=0)
+
+  # One object, as it is part of the key of the cache.
+  penalty = functools.partial(
+    top_kast.penalty, strength=settings['exploration_penalty']
+  )
+
+  # What is compiled for all settings of a large sweep would not fit in memory.
+  @functools.lru_cache(maxsize=8)
+  def make(method, distribution, sparsity, recipe):
+    transform, tx, init, theta = update_rule(recipe)
+    made = methods.make_method(
+      method,
+      shapes[0],
+      alpha=recipe.alpha,
+      steps=settings['steps'],
+      sparsity=sparsity,
+      backward_sparsity=None,
+      distribution=distribution,
+      dense_layers=(),
+      update_every=settings['update_every'],
+      update_start=None,
+      update_stop=None,
+      regrow='init',
+      exploration_penalty=settings['exploration_penalty'],
+      fresh=lambda key: network.init(key, images, True)[0],
+      scope='global' if method == 'snip' else 'layer',
+      drop_fraction=settings['drop_fraction'],
+      drop_schedule='cosine',
+      regrow_dropped=False,
+    )
+    init_masks, update_masks = (
+      jax.jit(f, donate_argnums=0)
+      for f in training.make_mask_steps(loss_fn, tx, made.updater, transform)
+    )
+    return Functions(
+      init=init,
+      init_masks=init_masks,
+      update_masks=update_masks,
+      run_steps=run_steps(recipe, made.penalty and penalty),
+      theta=theta,
+      accuracy=accuracy,
+      method=made,
+      layer_flops=layer_flops,
+    )
+
+  return lambda job: make(*job[:-1])
+
+
+def run(
+  job: Job,
+  make: Callable[[Job], Functions],
+  settings: dict[str, Any],
+  data: tuple[datasets.Split, ...],
+  report: runner.Report,
+) -> dict[str, Any]:
+  """Trains one network.
+
+  Args:
+    job: which one.
+    make: as of `make_functions`.
+    settings: the flags of `_RUN_FLAGS`.
+    data: train, valid and test split, on the device.
+    report: called with the step and the metrics as training goes on.
+
+  Returns:
+    What the summary needs of it.
+
+  Raises:
+    runner.Diverged: if the loss becomes NaN.
+  """
+  train_split, valid_split, test_split = data
+  functions = make(job)
+  init_key, run_key, data_key = jax.random.split(jax.random.key(job.seed), 3)
+  # An order of its own: masks are not scored by the batch that follows.
+  mask_key = jax.random.fold_in(data_key, 1)
+
+  def mask_batch(step):
+    index = training.batch_indices(
+      mask_key, step, 1, settings['batch_size'], len(train_split.labels)
+    )
+    return train_split.images[index], train_split.labels[index]
+
+  def update_masks(step, state):
+    if not functions.method.due(step):
+      return state
+    return functions.update_masks(state, mask_batch(step))
+
+  state = functions.init_masks(functions.init(init_key, run_key), mask_batch(0))
+  try:
+    state = runner.train(
+      state,
+      functions.run_steps,
+      (train_split.images, train_split.labels),
+      data_key,
+      steps=settings['steps'],
+      batch_size=settings['batch_size'],
+      report=report,
+      chunk=settings['update_every'],
+      before=update_masks,
+    )
+  except runner.Diverged as e:
+    recipe = ', '.join(f'{k} = {v:g}' for k, v in job.recipe._asdict().items())
+    raise runner.Diverged(
+      f'{e}, with {recipe}. Lower the learning rate.'
+    ) from e
+  theta = functions.theta(state)
+  densities = jax.tree.map(jnp.mean, state.masks.forward)
+  layers = functions.layer_flops
+  dense = math.fsum(layers.values())
+  inference = math.fsum(flops.inference_flops(layers, densities).values())
+  step_flops = functions.method.training_flops(layers)
+  return {
+    **job._replace(recipe=job.recipe._asdict())._asdict(),
+    **{
+      f'{name}_accuracy': float(
+        functions.accuracy(theta, state.model_state, *split)
+      )
+      for name, split in (('valid', valid_split), ('test', test_split))
+    },
+    'inference_flops': inference / dense,
+    'training_flops': step_flops / flops.training_flops(dense),
+  }

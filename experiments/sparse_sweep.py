@@ -1,0 +1,178 @@
+"""Accuracy against sparsity of every sparse training method, in one table.
+
+Trains small networks by each method, at each sparsity, with and without
+Powerpropagation, on a data set that fits in memory:
+
+  python -m experiments.sparse_sweep --alphas=1,2 --sparsities=0.9,0.98
+
+One network trains on each device, so that on a CPU every core has one. The
+results are written to --out_dir: config.json, metrics.jsonl, one file a run in
+runs/, summary.json and a figure for each distribution. A command that was
+interrupted continues when it is given again. `sparse_training` trains a single
+network, of any size, with every flag there is.
+"""
+
+from collections.abc import Sequence
+import functools
+
+from absl import app
+from absl import flags
+
+from experiments import common
+from experiments import methods
+from experiments import presets
+from experiments import runner
+from experiments import sparse_report
+from experiments import sparse_runs
+from powerprop_jax import datasets
+from powerprop_jax import networks
+from powerprop_jax import power
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this binary."""
+  string = functools.partial(flags.DEFINE_string, flag_values=values)
+  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+  real = functools.partial(flags.DEFINE_float, flag_values=values)
+  several = functools.partial(flags.DEFINE_list, flag_values=values)
+  several('methods', list(methods.METHODS), 'Sparse training methods.')
+  several('alphas', ['1', '2'], 'Powers, each at least 1.')
+  several(
+    'learning_rates', [], 'One for each of --alphas; --learning_rate if empty.'
+  )
+  several('phi_decays', [], 'One for each of --alphas; --phi_decay if empty.')
+  several(
+    'sparsities', ['0.8', '0.9', '0.95', '0.98', '0.99'], 'Weights removed.'
+  )
+  several('distributions', ['erk'], 'uniform, erk and er.')
+  integer('seeds', 1, 'Runs of each setting.', 1)
+  names = sorted(networks.NETWORKS)
+  flags.DEFINE_enum('network', 'lenet_300_100', names, '', flag_values=values)
+  string('dataset', 'mnist_5k', 'mnist_5k, idx, or the name of a TFDS set.')
+  string('data_dir', None, 'Where TFDS or idx files lie.')
+  integer('steps', 1_000, 'Training steps.', 1)
+  integer('batch_size', 100, 'Examples a step.', 1)
+  integer('update_every', 100, 'Steps between mask updates.', 1)
+  real('drop_fraction', 0.3, 'Weights that RigL and SET trade.', 0.0, 1.0)
+  real('exploration_penalty', 1e-4, 'Of Top-KAST, in its backward set.', 0.0)
+  string('out_dir', 'results/sparse_sweep', 'Folder of results.')
+  presets_ = sorted(presets.SPARSE_SWEEP)
+  flags.DEFINE_enum('preset', None, presets_, 'Settings.', flag_values=values)
+  common.define_optimiser_flags(values)
+  values.set_default('learning_rate', 0.05)
+  values.set_default('momentum', 0.9)
+  values.set_default('schedule', 'cosine')
+
+
+# The flags that decide the result of a run; the others say which runs.
+RUN_FLAGS = (
+  'network',
+  'dataset',
+  'steps',
+  'batch_size',
+  'update_every',
+  'drop_fraction',
+  'exploration_penalty',
+  *common.OPTIMISER_FLAGS,
+)
+
+
+def parse_recipes(values: flags.FlagValues) -> list[sparse_runs.Recipe]:
+  """The recipes of the flags.
+
+  Raises:
+    ValueError: if an alpha is impossible or lists differ in length.
+  """
+  columns = {'alphas': values.alphas}
+  for name in ('learning_rate', 'phi_decay'):
+    columns[f'{name}s'] = values[f'{name}s'].value or (
+      [values[name].value] * len(values.alphas)
+    )
+  parsed = []
+  for name, column in columns.items():
+    if len(column) != len(values.alphas):
+      raise ValueError(
+        f'--{name} has {len(column)} values for {len(values.alphas)} alphas.'
+      )
+    try:
+      parsed.append([float(x) for x in column])
+    except ValueError as e:
+      raise ValueError(f'--{name}={",".join(map(str, column))}: {e}') from e
+  return [
+    sparse_runs.Recipe(power.check_alpha(alpha), rate, decay)
+    for alpha, rate, decay in zip(*parsed)
+  ]
+
+
+def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
+  """The runs that the flags ask for.
+
+  Raises:
+    ValueError: if a value is impossible.
+  """
+  for method in values.methods:
+    if method not in methods.METHODS:
+      raise ValueError(
+        f'--methods must be among {", ".join(methods.METHODS)}, got {method!r}.'
+      )
+  try:
+    sparsities = [float(s) for s in values.sparsities]
+  except ValueError as e:
+    raise ValueError(f'--sparsities={",".join(values.sparsities)}: {e}') from e
+  jobs = []
+  for method in values.methods:
+    # Dense networks have no sparsity, and SNIP ranks all weights together.
+    for distribution in values.distributions:
+      for sparsity in sparsities if method != 'dense' else [0.0]:
+        for recipe in parse_recipes(values):
+          for seed in range(values.seeds):
+            d = 'uniform' if method in ('dense', 'snip') else distribution
+            jobs.append(sparse_runs.Job(method, d, sparsity, recipe, seed))
+  return list(dict.fromkeys(jobs))
+
+
+def name(job: sparse_runs.Job) -> str:
+  """The name of a run and of its file."""
+  alpha, rate, decay = job.recipe
+  return (
+    f'{job.method}-{job.distribution}-{job.sparsity:g}-alpha={alpha:g}'
+    f'-lr={rate:g}-decay={decay:g}-seed={job.seed}'
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  common.check_no_arguments(argv)
+  values = flags.FLAGS
+  try:
+    if values.preset:
+      common.apply_preset(values, presets.SPARSE_SWEEP[values.preset])
+    jobs = parse_jobs(values)
+    settings = {name: values[name].value for name in RUN_FLAGS}
+    data = datasets.load(values.dataset, values.data_dir)
+    # Before JAX makes its devices, which any computation does.
+    runner.use_cores(len(jobs))
+    make = sparse_runs.make_functions(
+      settings, data.train.images.shape[1:], data.num_classes
+    )
+    runs = {
+      name(job): functools.partial(sparse_runs.run, job, make, settings)
+      for job in jobs
+    }
+    for job in jobs:
+      make(job)  # What is impossible fails here.
+    out_dir = common.prepare_out_dir(values.out_dir, settings)
+  except ValueError as e:
+    common.fail(e)
+  messages, interrupted = runner.run_all(
+    runs, (data.train, data.valid, data.test), values.steps, out_dir
+  )
+  results = runner.finished(out_dir)
+  results = [results[name] for name in runs if name in results]
+  if results:
+    sparse_report.write(results, values.distributions, out_dir)
+  runner.exit_with(messages, interrupted, len(results), len(runs))
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(main)

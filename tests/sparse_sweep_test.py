@@ -1,0 +1,233 @@
+"""Tests of the sweep over sparse training methods."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import methods
+from experiments import runner
+from experiments import sparse_report
+from experiments import sparse_runs
+from experiments import sparse_sweep
+from powerprop_jax import datasets
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _values(*args):
+  values = flags.FlagValues()
+  sparse_sweep.define_flags(values)
+  values(['sparse_sweep', *args])
+  return values
+
+
+@pytest.fixture(scope='module')
+def settings():
+  values = _values('--steps=30', '--batch_size=20', '--update_every=10')
+  return {name: values[name].value for name in sparse_sweep.RUN_FLAGS}
+
+
+@pytest.fixture(scope='module')
+def data():
+  """Classes that a single pixel tells apart."""
+  labels = jnp.arange(60) % 4
+  images = jnp.zeros((60, 4, 4, 1), jnp.uint8)
+  images = images.at[jnp.arange(60), labels, 0].set(255)
+  return (datasets.Split(images, labels),) * 3
+
+
+@pytest.fixture(scope='module')
+def make(settings):
+  return sparse_runs.make_functions(settings, (4, 4, 1), 4)
+
+
+_RECIPE = sparse_runs.Recipe(2.0, 0.1, 0.0)
+_SIZE = 16 * 300 + 300 * 100 + 100 * 4
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_run_ends_at_its_sparsity(method, make, settings, data):
+  job = sparse_runs.Job(method, 'uniform', 0.9, _RECIPE, 0)
+  steps = []
+  result = sparse_runs.run(
+    job, make, settings, data, lambda step, metrics: steps.append(step)
+  )
+  assert steps == [10, 20, 30]
+  assert result['method'] == method
+  assert result['recipe'] == _RECIPE._asdict()
+  kept = 1.0 if method == 'dense' else round(0.1 * _SIZE) / _SIZE
+  np.testing.assert_allclose(result['inference_flops'], kept, rtol=1e-5)
+  assert 0 <= result['test_accuracy'] <= 1
+  if method == 'dense':
+    assert result['test_accuracy'] == result['valid_accuracy'] == 1.0
+
+
+def test_masks_are_updated_between_chunks():
+  """The state before a chunk is what `before` returns, and only then."""
+  taken = []
+
+  def run_steps(state, data, indices):
+    return state + len(indices), {'loss': np.zeros(len(indices))}
+
+  def before(step, state):
+    taken.append((step, state))
+    return state + 100
+
+  state = runner.train(
+    0,
+    run_steps,
+    (None, np.zeros(5)),
+    jax.random.key(0),
+    steps=25,
+    batch_size=2,
+    report=lambda step, metrics: None,
+    chunk=10,
+    before=before,
+  )
+  assert taken == [(0, 0), (10, 110), (20, 220)]
+  assert state == 325
+
+
+def test_equal_recipes_share_what_is_compiled(make):
+  jobs = [
+    sparse_runs.Job(method, 'erk', 0.9, _RECIPE, seed)
+    for method, seed in (('rigl', 0), ('rigl', 1), ('set', 0), ('top_kast', 0))
+  ]
+  first, seed, other, penalised = map(make, jobs)
+  assert first is seed
+  assert first.run_steps is other.run_steps
+  assert first.run_steps is not penalised.run_steps
+
+
+def test_jobs_of_the_flags():
+  values = _values(
+    '--methods=dense,snip,rigl',
+    '--alphas=1,2',
+    '--learning_rates=0.1,0.2',
+    '--phi_decay=1e-5',
+    '--sparsities=0.8,0.9',
+    '--distributions=uniform,erk',
+    '--seeds=2',
+  )
+  recipes = sparse_sweep.parse_recipes(values)
+  assert [tuple(r) for r in recipes] == [(1.0, 0.1, 1e-5), (2.0, 0.2, 1e-5)]
+  jobs = sparse_sweep.parse_jobs(values)
+  # Dense: 2 recipes, 2 seeds. SNIP: 2 sparsities too. RigL: 2 distributions.
+  assert len(jobs) == len(set(jobs)) == 4 + 8 + 16
+  assert len({sparse_sweep.name(job) for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (('--methods=rigl,unknown',), "--methods must be among .*, got 'unknown'"),
+    (('--sparsities=0.9,much',), '--sparsities=0.9,much: could not'),
+    (('--alphas=0.5',), 'alpha must be a finite number >= 1, got 0.5'),
+    (('--alphas=a',), '--alphas=a: could not'),
+    (('--learning_rates=0.1',), 'has 1 values for 2 alphas'),
+  ],
+)
+def test_bad_flags(args, message):
+  with pytest.raises(ValueError, match=message):
+    sparse_sweep.parse_jobs(_values(*args))
+
+
+@pytest.mark.parametrize('sparsity', [-0.1, 1.0, 1.5])
+def test_impossible_sparsity(make, sparsity):
+  with pytest.raises(ValueError, match='sparsity'):
+    make(sparse_runs.Job('rigl', 'uniform', sparsity, _RECIPE, 0))
+
+
+def _result(method, sparsity, alpha, test, distribution='erk'):
+  return {
+    'method': method,
+    'distribution': distribution,
+    'sparsity': sparsity,
+    'recipe': {'alpha': alpha, 'learning_rate': 0.1},
+    'seed': 0,
+    'test_accuracy': test,
+    'valid_accuracy': test,
+    'inference_flops': 1 - sparsity,
+    'training_flops': (1 - sparsity) / 2,
+  }
+
+
+_RESULTS = [
+  _result('dense', 0.0, 1.0, 0.99),
+  _result('rigl', 0.9, 1.0, 0.90),
+  _result('rigl', 0.9, 1.0, 0.92),
+  _result('rigl', 0.9, 2.0, 0.95),
+  _result('rigl', 0.5, 1.0, 0.97),
+  _result('set', 0.9, 1.0, 0.80, 'uniform'),
+]
+
+
+def test_summary_by_hand():
+  rows = sparse_report.summarise(_RESULTS)
+  assert [r['test_accuracy'] for r in rows] == [
+    [0.99],
+    [0.90, 0.92],
+    [0.95],
+    [0.97],
+    [0.80],
+  ]
+  np.testing.assert_allclose(rows[1]['mean'], 0.91)
+  np.testing.assert_allclose(rows[1]['std'], 0.01 * np.sqrt(2))
+
+
+def test_tables_by_hand():
+  rows = sparse_report.summarise(_RESULTS)
+  lines = [
+    line.split() for line in sparse_report.accuracy_table(rows).split('\n')
+  ]
+  assert lines[1:] == [
+    ['dense', '1', '0.1', '99.00', '99.00'],
+    ['rigl', 'erk', '1', '0.1', '97.00', '91.00', '±', '1.41'],
+    ['rigl', 'erk', '2', '0.1', '95.00'],
+    ['set', 'uniform', '1', '0.1', '80.00'],
+  ]
+  assert '0.100 / 0.050' in sparse_report.flops_table(rows)
+
+
+def test_curves_of_a_distribution():
+  curves = sparse_report.curves(sparse_report.summarise(_RESULTS), 'erk')
+  assert list(curves) == ['1.0 dense', '1.0 RigL', '2.0 RigL']
+  assert curves['1.0 RigL']['sparsity'] == [0.5, 0.9]
+  np.testing.assert_allclose(curves['1.0 RigL']['mean'], [0.97, 0.91])
+
+
+def test_sweep_as_a_user_runs_it(tmp_path):
+  def run(*args):
+    module = 'experiments.sparse_sweep'
+    return subprocess.run(
+      [sys.executable, '-W', 'error', '-m', module, *args],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+    )
+
+  done = run(
+    '--methods=dense,static',
+    '--alphas=2',
+    '--sparsities=0.9',
+    '--steps=20',
+    f'--out_dir={tmp_path}',
+  )
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / 'summary.json').read_text())['results']
+  assert [r['method'] for r in rows] == ['dense', 'static']
+  for r in rows:
+    assert f'{100 * r["mean"]:.2f}' in done.stdout
+  assert (tmp_path / 'accuracy_erk.png').read_bytes()[1:4] == b'PNG'
+  assert len(list((tmp_path / 'runs').iterdir())) == 2
+
+  bad = run('--sparsities=1.5', f'--out_dir={tmp_path}')
+  assert bad.returncode == 2
+  assert '1.5' in bad.stderr
