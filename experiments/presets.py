@@ -9,12 +9,11 @@ KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
 _TUNED = {
   'dataset': 'mnist',
   'seeds': 5,
-  'steps': 150_000,
+  'steps': 100_000,
   'batch_size': 60,
   'optimizer': 'sgd',
   'schedule': 'cosine',
   'phi_decay_schedule': 'cosine',
-  'phi_decay_scale': ['logits=5', 'linear_1=2.2'],
   'scope': ['layer', 'global'],
   'kept': ['0.005', '0.007', *KEPT],
 }
@@ -35,17 +34,19 @@ MNIST_PRUNING = {
     'alphas': ['2'],
     'learning_rate': 0.2,
     'momentum': 0.9,
-    'phi_decay': 3e-4,
+    'phi_decay': 3.5e-4,
     'phi_decay_norm': 'l2',
+    'phi_decay_scale': ['logits=5', 'linear_1=2.2'],
   },
   # alpha = 1, with an L1 decay: what L2 on phi is to theta at alpha = 2.
   'baseline': {
     **_TUNED,
     'alphas': ['1'],
-    'learning_rate': 0.02,
+    'learning_rate': 0.03,
     'momentum': 0.9,
-    'phi_decay': 2.5e-5,
+    'phi_decay': 3.75e-5,
     'phi_decay_norm': 'l1',
+    'phi_decay_scale': ['logits=6', 'linear_1=2.5'],
   },
 }
 SPARSE_SWEEP = {
