@@ -48,6 +48,7 @@ setuptools.setup(
       'ipykernel>=6.29',
       'myst-parser>=4.0',
       'nbclient>=0.10',
+      'nbformat>=5.10',
       'pre-commit>=4.0',
       'pyright==1.1.414',
       'pytest>=8.3',

@@ -1,0 +1,94 @@
+"""Settings of the documentation, which `python -m sphinx -W docs site` builds.
+
+Everything is built and read offline: the theme is Sphinx's own, and formulas
+become MathML, which browsers draw by themselves.
+"""
+
+import pathlib
+import re
+import sys
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import powerprop_jax
+
+project = 'powerprop_jax'
+author = 'the authors of powerprop_jax'
+version = release = powerprop_jax.__version__
+
+extensions = [
+  'myst_parser',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.napoleon',
+  'sphinx.ext.viewcode',
+]
+myst_enable_extensions = ['dollarmath']
+myst_heading_anchors = 3
+
+# Names between single backticks are links where there is something to link to.
+default_role = 'py:obj'
+add_module_names = False
+autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
+autodoc_typehints_format = 'short'
+autodoc_default_options = {'members': True}
+python_maximum_signature_line_length = 76
+napoleon_numpy_docstring = False
+# As a list inside of the class: Sphinx would list the fields a second time.
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+smartquotes_action = 'D'  # Dashes only: psi'(phi) has a prime.
+
+html_theme = 'alabaster'
+html_theme_options = {
+  'description': 'Weights that prune themselves while they learn',
+  'page_width': '1080px',
+  'sidebar_width': '250px',
+  'body_max_width': '800px',
+  'fixed_sidebar': True,
+  'font_family': 'system-ui, sans-serif',
+  'head_font_family': 'system-ui, sans-serif',
+  'show_powered_by': False,
+}
+html_show_copyright = False
+html_math_renderer = 'mathml'
+
+
+def _as_restructured_text(app, what, name, obj, options, lines):
+  """Docstrings are plain text with backticks: |phi| is no substitution."""
+  del app, what, name, obj, options
+  parts = re.split(r'(`[^`]*`_*)', '\n'.join(lines))
+  parts[::2] = [re.sub(r'([|*])(?! )', r'\\\1', x) for x in parts[::2]]
+  text = re.sub(r'`(?=[a-z])(?<=\w`)', r'`\\ ', ''.join(parts))
+  # Napoleon takes the words before a colon for a type.
+  text = re.sub(r'(Returns:\n +)', r'\1: ', text)
+  # The same reference may occur in several docstrings of a page.
+  lines[:] = re.sub(r'>`_(?!_)', '>`__', text).split('\n')
+
+
+def _skip(app, what, name, obj, skip, options):
+  """Leaves out the fields of named tuples, which the class has described."""
+  del app, what, name, options
+  return skip or type(obj).__name__ == '_tuplegetter' or None
+
+
+def _formula(translator, node):
+  """Writes a formula as MathML."""
+  block = isinstance(node, nodes.math_block)
+  formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
+  translator.body.append(str(formula))
+  raise nodes.SkipNode
+
+
+def setup(app):
+  """Registers the functions above."""
+  app.connect('autodoc-process-docstring', _as_restructured_text, priority=1)
+  app.connect('autodoc-skip-member', _skip)
+  app.add_html_math_renderer(
+    'mathml',
+    inline_renderers=(_formula, None),
+    block_renderers=(_formula, None),
+  )
