@@ -14,7 +14,6 @@ is given again; what is finished is not computed a second time.
 from collections.abc import Callable, Sequence
 import functools
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from experiments import runner
 from powerprop_jax import analysis
 from powerprop_jax import classification
 from powerprop_jax import datasets
+from powerprop_jax import export
 from powerprop_jax import masks
 from powerprop_jax import networks
 from powerprop_jax import plotting
@@ -139,6 +139,7 @@ def run(
   job: Job,
   functions: Functions,
   settings: dict[str, Any],
+  weights_path: pathlib.Path,
   data: tuple[datasets.Split, ...],
   report: runner.Report,
 ) -> dict[str, Any]:
@@ -148,6 +149,7 @@ def run(
     job: which one.
     functions: as of `make_functions`.
     settings: the flags of `_RUN_FLAGS`.
+    weights_path: the file to write the trained weights to, for `export_model`.
     data: train, valid and test split, on the device.
     report: called with the step and the metrics as training goes on.
 
@@ -178,6 +180,7 @@ def run(
       f' {settings["learning_rate"]:g}. Lower the learning rate.'
     ) from e
   theta, seconds = functions.to_theta(state.phi), time.time() - begin
+  export.save_compressed(weights_path, theta, masks={}, alpha=job.alpha)
 
   def sweep(split):
     return {
@@ -322,12 +325,16 @@ def main(argv: Sequence[str]) -> None:
   functions = {
     kind: make_functions(*kind, settings, data.num_classes) for kind in kinds
   }
-  runs = {
-    f'alpha={job.alpha}-{job.update_rule}-seed={job.seed}': functools.partial(
-      run, job, functions[job.alpha, job.update_rule], settings
+  runs = {}
+  for job in jobs:
+    name = f'alpha={job.alpha}-{job.update_rule}-seed={job.seed}'
+    runs[name] = functools.partial(
+      run,
+      job,
+      functions[job.alpha, job.update_rule],
+      settings,
+      out_dir / 'runs' / f'{name}.safetensors',
     )
-    for job in jobs
-  }
   messages, interrupted = runner.run_all(
     runs, (data.train, data.valid, data.test), settings['steps'], out_dir
   )
@@ -335,15 +342,7 @@ def main(argv: Sequence[str]) -> None:
   results = [results[name] for name in runs if name in results]
   if results:
     summarise(results, settings, out_dir)
-  for message in messages:
-    print(f'error: {message}', file=sys.stderr)
-  if interrupted:
-    print(
-      f'\nInterrupted with {len(results)} of {len(runs)} runs finished. The'
-      ' same command continues.',
-      file=sys.stderr,
-    )
-  sys.exit(130 if interrupted else bool(messages))
+  runner.exit_with(messages, interrupted, len(results), len(runs))
 
 
 if __name__ == '__main__':
