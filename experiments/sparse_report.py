@@ -10,7 +10,6 @@ from experiments import common
 from powerprop_jax import plotting
 
 Row = dict[str, Any]
-_SETTING = ('method', 'distribution', 'sparsity', 'recipe')
 _TITLES = {
   'dense': 'dense',
   'static': 'static',
@@ -23,35 +22,25 @@ _TITLES = {
 
 
 def summarise(results: Sequence[Row]) -> list[Row]:
-  """Statistics over seeds, one row a setting.
+  """Adds the statistics over seeds.
 
   Args:
-    results: one dict a run: 'method', 'distribution', 'sparsity', 'recipe' (a
-      dict of 'alpha' and what else it is trained with), 'test_accuracy',
-      'valid_accuracy', 'inference_flops' and 'training_flops'.
+    results: one dict a setting: 'method', 'distribution', 'sparsity', 'recipe'
+      (a dict of 'alpha' and what else it is trained with), the lists
+      'test_accuracy' and 'valid_accuracy' over seeds, and 'inference_flops' and
+      'training_flops' relative to a dense network.
 
   Returns:
-    Dicts of the same keys: accuracies are lists over seeds, 'mean' and 'std'
-    those of the test accuracy.
+    The same with 'mean' and 'std' of the test accuracy.
   """
-  groups: dict[str, list[Row]] = {}
-  for result in results:
-    groups.setdefault(str([result[k] for k in _SETTING]), []).append(result)
-  rows = []
-  for group in groups.values():
-    test = [r['test_accuracy'] for r in group]
-    rows.append(
-      {
-        **{k: group[0][k] for k in _SETTING},
-        'test_accuracy': test,
-        'valid_accuracy': [r['valid_accuracy'] for r in group],
-        'mean': float(np.mean(test)),
-        'std': float(np.std(test, ddof=1)) if len(test) > 1 else 0.0,
-        'inference_flops': group[0]['inference_flops'],
-        'training_flops': group[0]['training_flops'],
-      }
-    )
-  return rows
+  return [
+    r
+    | {
+      'mean': float(np.mean(r['test_accuracy'])),
+      'std': float(np.std(r['test_accuracy'], ddof=min(1, r['seeds'] - 1))),
+    }
+    for r in results
+  ]
 
 
 def _table(

@@ -29,20 +29,21 @@ class Recipe(NamedTuple):
 
 
 class Job(NamedTuple):
-  """One run. A method that has no use for them has no distribution or sparsity.
+  """A setting, and how many networks to train in it.
 
-  SNIP ranks all weights together, which leaves nothing to distribute.
+  One job trains them all, on one device: what is compiled for a setting takes
+  as long to compile as a network of the size of LeNet to train.
   """
 
   method: str
   distribution: str
   sparsity: float
   recipe: Recipe
-  seed: int
+  seeds: int
 
 
 class Functions(NamedTuple):
-  """What a run needs, compiled; runs that differ in the seed share it."""
+  """What a job needs, compiled."""
 
   init: Callable[..., training.TrainState]
   init_masks: training.MaskStep
@@ -112,18 +113,17 @@ def make_functions(
     top_kast.penalty, strength=settings['exploration_penalty']
   )
 
-  # What is compiled for all settings of a large sweep would not fit in memory.
-  @functools.lru_cache(maxsize=8)
-  def make(method, distribution, sparsity, recipe):
+  def make(job):
+    recipe = job.recipe
     transform, tx, init, theta = update_rule(recipe)
     made = methods.make_method(
-      method,
+      job.method,
       shapes[0],
       alpha=recipe.alpha,
       steps=settings['steps'],
-      sparsity=sparsity,
+      sparsity=job.sparsity,
       backward_sparsity=None,
-      distribution=distribution,
+      distribution=job.distribution,
       dense_layers=(),
       update_every=settings['update_every'],
       update_start=None,
@@ -131,7 +131,7 @@ def make_functions(
       regrow='init',
       exploration_penalty=settings['exploration_penalty'],
       fresh=lambda key: network.init(key, images, True)[0],
-      scope='global' if method == 'snip' else 'layer',
+      scope='global' if job.method == 'snip' else 'layer',
       drop_fraction=settings['drop_fraction'],
       drop_schedule='cosine',
       regrow_dropped=False,
@@ -151,7 +151,42 @@ def make_functions(
       layer_flops=layer_flops,
     )
 
-  return lambda job: make(*job[:-1])
+  return make
+
+
+def _train(
+  functions: Functions,
+  settings: dict[str, Any],
+  split: datasets.Split,
+  seed: int,
+  report: runner.Report,
+) -> training.TrainState:
+  """Trains one network."""
+  init_key, run_key, data_key = jax.random.split(jax.random.key(seed), 3)
+
+  def mask_batch(step):
+    key = jax.random.fold_in(jax.random.fold_in(data_key, 1), step)
+    shape = (1, settings['batch_size'])
+    index = jax.random.randint(key, shape, 0, len(split.labels))
+    return split.images[index], split.labels[index]
+
+  def update_masks(step, state):
+    if not functions.method.due(step):
+      return state
+    return functions.update_masks(state, mask_batch(step))
+
+  state = functions.init(init_key, run_key)
+  return runner.train(
+    functions.init_masks(state, mask_batch(0)),
+    functions.run_steps,
+    (split.images, split.labels),
+    data_key,
+    steps=settings['steps'],
+    batch_size=settings['batch_size'],
+    report=report,
+    chunk=settings['update_every'],
+    before=update_masks,
+  )
 
 
 def run(
@@ -161,70 +196,54 @@ def run(
   data: tuple[datasets.Split, ...],
   report: runner.Report,
 ) -> dict[str, Any]:
-  """Trains one network.
+  """Trains the networks of a job, one after another.
 
   Args:
-    job: which one.
+    job: which ones.
     make: as of `make_functions`.
-    settings: the flags of `_RUN_FLAGS`.
+    settings: the flags that are not in the job.
     data: train, valid and test split, on the device.
-    report: called with the step and the metrics as training goes on.
+    report: called with the step, over all networks, and the metrics.
 
   Returns:
-    What the summary needs of it.
+    What the summary needs: the fields of the job, accuracies by seed, and
+    operations relative to a dense network.
 
   Raises:
     runner.Diverged: if the loss becomes NaN.
   """
-  train_split, valid_split, test_split = data
-  functions = make(job)
-  init_key, run_key, data_key = jax.random.split(jax.random.key(job.seed), 3)
-  # An order of its own: masks are not scored by the batch that follows.
-  mask_key = jax.random.fold_in(data_key, 1)
-
-  def mask_batch(step):
-    index = training.batch_indices(
-      mask_key, step, 1, settings['batch_size'], len(train_split.labels)
+  train_split, *others = data
+  functions, steps = make(job), settings['steps']
+  recipe, layers = job.recipe._asdict(), functions.layer_flops
+  accuracies, inference = [], []
+  for seed in range(job.seeds):
+    try:
+      state = _train(
+        functions,
+        settings,
+        train_split,
+        seed,
+        lambda step, metrics, done=seed * steps: report(done + step, metrics),
+      )
+    except runner.Diverged as e:
+      values = ', '.join(f'{k} = {v:g}' for k, v in recipe.items())
+      raise runner.Diverged(
+        f'{e}, with {values} and seed {seed}. Lower the learning rate.'
+      ) from e
+    theta = functions.theta(state)
+    accuracies.append(
+      [float(functions.accuracy(theta, state.model_state, *s)) for s in others]
     )
-    return train_split.images[index], train_split.labels[index]
-
-  def update_masks(step, state):
-    if not functions.method.due(step):
-      return state
-    return functions.update_masks(state, mask_batch(step))
-
-  state = functions.init_masks(functions.init(init_key, run_key), mask_batch(0))
-  try:
-    state = runner.train(
-      state,
-      functions.run_steps,
-      (train_split.images, train_split.labels),
-      data_key,
-      steps=settings['steps'],
-      batch_size=settings['batch_size'],
-      report=report,
-      chunk=settings['update_every'],
-      before=update_masks,
-    )
-  except runner.Diverged as e:
-    recipe = ', '.join(f'{k} = {v:g}' for k, v in job.recipe._asdict().items())
-    raise runner.Diverged(
-      f'{e}, with {recipe}. Lower the learning rate.'
-    ) from e
-  theta = functions.theta(state)
-  densities = jax.tree.map(jnp.mean, state.masks.forward)
-  layers = functions.layer_flops
+    densities = jax.tree.map(jnp.mean, state.masks.forward)
+    kept = flops.inference_flops(layers, densities)
+    inference.append(math.fsum(kept.values()))
   dense = math.fsum(layers.values())
-  inference = math.fsum(flops.inference_flops(layers, densities).values())
+  valid, test = (list(column) for column in zip(*accuracies))
   step_flops = functions.method.training_flops(layers)
   return {
-    **job._replace(recipe=job.recipe._asdict())._asdict(),
-    **{
-      f'{name}_accuracy': float(
-        functions.accuracy(theta, state.model_state, *split)
-      )
-      for name, split in (('valid', valid_split), ('test', test_split))
-    },
-    'inference_flops': inference / dense,
+    **job._replace(recipe=recipe)._asdict(),
+    'valid_accuracy': valid,
+    'test_accuracy': test,
+    'inference_flops': math.fsum(inference) / len(inference) / dense,
     'training_flops': step_flops / flops.training_flops(dense),
   }

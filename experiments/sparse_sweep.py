@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     'sparsities', ['0.8', '0.9', '0.95', '0.98', '0.99'], 'Weights removed.'
   )
   several('distributions', ['erk'], 'uniform, erk and er.')
-  integer('seeds', 1, 'Runs of each setting.', 1)
+  integer('seeds', 1, 'Networks of each setting.', 1)
   names = sorted(networks.NETWORKS)
   flags.DEFINE_enum('network', 'lenet_300_100', names, '', flag_values=values)
   string('dataset', 'mnist_5k', 'mnist_5k, idx, or the name of a TFDS set.')
@@ -105,7 +105,7 @@ def parse_recipes(values: flags.FlagValues) -> list[sparse_runs.Recipe]:
 
 
 def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
-  """The runs that the flags ask for.
+  """The jobs that the flags ask for.
 
   Raises:
     ValueError: if a value is impossible.
@@ -125,18 +125,18 @@ def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
     for distribution in values.distributions:
       for sparsity in sparsities if method != 'dense' else [0.0]:
         for recipe in parse_recipes(values):
-          for seed in range(values.seeds):
-            d = 'uniform' if method in ('dense', 'snip') else distribution
-            jobs.append(sparse_runs.Job(method, d, sparsity, recipe, seed))
+          d = 'uniform' if method in ('dense', 'snip') else distribution
+          seeds = values.seeds
+          jobs.append(sparse_runs.Job(method, d, sparsity, recipe, seeds))
   return list(dict.fromkeys(jobs))
 
 
 def name(job: sparse_runs.Job) -> str:
-  """The name of a run and of its file."""
+  """The name of a job and of its file."""
   alpha, rate, decay = job.recipe
   return (
     f'{job.method}-{job.distribution}-{job.sparsity:g}-alpha={alpha:g}'
-    f'-lr={rate:g}-decay={decay:g}-seed={job.seed}'
+    f'-lr={rate:g}-decay={decay:g}-seeds={job.seeds}'
   )
 
 
@@ -164,7 +164,10 @@ def main(argv: Sequence[str]) -> None:
   except ValueError as e:
     common.fail(e)
   messages, interrupted = runner.run_all(
-    runs, (data.train, data.valid, data.test), values.steps, out_dir
+    runs,
+    (data.train, data.valid, data.test),
+    values.steps * values.seeds,
+    out_dir,
   )
   results = runner.finished(out_dir)
   results = [results[name] for name in runs if name in results]
