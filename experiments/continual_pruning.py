@@ -1,0 +1,162 @@
+"""How the methods of continual learning choose the mask of a task."""
+
+from collections.abc import Callable, Collection
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from powerprop_jax import continual
+from powerprop_jax import datasets
+from powerprop_jax import layouts
+from powerprop_jax import masks
+from powerprop_jax import power
+from powerprop_jax import search
+
+SEARCHES = ('linear', 'binary', 'taylor')
+_TAYLOR_BATCH = 20  # Examples of a gradient of the Taylor estimate.
+
+# (memory, index, valid split) -> (mask by path, a record of the choice).
+Choose = Callable[
+  [continual.Memory, int, datasets.Split],
+  tuple[layouts.ByPath, dict[str, Any]],
+]
+
+
+def _make_search(settings, candidates):
+  """A search of the flags: (evaluate, target, predict) -> `search.Found`."""
+
+  def find(evaluate, target, predict):
+    if settings['search'] == 'binary':
+      steps = settings['search_steps']
+      return search.binary(evaluate, candidates, target, steps)
+    if settings['search'] == 'linear':
+      return search.linear(evaluate, candidates, target)
+    tolerance = search.loss_tolerance(settings['gamma'])
+    return search.taylor(evaluate, candidates, target, predict(), tolerance)
+
+  return find
+
+
+def make_epn(
+  settings: dict[str, Any],
+  accuracy: Callable[..., jax.Array],
+  mean_loss: Callable[..., jax.Array],
+  transform: power.PowerTransform,
+  omit: Collection[str],
+) -> Choose:
+  """Lines 5 to 11 of Algorithm 1, with one sort and compiled evaluations.
+
+  Args:
+    settings: the flags.
+    accuracy: of (theta, model_state, images, labels).
+    mean_loss: of (theta, model_state, (images, labels)).
+    transform: between phi and theta.
+    omit: paths of which earlier tasks' weights are left out.
+
+  Returns:
+    A `Choose`.
+
+  Raises:
+    ValueError: if the densities are impossible.
+  """
+  candidates = search.check_densities(
+    [float(p) for p in settings['densities']],
+    settings['min_density'],
+    settings['max_density'],
+  )
+  find = _make_search(settings, candidates)
+
+  def pruned(theta, mask):
+    return layouts.put(
+      theta, masks.apply_mask(layouts.by_path(theta, mask), mask)
+    )
+
+  @jax.jit
+  def rank(phi, owners):
+    theta = transform.to_theta(phi)
+    weights = layouts.by_path(theta, owners)
+    return theta, search.rank(weights, owners, omit)
+
+  @jax.jit
+  def evaluate(theta, model_state, ranking, count, max_new, split):
+    mask = search.select(ranking, count, max_new)
+    return accuracy(pruned(theta, mask), model_state, *split)
+
+  @jax.jit
+  def predict(theta, model_state, ranking, counts, max_new, split):
+    size = counts[-1]  # All weights: the dense network.
+    dense = pruned(theta, search.select(ranking, size, size))
+    saliency = search.make_saliency(mean_loss)
+    n = max(len(split[1]) // _TAYLOR_BATCH, 1)
+    batches = jax.tree.map(
+      lambda x: x[: n * _TAYLOR_BATCH].reshape(n, -1, *x.shape[1:]), split
+    )
+    found = layouts.by_path(
+      saliency(dense, model_state, batches), ranking.place
+    )
+    return search.predicted_rise(found, ranking, counts[:-1], max_new)
+
+  select = jax.jit(search.select)
+
+  def choose(memory, index, split):
+    del index
+    size = sum(owner.size for owner in memory.owners.values())
+    max_new = size
+    if settings['cap'] is not None:
+      max_new = masks.floor_multiply(settings['cap'], size)
+    theta, ranking = rank(memory.phi, memory.owners)
+
+    def performance(count, limit):
+      return float(
+        evaluate(theta, memory.model_state, ranking, count, limit, split)
+      )
+
+    def predictions():
+      counts = [masks.num_kept(p, size) for p in candidates]
+      counts = jnp.asarray([*counts, size], jnp.int32)
+      rise = predict(theta, memory.model_state, ranking, counts, max_new, split)
+      return np.asarray(rise).tolist()
+
+    dense = performance(size, size)
+    begin = time.time()
+    found = find(
+      lambda p: performance(masks.num_kept(p, size), max_new),
+      settings['gamma'] * dense,
+      predictions,
+    )
+    seconds = time.time() - begin
+    mask = select(ranking, masks.num_kept(found.density, size), max_new)
+    record = {
+      'dense_valid_accuracy': dense,
+      'pruned_valid_accuracy': found.performance,
+      'target_met': found.met,
+      'searched_density': found.density,
+      'evaluated': [list(pair) for pair in found.evaluated],
+      'evaluations': len(found.evaluated),
+      'search_seconds': seconds,
+    }
+    return mask, record
+
+  return choose
+
+
+def make_packnet(
+  settings: dict[str, Any], transform: power.PowerTransform
+) -> Choose:
+  """PackNet's mask, which asks for no validation data."""
+
+  @jax.jit
+  def mask(memory, counts):
+    theta = transform.to_theta(memory.phi)
+    return continual.packnet_mask(theta, memory.owners, counts)
+
+  def choose(memory, index, split):
+    del split
+    sizes = {path: owner.size for path, owner in memory.owners.items()}
+    counts = continual.packnet_counts(sizes, index, settings['tasks'])
+    return mask(memory, jax.tree.map(jnp.int32, counts)), {}
+
+  return choose
