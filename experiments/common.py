@@ -197,6 +197,29 @@ def _decay_phi(
   return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _make_inner(
+  optimizer: str,
+  rate: optax.Schedule,
+  momentum: float,
+  nesterov: bool,
+  weight_decay: float,
+) -> optax.GradientTransformation:
+  """The optimiser of the flags, with decay of the weights alone."""
+  make = OPTIMISERS[optimizer]
+  arguments = inspect.signature(make).parameters
+  options = {'momentum': momentum, 'nesterov': nesterov}
+  options = {name: value for name, value in options.items() if value}
+  for name, value in options.items():
+    if name not in arguments:
+      raise ValueError(f'{optimizer} takes no {name}, got {value}.')
+  if 'weight_decay' not in arguments:
+    decay = optax.add_decayed_weights(weight_decay, mask=leaves.weights)
+    return optax.chain(decay, make(rate, **options))
+  masks = {'mask', 'weight_decay_mask'} & set(arguments)
+  masks = dict.fromkeys(masks, leaves.weights)
+  return make(rate, weight_decay=weight_decay, **masks, **options)
+
+
 def make_tx(
   transform: power.PowerTransform,
   *,
@@ -229,27 +252,13 @@ def make_tx(
   Raises:
     ValueError: if an argument does not fit the optimiser.
   """
-  make = OPTIMISERS[optimizer]
-  arguments = inspect.signature(make).parameters
-  options = {'momentum': momentum, 'nesterov': nesterov}
-  options = {name: value for name, value in options.items() if value}
-  for name, value in options.items():
-    if name not in arguments:
-      raise ValueError(f'{optimizer} takes no {name}, got {value}.')
   rate = _learning_rate(learning_rate, schedule, steps, warmup_steps)
+  inner = _make_inner(optimizer, rate, momentum, nesterov, weight_decay)
   if weight_decay and update_rule == 'chain_rule':
     raise ValueError(
       'weight_decay acts on theta, which an optimiser under chain_rule does not'
       ' see. Use phi_decay, or target_propagation.'
     )
-  if 'weight_decay' in arguments:
-    options['weight_decay'] = weight_decay
-    for mask in {'mask', 'weight_decay_mask'} & set(arguments):
-      options[mask] = leaves.weights
-    inner = make(rate, **options)
-  else:
-    decay = optax.add_decayed_weights(weight_decay, mask=leaves.weights)
-    inner = optax.chain(decay, make(rate, **options))
   if update_rule == 'target_propagation':
     tx = propagation.target_propagation(inner, transform)
   else:
@@ -280,10 +289,10 @@ def check_no_arguments(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
 
 
-def fail(message: object) -> NoReturn:
-  """Ends the program with an error about its input."""
+def fail(message: object, code: int = 2) -> NoReturn:
+  """Ends the program with an error: 2 about its input, 1 about its run."""
   print(f'error: {message}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
 
 
 def environment() -> dict[str, Any]:

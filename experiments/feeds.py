@@ -47,12 +47,62 @@ def _host_columns(batch_size: int) -> slice:
   return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
 
+def _on_host(metrics: list[Any], axis: str | None) -> Metrics:
+  """The metrics of steps that were taken one by one, stacked."""
+  found = jax.device_get([devices.first(m, axis) for m in metrics])
+  return jax.tree.map(lambda *x: np.stack(x), *found)
+
+
+def compile_steps(
+  step: training.TrainStep, axis: str | None, params: Any
+) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
+  """Compiles a chunk of steps over data on the devices.
+
+  Inside a loop, XLA for CPUs takes the gradient of a convolution 20 times more
+  slowly than outside of one (jax issue 12868). There Python loops over steps
+  that are compiled one by one; everything else is one compiled loop.
+
+  Args:
+    step: the train step, made for the same axis.
+    axis: as of `devices.axis_name`.
+    params: the parameters of the network, or their shapes.
+
+  Returns:
+    A function of (state, data, indices) as of `training.make_run_steps`. The
+    state is donated, and the metrics come back to the host.
+  """
+  convolves = any(len(x.shape) > 2 for x in jax.tree.leaves(params))
+  if jax.default_backend() != 'cpu' or not convolves:
+    run = devices.on_devices(training.make_run_steps(step), axis)
+
+    def run_steps(state, data, indices):
+      state, metrics = run(state, data, indices)
+      return state, jax.device_get(devices.first(metrics, axis))
+
+    return run_steps
+
+  def take(state, data, index):
+    return step(state, jax.tree.map(lambda x: x[index], data))
+
+  take = devices.on_devices(take, axis)
+
+  def loop(state, data, indices):
+    metrics = []
+    for index in np.moveaxis(indices, 0 if axis is None else 1, 0):
+      state, result = take(state, data, index)
+      metrics.append(result)
+    return state, _on_host(metrics, axis)
+
+  return loop
+
+
 def in_memory(
   data: datasets.Dataset,
   step: training.TrainStep,
   apply: Callable[..., Any],
   prepare: augment.Prepare,
   *,
+  params: Any,
   batch_size: int,
   seed: int,
   axis: str | None,
@@ -64,6 +114,7 @@ def in_memory(
     step: the train step, made for the same axis.
     apply: the network, as of `networks.build`.
     prepare: from bytes to what the network sees.
+    params: as of `compile_steps`.
     batch_size: global; a multiple of the number of devices.
     seed: decides the order.
     axis: as of `devices.axis_name`.
@@ -74,7 +125,7 @@ def in_memory(
   key = jax.random.key(seed)
   size, columns = len(data.train.labels), _host_columns(batch_size)
   split = devices.replicate((data.train.images, data.train.labels), axis)
-  run_steps = devices.on_devices(training.make_run_steps(step), axis)
+  run_steps = compile_steps(step, axis, params)
   accuracy = jax.jit(classification.make_accuracy(apply, prepare=prepare))
 
   def indices(start, n, salt=0):
@@ -85,8 +136,7 @@ def in_memory(
 
   def advance(state, start, stop):
     chosen = devices.shard(indices(start, stop - start), axis, dim=1)
-    state, metrics = run_steps(state, split, chosen)
-    return state, jax.device_get(devices.first(metrics, axis))
+    return run_steps(state, split, chosen)
 
   def batches(step, n):
     # An order of its own: masks are not scored by the batch that follows.
@@ -104,6 +154,55 @@ def in_memory(
   return Feed(advance, batches, evaluate, lambda: None)
 
 
+def _batches_of(
+  source: streams.Source, axis: str | None, seed: int, hosts: dict[str, Any]
+) -> Callable[[int, int], Any]:
+  """`Feed.batches` of a stream of its own."""
+
+  def batches(step, n):
+    # Few batches are worth no worker processes.
+    stream = streams.train_stream(
+      source, seed=seed, start=step * n, **(hosts | {'num_workers': 0})
+    )
+    found = [next(stream) for _ in range(n)]
+    stream.close()
+    stacked = jax.tree.map(lambda *x: np.stack(x), *found)
+    return devices.shard(stacked, axis, dim=1)
+
+  return batches
+
+
+def _accuracy_on(
+  source: streams.Source,
+  apply: Callable[..., Any],
+  prepare: augment.Prepare,
+  axis: str | None,
+  hosts: dict[str, Any],
+) -> Callable[[Any, Any], float]:
+  """The accuracy of (theta, model_state) over a stream, on all devices."""
+
+  def correct(theta, model_state, batch):
+    images, labels = batch
+    logits, _ = apply(
+      theta, model_state, None, prepare(None, images, False), False
+    )
+    # What fills the last batch has the label -1, which no prediction equals.
+    count = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+    return count if axis is None else jax.lax.psum(count, axis)
+
+  count_correct = devices.on_devices(correct, axis, donate=())
+
+  def accuracy(theta, model_state):
+    theta, model_state = devices.replicate((theta, model_state), axis)
+    counts = [
+      count_correct(theta, model_state, devices.shard(batch, axis))
+      for batch in streams.eval_batches(source, **hosts)
+    ]
+    return sum(int(devices.first(c, axis)) for c in counts) / source.size
+
+  return accuracy
+
+
 def streamed(
   train: streams.Source,
   test: streams.Source,
@@ -117,7 +216,7 @@ def streamed(
   num_workers: int,
   axis: str | None,
 ) -> Feed:
-  """A feed of a set too large for memory. Arguments as of `in_memory`.
+  """A feed of a set too large for memory.
 
   Args:
     train: encoded training images.
@@ -137,52 +236,29 @@ def streamed(
     'shard_count': jax.process_count(),
   }
   step = devices.on_devices(step, axis)
+  accuracy = _accuracy_on(test, apply, prepare, axis, hosts)
   stream, at = None, -1
+
+  def close():
+    if stream is not None:
+      stream.close()
 
   def advance(state, start, stop):
     nonlocal stream, at
     if stream is None or at != start:
-      if stream is not None:
-        stream.close()
+      close()
       stream = streams.train_stream(train, seed=seed, start=start, **hosts)
     metrics = []
     for _ in range(start, stop):
       state, result = step(state, devices.shard(next(stream), axis))
       metrics.append(result)  # On the device: the host does not wait for it.
     at = stop
-    metrics = jax.device_get([devices.first(m, axis) for m in metrics])
-    return state, jax.tree.map(lambda *x: np.stack(x), *metrics)
+    return state, _on_host(metrics, axis)
 
-  def batches(step, n):
-    own = streams.train_stream(
-      train, seed=seed + 1, start=step * n, **(hosts | {'num_workers': 0})
-    )
-    found = [next(own) for _ in range(n)]
-    own.close()
-    stacked = jax.tree.map(lambda *x: np.stack(x), *found)
-    return devices.shard(stacked, axis, dim=1)
-
-  def correct(theta, model_state, batch):
-    images, labels = batch
-    logits, _ = apply(
-      theta, model_state, None, prepare(None, images, False), False
-    )
-    count = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
-    return count if axis is None else jax.lax.psum(count, axis)
-
-  count_correct = devices.on_devices(correct, axis, donate=())
-
-  def evaluate(theta, model_state):
-    theta, model_state = devices.replicate((theta, model_state), axis)
-    counts = [
-      count_correct(theta, model_state, devices.shard(batch, axis))
-      for batch in streams.eval_batches(test, **hosts)
-    ]
-    total = sum(int(devices.first(c, axis)) for c in counts)
-    return {'test_accuracy': total / test.size}
-
-  def close():
-    if stream is not None:
-      stream.close()
-
-  return Feed(advance, batches, evaluate, close)
+  return Feed(
+    advance=advance,
+    # Masks are not scored by the batch that follows.
+    batches=_batches_of(train, axis, seed + 1, hosts),
+    accuracy=lambda *network: {'test_accuracy': accuracy(*network)},
+    close=close,
+  )

@@ -28,6 +28,20 @@ class Cadence(NamedTuple):
   last: int
 
 
+class Densities(NamedTuple):
+  """How dense the layers of a run are, each as `flops` takes it.
+
+  Attributes:
+    forward: of the weights in use, at the end.
+    backward: of those that are updated, at the end.
+    ever: of those that were ever in use. Gradual pruning begins with them.
+  """
+
+  forward: Any
+  backward: Any
+  ever: Any
+
+
 class Method(NamedTuple):
   """A method with its settings.
 
@@ -36,15 +50,18 @@ class Method(NamedTuple):
     due: whether masks are updated before a step.
     penalty: of the train step.
     counts: how many weights each leaf keeps in the end, a pytree of ints.
-    training_flops: maps the dense layers' operations at inference to those of a
-      training step on one example, on average over the run.
+    training_flops: maps the dense layers' operations at inference, and the
+      `Densities` of a run, to the operations of a training step on one example,
+      on average over the run. Without the latter it takes those that the flags
+      ask for: a network that was sparse before, and a global ranking, have
+      others.
   """
 
   updater: updaters.MaskUpdater
   due: Callable[[int], bool]
   penalty: training.Penalty | None
   counts: Any
-  training_flops: Callable[[dict[str, float]], float]
+  training_flops: Callable[..., float]
 
 
 def parse_distribution(
@@ -93,6 +110,31 @@ def _progress(cadence: Cadence) -> Callable[[Any], jax.Array]:
   return schedules.cubic(cadence.start - cadence.every, cadence.last)
 
 
+def _forward_and_backward(
+  method: str,
+  sparsity: float,
+  backward_sparsity: float | None,
+  distribution: str,
+  dense_layers: Sequence[str],
+) -> tuple[distributions.Distribution, distributions.Distribution]:
+  """The distributions of the weights in use and of those that are updated."""
+  if method == 'dense':
+    whole = lambda theta: jax.tree.map(lambda x: x.size, theta)
+    return whole, whole
+  forward = parse_distribution(distribution, sparsity, dense_layers)
+  if method != 'top_kast':
+    return forward, forward
+  if backward_sparsity is None:
+    backward_sparsity = max(0.0, sparsity - 0.1)
+  if backward_sparsity > sparsity:
+    raise ValueError(
+      f'--backward_sparsity={backward_sparsity} must not be above'
+      f' --sparsity={sparsity}: Top-KAST updates at least what it uses.'
+    )
+  backward = parse_distribution(distribution, backward_sparsity, dense_layers)
+  return forward, backward
+
+
 def _make_updater(
   method: str,
   cadence: Cadence,
@@ -106,58 +148,89 @@ def _make_updater(
   regrow: str,
   regrow_dropped: bool,
 ) -> updaters.MaskUpdater:
+  drop = schedules.drop_fraction(drop_fraction, cadence.last + 1, drop_schedule)
   values = {
     'init': fresh,
     'keep': None,
     'zero': lambda key: jax.tree.map(jnp.zeros_like, fresh(key)),
   }[regrow]
-  drop = schedules.drop_fraction(drop_fraction, cadence.last + 1, drop_schedule)
   return {
     'dense': updaters.dense,
-    'static': functools.partial(updaters.static, forward),
-    'snip': functools.partial(updaters.snip, forward, scope),
-    'set': functools.partial(
-      updaters.set_, forward, drop, values, regrow_dropped
-    ),
-    'rigl': functools.partial(
-      updaters.rigl, forward, drop, values, regrow_dropped
-    ),
-    'top_kast': functools.partial(top_kast.top_kast, forward, backward),
-    'magnitude': functools.partial(
-      updaters.magnitude, forward, _progress(cadence), scope
-    ),
+    'static': lambda: updaters.static(forward),
+    'snip': lambda: updaters.snip(forward, scope),
+    'set': lambda: updaters.set_(forward, drop, values, regrow_dropped),
+    'rigl': lambda: updaters.rigl(forward, drop, values, regrow_dropped),
+    'top_kast': lambda: top_kast.top_kast(forward, backward),
+    'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
   }[method]()
 
 
-def _training_flops(
-  method: str,
+def _gradual_flops(
   cadence: Cadence,
   steps: int,
-  densities: Any,
-  backward_densities: Any,
-  layers: dict[str, float],
+  dense: dict[str, float],
+  first: dict[str, float],
+  last: dict[str, float],
 ) -> float:
-  dense = math.fsum(layers.values())
-  if method == 'dense':
-    return flops.training_flops(dense)
-  sparse = math.fsum(flops.inference_flops(layers, densities).values())
-  if method == 'rigl':
-    return flops.rigl_training_flops(dense, sparse, cadence.every)
-  if method == 'top_kast':
-    wide = flops.inference_flops(layers, backward_densities)
-    return flops.top_kast_training_flops(sparse, math.fsum(wide.values()))
-  if method == 'magnitude':
-    updates = range(cadence.start, cadence.last + 1, cadence.every)
-    progress = [float(_progress(cadence)(t)) for t in updates]
-    # The steps before the first update, between updates, and after the last.
-    spans = [cadence.start, *[cadence.every] * (len(progress) - 1)]
-    spans.append(steps - cadence.last)
-    costs = [
-      span / steps * (dense + p * (sparse - dense))
-      for span, p in zip(spans, [0.0, *progress])
-    ]
-    return flops.training_flops(math.fsum(costs))
-  return flops.training_flops(sparse)
+  """Operations at inference, on average over a run of gradual pruning.
+
+  Args:
+    cadence: when weights are pruned.
+    steps: length of the run.
+    dense: operations of each layer with all weights.
+    first: with those that it begins with.
+    last: with those that are left.
+
+  Returns:
+    Operations of all layers.
+  """
+  updates = range(cadence.start, cadence.last + 1, cadence.every)
+  progress = [0.0, *(float(_progress(cadence)(t)) for t in updates)]
+  # The steps before the first update, between updates, and after the last.
+  spans = [cadence.every] * (len(updates) - 1)
+  spans = [cadence.start, *spans, steps - cadence.last]
+
+  def cost(p):
+    # A layer that begins sparser than asked for is pruned later.
+    asked = {k: n + p * (last[k] - n) for k, n in dense.items()}
+    return math.fsum(min(first[k], n) for k, n in asked.items())
+
+  return math.fsum(n / steps * cost(p) for n, p in zip(spans, progress))
+
+
+def _planned(theta: Any, counts: Any, backward_counts: Any) -> Densities:
+  """The densities that the flags ask for."""
+
+  def densities(counts):
+    sparsities = distributions.sparsities(theta, counts)
+    return jax.tree.map(lambda s: 1.0 - s, sparsities)
+
+  return Densities(
+    forward=densities(counts),
+    backward=densities(backward_counts),
+    ever=jax.tree.map(lambda x: 1.0, theta),
+  )
+
+
+def _make_training_flops(
+  method: str, cadence: Cadence, steps: int, planned: Densities
+) -> Callable[..., float]:
+  def training_flops(layers, densities=planned):
+    forward, backward, ever = (
+      flops.inference_flops(layers, d) for d in densities
+    )
+    dense, sparse, wide = (
+      math.fsum(x.values()) for x in (layers, forward, backward)
+    )
+    if method == 'rigl':
+      return flops.rigl_training_flops(dense, sparse, cadence.every)
+    if method == 'top_kast':
+      return flops.top_kast_training_flops(sparse, wide)
+    if method == 'magnitude':
+      sparse = _gradual_flops(cadence, steps, layers, ever, forward)
+    return flops.training_flops(sparse)
+
+  return training_flops
 
 
 def make_method(
@@ -184,8 +257,8 @@ def make_method(
     theta: the weights, or their shapes and dtypes.
     alpha: the power.
     steps: length of the run.
-    **others: the flags of the same names; `fresh` draws weights theta as at
-      initialisation, of a key.
+    **others: the flags of the same names, which count where the method uses
+      them; `fresh` draws weights theta as at initialisation, of a key.
 
   Returns:
     A `Method`.
@@ -193,44 +266,25 @@ def make_method(
   Raises:
     ValueError: if the settings are impossible.
   """
-  if regrow == 'zero' and alpha != 1.0:
+  if method in ('set', 'rigl') and regrow == 'zero' and alpha != 1.0:
     raise ValueError(
       f'--regrow=zero with alpha = {alpha:g}: a weight at zero never moves for'
       ' alpha > 1 (section 2 of the paper). Use init or keep.'
     )
   cadence = make_cadence(method, steps, update_every, update_start, update_stop)
-  if backward_sparsity is None:
-    backward_sparsity = max(0.0, sparsity - 0.1)
-  if backward_sparsity > sparsity:
-    raise ValueError(
-      f'--backward_sparsity={backward_sparsity} must not be above'
-      f' --sparsity={sparsity}: Top-KAST updates at least what it uses.'
-    )
-  forward = parse_distribution(distribution, sparsity, dense_layers)
-  backward = parse_distribution(distribution, backward_sparsity, dense_layers)
+  forward, backward = _forward_and_backward(
+    method, sparsity, backward_sparsity, distribution, dense_layers
+  )
   counts = forward(theta)  # What is impossible fails here.
-
-  def densities(counts):
-    sparsities = distributions.sparsities(theta, counts)
-    return jax.tree.map(lambda s: 1.0 - s, sparsities)
-
-  penalty = functools.partial(top_kast.penalty, strength=exploration_penalty)
+  planned = _planned(theta, counts, backward(theta))
   due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
+  penalty = functools.partial(top_kast.penalty, strength=exploration_penalty)
   return Method(
     updater=_make_updater(
       method, cadence, forward, backward, regrow=regrow, **options
     ),
     due=(lambda step: False) if method in _NEVER_UPDATED else due,
     penalty=penalty if method == 'top_kast' else None,
-    counts=jax.tree.map(lambda x: x.size, theta)
-    if method == 'dense'
-    else counts,
-    training_flops=functools.partial(
-      _training_flops,
-      method,
-      cadence,
-      steps,
-      densities(counts),
-      densities(backward(theta)),
-    ),
+    counts=counts,
+    training_flops=_make_training_flops(method, cadence, steps, planned),
   )

@@ -119,7 +119,7 @@ def _make_reports(
       with lock, path.open('a') as f:
         f.write(line + '\n')
         bar.update(step - done)
-        bar.set_postfix({k: f'{v:.4f}' for k, v in metrics.items()})
+        bar.set_postfix({k: f'{v:.4g}' for k, v in metrics.items()})
       done = step
 
     return report

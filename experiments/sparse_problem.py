@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments import common
 from experiments import feeds
@@ -39,11 +40,24 @@ METHOD_FLAGS = (
 
 
 class Problem(NamedTuple):
-  """What a run is made of."""
+  """What a run is made of.
+
+  Attributes:
+    transform: the power map.
+    method: the sparse training method.
+    init: makes the state to start from, of one device.
+    step: the train step, to be compiled for the axis.
+    init_masks: chooses the first masks; compiled.
+    update_masks: changes them; compiled.
+    make_feed: makes the batches, and what trains and evaluates with them.
+    layer_flops: dense operations of each layer at inference, for one example.
+    axis: as of `devices.axis_name`.
+  """
 
   transform: power.PowerTransform
   method: methods.Method
   init: Callable[[], training.TrainState]
+  step: training.TrainStep
   init_masks: training.MaskStep
   update_masks: training.MaskStep
   make_feed: Callable[[], feeds.Feed]
@@ -87,6 +101,58 @@ def _prepare(dataset: str, axis: str | None) -> augment.Prepare:
   return augment.crop_and_flip(then=then, axis_name=axis)
 
 
+def _make_network(settings: dict[str, Any], num_classes: int, axis: str | None):
+  # A last scale of zero in each block would hide the block from SNIP.
+  options = {'zero_init': False} if 'resnet' in settings['network'] else {}
+  return networks.build(
+    settings['network'],
+    num_classes,
+    dtype=jnp.bfloat16 if settings['bfloat16'] else jnp.float32,
+    cross_replica_axis=axis,
+    **options,
+  )
+
+
+def _make_tx(
+  settings: dict[str, Any], transform: power.PowerTransform
+) -> optax.GradientTransformation:
+  return common.make_tx(
+    transform,
+    steps=settings['steps'],
+    update_rule='target_propagation',
+    **{name: settings[name] for name in common.OPTIMISER_FLAGS},
+  )
+
+
+def _layer_flops(network, theta, model_state, shape) -> dict[str, float]:
+  return flops.layer_flops(
+    lambda p, s, x: network.apply(p, s, None, x, False)[0],
+    theta,
+    model_state,
+    jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+  )
+
+
+def _feed_maker(
+  settings: dict[str, Any],
+  data: Any,
+  num_workers: int,
+  theta: Any,
+  **arguments: Any,
+) -> Callable[[], feeds.Feed]:
+  """What makes the feed of a data set, as of `load`."""
+  arguments |= {name: settings[name] for name in ('batch_size', 'seed')}
+  if isinstance(data, datasets.Dataset):
+    return functools.partial(feeds.in_memory, data, params=theta, **arguments)
+  return functools.partial(
+    feeds.streamed,
+    *data,
+    image_size=settings['image_size'],
+    num_workers=num_workers,
+    **arguments,
+  )
+
+
 def make_problem(
   settings: dict[str, Any], data: Any, num_workers: int
 ) -> Problem:
@@ -104,38 +170,25 @@ def make_problem(
     ValueError: if the settings are impossible.
   """
   devices.check_batch_size(settings['batch_size'])
-  axis, seed = devices.axis_name(), settings['seed']
-  streamed = not isinstance(data, datasets.Dataset)
-  classes = data[0].num_classes if streamed else data.num_classes
-  side = settings['image_size']
-  shape = (side, side, 3) if streamed else data.train.images.shape[1:]
-  images = jnp.zeros((1, *shape))
-  network = networks.build(
-    settings['network'],
-    classes,
-    dtype=jnp.bfloat16 if settings['bfloat16'] else jnp.float32,
-    cross_replica_axis=axis,
-    # A last scale of zero in each block would hide the block from SNIP.
-    **({'zero_init': False} if 'resnet' in settings['network'] else {}),
-  )
+  axis, side = devices.axis_name(), settings['image_size']
+  if isinstance(data, datasets.Dataset):
+    shape, num_classes = data.train.images.shape[1:], data.num_classes
+  else:
+    shape, num_classes = (side, side, 3), data[0].num_classes
+  network = _make_network(settings, num_classes, axis)
   transform = power.power_transform(settings['alpha'])
-  tx = common.make_tx(
-    transform,
-    steps=settings['steps'],
-    update_rule='target_propagation',
-    **{name: settings[name] for name in common.OPTIMISER_FLAGS},
-  )
+  tx = _make_tx(settings, transform)
 
-  def fresh(key):
-    return network.init(key, images, True)[0]
+  def init(key):
+    return network.init(key, jnp.zeros((1, *shape)), True)
 
-  theta = jax.eval_shape(fresh, jax.random.key(0))
+  theta, model_state = jax.eval_shape(init, jax.random.key(0))
   method = methods.make_method(
     settings['method'],
     theta,
     alpha=settings['alpha'],
     steps=settings['steps'],
-    fresh=fresh,
+    fresh=lambda key: init(key)[0],
     **{name: settings[name] for name in METHOD_FLAGS},
   )
   prepare = _prepare(settings['dataset'], axis)
@@ -143,48 +196,33 @@ def make_problem(
     network.apply, prepare, settings['label_smoothing']
   )
   step = training.make_train_step(loss_fn, tx, transform, axis, method.penalty)
-  init_masks, update_masks = (
-    devices.on_devices(f, axis)
-    for f in training.make_mask_steps(
-      loss_fn, tx, method.updater, transform, axis
-    )
+  mask_steps = training.make_mask_steps(
+    loss_fn, tx, method.updater, transform, axis
   )
+  init_masks, update_masks = (devices.on_devices(f, axis) for f in mask_steps)
 
-  def init():
-    init_key, key = jax.random.split(jax.random.key(seed))
-    theta, model_state = jax.jit(network.init, static_argnums=2)(
-      init_key, images, True
-    )
+  def init_state():
+    init_key, key = jax.random.split(jax.random.key(settings['seed']))
+    theta, model_state = jax.jit(init)(init_key)
     return training.init_state(key, theta, model_state, tx, transform)
 
-  options = {'batch_size': settings['batch_size'], 'seed': seed, 'axis': axis}
-  make_feed = functools.partial(
-    feeds.in_memory, data, step, network.apply, prepare, **options
-  )
-  if streamed:
-    make_feed = functools.partial(
-      feeds.streamed,
-      *data,
-      step,
-      network.apply,
-      prepare,
-      image_size=side,
-      num_workers=num_workers,
-      **options,
-    )
-  state = jax.eval_shape(
-    lambda k: network.init(k, images, True)[1], jax.random.key(0)
-  )
-  layers = flops.layer_flops(
-    lambda p, s, x: network.apply(p, s, None, x, False)[0], theta, state, images
-  )
   return Problem(
-    transform,
-    method,
-    init,
-    init_masks,
-    update_masks,
-    make_feed,
-    layers,
-    axis,
+    transform=transform,
+    method=method,
+    init=init_state,
+    step=step,
+    init_masks=init_masks,
+    update_masks=update_masks,
+    make_feed=_feed_maker(
+      settings,
+      data,
+      num_workers,
+      theta,
+      step=step,
+      apply=network.apply,
+      prepare=prepare,
+      axis=axis,
+    ),
+    layer_flops=_layer_flops(network, theta, model_state, shape),
+    axis=axis,
   )

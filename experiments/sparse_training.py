@@ -8,32 +8,24 @@ with the same parameters, bit for bit. --out_dir gets config.json,
 metrics.jsonl, summary.json and the checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 import hashlib
-import json
 import math
-import pathlib
-import signal
 import sys
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app
 from absl import flags
-from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from experiments import common
-from experiments import feeds
 from experiments import methods
+from experiments import sparse_loop
 from experiments import sparse_problem
 from powerprop_jax import analysis
 from powerprop_jax import checkpoint
-from powerprop_jax import devices
 from powerprop_jax import flops
 from powerprop_jax import networks
 from powerprop_jax import power
@@ -79,7 +71,6 @@ _RUN_FLAGS = (
   *sparse_problem.METHOD_FLAGS,
   *common.OPTIMISER_FLAGS,
 )
-_SEGMENT = 100  # Steps between two looks at the loss, at most.
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -128,7 +119,7 @@ def define_flags(values: flags.FlagValues) -> None:
   real('label_smoothing', 0.0, 'Of the targets.', 0.0, 1.0)
   boolean('bfloat16', False, 'Whether activations are bfloat16.')
   integer('seed', 0, 'Of everything random.', 0)
-  string('init_from', None, 'Checkpoint folder to take weights and masks from.')
+  string('init_from', None, 'Checkpoints of the network to start from.')
   integer('checkpoint_every', 1_000, 'Steps between checkpoints.', 1)
   string('out_dir', 'results/sparse_training', 'Folder of results.')
   enum('preset', None, sorted(PRESETS), 'Settings to start from.')
@@ -136,45 +127,6 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('num_processes', None, 'How many hosts, with a coordinator.')
   integer('process_index', None, 'Which host this is, with a coordinator.')
   common.define_optimiser_flags(values)
-
-
-class Progress(NamedTuple):
-  """What a checkpoint holds: the state, and which weights were ever in use."""
-
-  state: training.TrainState
-  ever: Any
-
-
-def begin(
-  problem: sparse_problem.Problem,
-  manager: checkpoint.Manager,
-  init_from: str | None,
-) -> tuple[int, Progress, bool]:
-  """Where to go on: a checkpoint of this run or of another, or a fresh state.
-
-  Returns:
-    The step, the progress, and whether masks are still to be chosen.
-  """
-  state = problem.init()
-  like = Progress(state, jax.tree.map(jnp.copy, state.masks.forward))
-  found = checkpoint.restore_latest(manager, like)
-  if found is not None:
-    return found[0], found[1], False
-  if init_from is None:
-    return 0, like, True
-  source = checkpoint.load(init_from)
-  wanted = {'state': {'phi': state.phi, 'masks': state.masks}}
-  there = checkpoint.fill(wanted, source, partial=True)['state']
-  phi = power.change_alpha(
-    there['phi'],
-    power.power_transform(source.config['alpha']),
-    problem.transform,
-  )
-  state = state._replace(phi=phi, masks=there['masks'])
-  forward = state.masks.forward
-  # A network that is sparse already keeps its mask.
-  is_dense = all(bool(m.all()) for m in jax.tree.leaves(forward))
-  return 0, Progress(state, jax.tree.map(jnp.copy, forward)), is_dense
 
 
 def fingerprint(state: training.TrainState) -> str:
@@ -185,168 +137,32 @@ def fingerprint(state: training.TrainState) -> str:
   return digest.hexdigest()
 
 
-def check_collapse(masks: Any, theta: Any, on_collapse: str) -> None:
-  """Raises ValueError, or warns, if a layer has no weight left."""
-  report = analysis.sparsity_report(jax.device_get(masks), theta)
-  empty = [row['path'] for row in report['layers'] if not row['kept']]
-  if empty and on_collapse == 'error':
-    raise ValueError(
-      f'no weight is left in {", ".join(empty)}: nothing can be learnt. Lower'
-      ' --sparsity, choose another --distribution or --scope, or go on with'
-      ' --on_collapse=warn.'
-    )
-  if empty:
-    logging.warning('No weight is left in %s.', ', '.join(empty))
-
-
-def next_stop(
-  step: int, steps: int, due: Callable[[int], bool], checkpoint_every: int
-) -> int:
-  """The end of the segment that starts at a step."""
-  for end in range(step + 1, min(step + _SEGMENT, steps)):
-    if due(end) or end % checkpoint_every == 0 or end % _SEGMENT == 0:
-      return end
-  return min(step + _SEGMENT, steps)
-
-
-class Log(NamedTuple):
-  """Where the first host reports to; other hosts have none."""
-
-  bar: Any
-  path: pathlib.Path
-
-
-def open_log(out_dir: pathlib.Path, step: int, steps: int) -> Log | None:
-  """Opens the bar and metrics.jsonl, of which only the past is kept."""
-  if jax.process_index():
-    return None
-  path = out_dir / 'metrics.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
-  past = []
-  for line in lines:
-    try:
-      if json.loads(line)['step'] <= step:
-        past.append(line + '\n')
-    except json.JSONDecodeError:
-      continue  # The end of a file that was cut off.
-  path.write_text(''.join(past))
-  return Log(tqdm.tqdm(total=steps, initial=step, unit='step'), path)
-
-
-def write_log(log: Log | None, step: int, metrics: feeds.Metrics) -> None:
-  """Reports a segment that ended before a step."""
-  if log is None:
-    return
-  means = {name: float(np.mean(x)) for name, x in metrics.items()}
-  with log.path.open('a') as f:
-    f.write(json.dumps({'step': step, **means}) + '\n')
-  log.bar.update(step - log.bar.n)
-  log.bar.set_postfix({name: f'{x:.4f}' for name, x in means.items()})
-
-
-def train(
-  problem: sparse_problem.Problem,
-  feed: feeds.Feed,
-  manager: checkpoint.Manager,
-  out_dir: pathlib.Path,
-  settings: dict[str, Any],
-  *,
-  checkpoint_every: int,
-  on_collapse: str,
-) -> tuple[Progress, float] | None:
-  """Trains to the end, or until the process is asked to stop.
-
-  Returns:
-    The progress and the steps a second, or None if it was stopped.
-
-  Raises:
-    ValueError: if a layer collapses or the loss is not finite.
-  """
-  axis, steps = problem.axis, settings['steps']
-  step, progress, choose = begin(problem, manager, settings['init_from'])
-  theta = progress.state.phi
-  state, ever = devices.replicate(progress, axis)
-  union = devices.on_devices(
-    lambda a, b: jax.tree.map(jnp.logical_or, a, b), axis
-  )
-
-  def update(f, state, ever):
-    batches = feed.batches(step, settings['gradient_batches'])
-    state = f(state, batches)
-    forward = state.masks.forward
-    check_collapse(devices.first(forward, axis), theta, on_collapse)
-    return state, union(ever, forward)
-
-  if choose:
-    none = jax.tree.map(jnp.zeros_like, ever)
-    state, ever = update(problem.init_masks, state, none)
-  asked, stop = [], False
-  handlers = {
-    number: signal.signal(number, lambda *_: asked.append(True))
-    for number in (signal.SIGTERM, signal.SIGINT)
-  }
-  log, times = open_log(out_dir, step, steps), []
-  while step < steps and not stop:
-    if problem.method.due(step):
-      state, ever = update(problem.update_masks, state, ever)
-    begun, end = (
-      time.time(),
-      next_stop(step, steps, problem.method.due, checkpoint_every),
-    )
-    state, metrics = feed.advance(state, step, end)
-    times.append((end - step, time.time() - begun))
-    if not np.isfinite(metrics['loss']).all():
-      at = step + int(np.argmin(np.isfinite(metrics['loss'])))
-      raise ValueError(
-        f'the loss became {metrics["loss"][at - step]} at step {at}, with alpha'
-        f' = {settings["alpha"]:g} and learning_rate ='
-        f' {settings["learning_rate"]:g}. Lower the learning rate.'
-      )
-    step = end
-    write_log(log, step, metrics)
-    stop = devices.any_host(bool(asked))
-    if step % checkpoint_every == 0 or step == steps or stop:
-      saved = Progress(*devices.first((state, ever), axis))
-      checkpoint.save(manager, step, saved)
-  checkpoint.close(manager)
-  feed.close()
-  for number, handler in handlers.items():
-    # None is a handler that Python has not set and can not set again.
-    signal.signal(number, handler or signal.SIG_DFL)
-  if log is not None:
-    log.bar.close()
-  if step < steps:
-    return None
-  # The first segment compiles. Nothing is known of a run that was at its end.
-  count, seconds = np.sum(times[1:] or [(np.nan, 1)], axis=0)
-  progress = Progress(*devices.first((state, ever), axis))
-  return progress, float(count / seconds)
+def _densities(mask: Any, phi: Any, layers: dict[str, float]) -> dict[str, Any]:
+  """The density of every layer that has operations."""
+  report = analysis.sparsity_report(mask, phi)
+  found = {row['path']: row['density'] for row in report['layers']}
+  return {path: found.get(path, 1.0) for path in layers}
 
 
 def summarise(
   problem: sparse_problem.Problem,
-  progress: Progress,
+  progress: sparse_loop.Progress,
   accuracy: dict[str, float],
   steps_per_second: float,
   steps: int,
 ) -> dict[str, Any]:
   """What summary.json holds."""
-  state = progress.state
-  report = analysis.sparsity_report(
-    jax.device_get(state.masks.forward), state.phi
+  state, layers = progress.state, problem.layer_flops
+  masks, ever = jax.device_get((state.masks, progress.ever))
+  report = analysis.sparsity_report(masks.forward, state.phi)
+  explored = analysis.sparsity_report(ever, state.phi)
+  densities = methods.Densities(
+    *(_densities(m, state.phi, layers) for m in (*masks, ever))
   )
-  ever = analysis.sparsity_report(jax.device_get(progress.ever), state.phi)
-  layers = problem.layer_flops
   dense = math.fsum(layers.values())
-  kept = flops.inference_flops(
-    layers,
-    {
-      **dict.fromkeys(layers, 1.0),
-      **{row['path']: row['density'] for row in report['layers']},
-    },
-  )
+  kept = flops.inference_flops(layers, densities.forward)
   inference = math.fsum(kept.values())
-  step = problem.method.training_flops(layers)
+  step = problem.method.training_flops(layers, densities)
   return {
     **accuracy,
     'sparsity': {
@@ -354,7 +170,7 @@ def summarise(
       **{row['path']: 1 - row['density'] for row in report['layers']},
     },
     'dead_units': report['total']['dead'],
-    'explored': ever['total']['density'],
+    'explored': explored['total']['density'],
     'inference_flops': {'absolute': inference, 'relative': inference / dense},
     # Of one example, over the whole run.
     'training_flops': {
@@ -412,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
     out_dir = common.prepare_out_dir(values.out_dir, settings)
     manager = checkpoint.open_manager(out_dir / 'checkpoints', settings)
     feed = problem.make_feed()
-    result = train(
+    result = sparse_loop.train(
       problem,
       feed,
       manager,
@@ -421,6 +237,8 @@ def main(argv: Sequence[str]) -> None:
       checkpoint_every=values.checkpoint_every,
       on_collapse=values.on_collapse,
     )
+  except sparse_loop.Failed as e:
+    common.fail(e, code=1)
   except (ValueError, FileNotFoundError) as e:
     common.fail(e)
   if result is None:

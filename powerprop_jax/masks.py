@@ -72,13 +72,16 @@ def check_density(density: float) -> float:
   return float(density)
 
 
-def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
+def floor_multiply(
+  fraction: float | jax.Array, size: int | jax.Array
+) -> int | jax.Array:
   """floor(fraction * size), counted in integers.
 
   Args:
     fraction: in [0, 1]. An array is taken at its float32 value, and multiplied
       exactly: a float32 product is off by more than one beyond 2^24 entries.
-    size: the number of entries, below 2^31.
+    size: the number of entries, below 2^31; an int, or an integer scalar if the
+      fraction is an array.
 
   Returns:
     An int, or an int32 scalar if the fraction is an array, traced or not.
@@ -86,6 +89,7 @@ def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
   if not isinstance(fraction, jax.Array):
     return math.floor(float(fraction) * size)
   fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
+  size = jnp.asarray(size).astype(jnp.uint32)
   bits = jax.lax.bitcast_convert_type(fraction, jnp.uint32)
   exponent, mantissa = bits >> 23, (bits & 0x7FFFFF) | 0x800000
   # fraction = mantissa / 2^(150 - exponent). mantissa * size takes 55 bits: add
@@ -96,7 +100,7 @@ def floor_multiply(fraction: float | jax.Array, size: int) -> int | jax.Array:
   product += mantissa * (size >> 24)
   # 126 - exponent wraps around for NaN and -0, and the shift by 31 leaves 0.
   kept = (product >> jnp.minimum(126 - exponent, 31)).astype(jnp.int32)
-  return jnp.where(fraction == 1.0, size, kept)
+  return jnp.where(fraction == 1.0, size.astype(jnp.int32), kept)
 
 
 def num_kept(density: float | jax.Array, size: int) -> int | jax.Array:
@@ -198,7 +202,12 @@ def top_count_mask(scores: jax.Array, count: int | jax.Array) -> jax.Array:
       raise ValueError(f'count must be in [0, {scores.size}], got {count}.')
     if count in (0, scores.size):
       return jnp.full(scores.shape, count > 0)
-  count = jnp.asarray(count, jnp.int32)
+  return _top_count(scores, jnp.asarray(count, jnp.int32))
+
+
+# Leaves of one shape are traced once. XLA compiles each of them all the same.
+@jax.jit
+def _top_count(scores, count):
   bits = _ordered_bits(scores.ravel())
   threshold, above = _kth_largest(bits, count)
   ties = bits == threshold

@@ -201,14 +201,10 @@ def _pixels(
       raise ValueError(f'expected 8 bits a channel, found mode {image.mode}')
     if image.mode == 'P' and 'transparency' in image.info:
       image = image.convert('RGBA')  # PIL warns where this step is left out.
-    image = image.convert(_MODES[channels]).resize(
-      (size, size),
-      Image.Resampling.BILINEAR,
-      box=(left / shrink, top / shrink, right / shrink, bottom / shrink),
-    )
-  except (
-    Exception
-  ) as error:  # OSError, SyntaxError, DecompressionBombError, ...
+    image = image.convert(_MODES[channels])
+    box = (left / shrink, top / shrink, right / shrink, bottom / shrink)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+  except Exception as error:  # OSError, SyntaxError, and PIL's own.
     raise ValueError(f'{example.name}: unreadable image: {error}') from error
   return np.asarray(image).reshape(size, size, channels)
 

@@ -21,7 +21,9 @@ Params = Any
 
 
 def top_kast(
-  forward: updaters.Counts, backward: updaters.Counts
+  forward: updaters.Counts,
+  backward: updaters.Counts,
+  is_weight: leaves.IsWeight = leaves.is_weight,
 ) -> updaters.MaskUpdater:
   """Top-KAST: uses the largest |theta| (A), and updates a larger set (B).
 
@@ -30,17 +32,29 @@ def top_kast(
   `penalty` to the gradient.
 
   Args:
-    forward: how many weights of each leaf are in A, as of `distributions`.
-    backward: how many are in B.
+    forward: how many weights of each leaf are in A, as of `distributions`. It
+      decides the first A; from then on, and in a network that was sparse
+      before, the number of weights in A does not change.
+    backward: how many are in B, if they are not fewer than those in A.
+    is_weight: which leaves are weights; the masks of others stay.
 
   Returns:
     A `updaters.MaskUpdater`.
 
   Raises:
-    ValueError: from its functions, if B is smaller than A in a leaf.
+    ValueError: from `init`, if B is smaller than A in a leaf.
   """
 
-  def choose(theta):
+  def choose(theta, counts_a, counts_b):
+    # Both rank alike, ties included, so A is inside B.
+    scores = jax.tree.map(jnp.abs, theta)
+    return masks_lib.Masks(
+      forward=masks_lib.layerwise(scores, counts_a),
+      backward=masks_lib.layerwise(scores, counts_b),
+    )
+
+  def init(key, theta, grads):
+    del key, grads
     counts_a, counts_b = forward(theta), backward(theta)
     for path, a, b in zip(
       jax.tree.leaves(leaves.map_with_path(lambda p, x: str(p), theta)),
@@ -52,20 +66,21 @@ def top_kast(
           f'Top-KAST updates at least the weights it uses, but {path!r} has {a}'
           f' in the forward and {b} in the backward pass.'
         )
-    # Both rank alike, ties included, so A is inside B.
-    scores = jax.tree.map(jnp.abs, theta)
-    return masks_lib.Masks(
-      forward=masks_lib.layerwise(scores, counts_a),
-      backward=masks_lib.layerwise(scores, counts_b),
-    )
-
-  def init(key, theta, grads):
-    del key, grads
-    return choose(theta)
+    return choose(theta, counts_a, counts_b)
 
   def update(key, step, theta, masks, grads):
-    del key, step, masks, grads
-    return theta, choose(theta)
+    del key, step, grads
+
+    def count(path, x, a, least=0):
+      if not is_weight(path, x):
+        return x.size
+      return jnp.maximum(jnp.sum(a, dtype=jnp.int32), least)
+
+    counts_a = leaves.map_with_path(count, theta, masks.forward)
+    counts_b = leaves.map_with_path(
+      count, theta, masks.forward, backward(theta)
+    )
+    return theta, choose(theta, counts_a, counts_b)
 
   return updaters.MaskUpdater(init, update)
 

@@ -94,6 +94,16 @@ def _gradient(loss_fn, theta, state, key, batch):
   return grads, model_state, {'loss': loss, **metrics}
 
 
+def _mean_statistics(model_state, axis_name):
+  """The mean over devices; counters are the same on all, and stay integers."""
+
+  def mean(x):
+    is_float = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return jax.lax.pmean(x, axis_name) if is_float else x
+
+  return jax.tree.map(mean, model_state)
+
+
 def masked_theta(state: TrainState, transform: power.PowerTransform) -> Params:
   """The weights the network uses: where(forward, psi(phi), 0)."""
   return masks_lib.apply_mask(
@@ -137,9 +147,8 @@ def make_train_step(
       batch,
     )
     if axis_name is not None:
-      grads, model_state, metrics = jax.lax.pmean(
-        (grads, model_state, metrics), axis_name
-      )
+      grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+      model_state = _mean_statistics(model_state, axis_name)
     if penalty is not None:
       extra = penalty(theta, state.masks)
       grads = jax.tree.map(jnp.add, grads, extra)
@@ -177,15 +186,47 @@ def reset_moments(
   Returns:
     A state of the same structure.
   """
+
+  def is_missing(x):
+    return isinstance(x, optax.MaskedNode)
+
+  def select(value, mask):
+    if is_missing(value):
+      return value
+    return mask if jnp.shape(value) == mask.shape else False
+
   selected = optax.tree_utils.tree_map_params(
     tx,
-    lambda value, mask: mask if jnp.shape(value) == mask.shape else False,
+    select,
     opt_state,
     where,
     transform_non_params=lambda _: False,
-    is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    is_leaf=is_missing,
   )
   return jax.tree.map(jnp.where, selected, tx.init(phi), opt_state)
+
+
+def _mean_gradient(loss_fn, theta, state, batches):
+  """The gradient at theta, averaged over the leading axis of batches."""
+  key = jax.random.fold_in(state.key, state.step)
+
+  def add(total, batch):
+    grads, _, _ = _gradient(loss_fn, theta, state, key, batch)
+    return jax.tree.map(jnp.add, total, grads), None
+
+  zeros = jax.tree.map(jnp.zeros_like, theta)
+  total, _ = jax.lax.scan(add, zeros, batches)
+  n = len(jax.tree.leaves(batches)[0])
+  return jax.tree.map(lambda g: g / n, total)
+
+
+def _with_masks(state, tx, phi, masks):
+  """The state under other masks; what they free starts with new moments."""
+  grown = jax.tree.map(
+    lambda now, was: now & ~was, masks.backward, state.masks.backward
+  )
+  opt_state = reset_moments(tx, state.opt_state, phi, grown)
+  return state._replace(phi=phi, opt_state=opt_state, masks=masks)
 
 
 def make_mask_steps(
@@ -215,34 +256,24 @@ def make_mask_steps(
     that of the batches over which the gradient is averaged.
   """
 
-  def mean_gradient(state, batches):
-    theta = masked_theta(state, transform)
-    key = jax.random.fold_in(state.key, state.step)
-
-    def add(total, batch):
-      grads, _, _ = _gradient(loss_fn, theta, state, key, batch)
-      return jax.tree.map(jnp.add, total, grads), None
-
-    zeros = jax.tree.map(jnp.zeros_like, theta)
-    total, _ = jax.lax.scan(add, zeros, batches)
-    n = len(jax.tree.leaves(batches)[0])
-    grads = jax.tree.map(lambda g: g / n, total)
-    return grads if axis_name is None else jax.lax.pmean(grads, axis_name)
-
-  # The train step folds the step number alone into the key, hence 2^31.
-  def mask_key(state):
-    return jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
+  def inputs(state, batches):
+    """The key, the weights and the gradient, which an updater sees."""
+    theta = transform.to_theta(state.phi)
+    masked = masks_lib.apply_mask(theta, state.masks.forward)
+    grads = _mean_gradient(loss_fn, masked, state, batches)
+    if axis_name is not None:
+      grads = jax.lax.pmean(grads, axis_name)
+    # The train step folds the step number alone into the key, hence 2^31.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
+    return key, theta, grads
 
   def init_masks(state, batches):
-    theta = transform.to_theta(state.phi)
-    grads = mean_gradient(state, batches)
-    return state._replace(masks=updater.init(mask_key(state), theta, grads))
+    return state._replace(masks=updater.init(*inputs(state, batches)))
 
   def update_masks(state, batches):
-    theta = transform.to_theta(state.phi)
-    grads = mean_gradient(state, batches)
+    key, theta, grads = inputs(state, batches)
     new_theta, masks = updater.update(
-      mask_key(state), state.step, theta, state.masks, grads
+      key, state.step, theta, state.masks, grads
     )
     # Only what changed is mapped back: a round trip would cost a rounding.
     phi = jax.tree.map(
@@ -252,11 +283,7 @@ def make_mask_steps(
       state.phi,
       transform.to_phi(new_theta),
     )
-    grown = jax.tree.map(
-      lambda now, was: now & ~was, masks.backward, state.masks.backward
-    )
-    opt_state = reset_moments(tx, state.opt_state, phi, grown)
-    return state._replace(phi=phi, opt_state=opt_state, masks=masks)
+    return _with_masks(state, tx, phi, masks)
 
   return init_masks, update_masks
 

@@ -230,16 +230,15 @@ def _drop_and_grow(
   growth: jax.Array,
   active: jax.Array,
   fraction: jax.Array,
-  count: int,
   regrow_dropped: bool,
 ) -> jax.Array:
   """The mask of a leaf after it trades its smallest weights for others.
 
-  The number of active weights stays `count`. A weight that was just dropped
-  comes back at once only if it may, or if there are too few others.
+  The number of active weights stays what it is, whoever has chosen them. A
+  weight that was just dropped comes back at once only if it may, or if there
+  are too few others.
   """
-  if count == theta.size:
-    return active
+  count = jnp.sum(active, dtype=jnp.int32)
   changes = jnp.minimum(
     masks_lib.floor_multiply(fraction, count), theta.size - count
   )
@@ -267,18 +266,20 @@ def _grown_values(theta, masks, forward, fresh):
   )
 
 
-def _trading(counts, drop_fraction, regrow, regrow_dropped, growth_scores):
+def _trading(growth_scores, counts, drop, regrow, regrow_dropped, is_weight):
   """What SET and RigL have in common: all but the scores of growth."""
 
   def update(key, step, theta, masks, grads):
     score_key, value_key = jax.random.split(key)
-    fraction = jnp.asarray(drop_fraction(step))
-    forward = jax.tree.map(
-      lambda n, x, g, m: _drop_and_grow(x, g, m, fraction, n, regrow_dropped),
-      counts(theta),
-      theta,
-      growth_scores(score_key, theta, grads),
-      masks.forward,
+    fraction = jnp.asarray(drop(step))
+
+    def trade(path, x, growth, active):
+      if not is_weight(path, x):
+        return active
+      return _drop_and_grow(x, growth, active, fraction, regrow_dropped)
+
+    forward = leaves.map_with_path(
+      trade, theta, growth_scores(score_key, theta, grads), masks.forward
     )
     fresh = None if regrow is None else regrow(value_key)
     theta = _grown_values(theta, masks, forward, fresh)
@@ -292,11 +293,14 @@ def set_(
   drop_fraction: Schedule,
   regrow: Callable[[jax.Array], Params] | None,
   regrow_dropped: bool = False,
+  is_weight: leaves.IsWeight = leaves.is_weight,
 ) -> MaskUpdater:
   """SET: drops the smallest active weights and grows as many at random.
 
   Args:
-    counts: how many weights each leaf keeps, as of `distributions`.
+    counts: how many weights each leaf has, as of `distributions`. It decides
+      the first mask; from then on, and in a network that was sparse before, the
+      number of active weights of a leaf does not change.
     drop_fraction: maps the step to the fraction of active weights to trade,
       such as `schedules.drop_fraction(0.3, stop)`.
     regrow: maps a key to a tree of weights theta, from which grown weights take
@@ -304,16 +308,18 @@ def set_(
       from the value it had when it was dropped.
     regrow_dropped: whether a weight that is dropped may be grown in the same
       update.
+    is_weight: which leaves are weights; the masks of others stay.
 
   Returns:
     A `MaskUpdater` that starts from a random mask.
   """
   return _trading(
+    lambda key, theta, grads: _uniform(key, theta),
     counts,
     drop_fraction,
     regrow,
     regrow_dropped,
-    lambda key, theta, grads: _uniform(key, theta),
+    is_weight,
   )
 
 
@@ -322,25 +328,18 @@ def rigl(
   drop_fraction: Schedule,
   regrow: Callable[[jax.Array], Params] | None,
   regrow_dropped: bool = False,
+  is_weight: leaves.IsWeight = leaves.is_weight,
 ) -> MaskUpdater:
   """RigL: drops the smallest active weights, grows the largest gradients.
 
-  Args:
-    counts: how many weights each leaf keeps, as of `distributions`.
-    drop_fraction: maps the step to the fraction of active weights to trade.
-    regrow: maps a key to a tree of weights theta, from which grown weights take
-      their values; None lets each go on from the value it had. As published
-      they start at zero, from which they would never move for alpha > 1.
-    regrow_dropped: whether a weight that is dropped may be grown in the same
-      update.
-
-  Returns:
-    A `MaskUpdater` that starts from a random mask.
+  Arguments and result are those of `set_`. As published, grown weights start
+  at zero, from which they would never move for alpha > 1.
   """
   return _trading(
+    lambda key, theta, grads: _magnitudes(grads),
     counts,
     drop_fraction,
     regrow,
     regrow_dropped,
-    lambda key, theta, grads: _magnitudes(grads),
+    is_weight,
   )

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import contrib
 from optax._src import base
+import optimisers
 import pytest
 
 from powerprop_jax import leaves
@@ -24,53 +24,7 @@ from powerprop_jax import propagation
 
 POWERS = {'kernel': 3.0, 'w': 1.5}  # Of the weights; there is a bias too.
 STEPS = 4
-OPTIMISERS = {
-  'sgd': lambda: optax.sgd(0.1),
-  'momentum': lambda: optax.sgd(0.1, momentum=0.9),
-  'nesterov': lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-  'adabelief': lambda: optax.adabelief(0.1),
-  'adafactor': lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
-  'adagrad': lambda: optax.adagrad(0.1),
-  'adam': lambda: optax.adam(0.1),
-  'adamw': lambda: optax.adamw(0.1, weight_decay=0.1),
-  'amsgrad': lambda: optax.amsgrad(0.1),
-  'lamb': lambda: optax.lamb(0.1, weight_decay=0.1),
-  'lars': lambda: optax.lars(0.1, weight_decay=0.1),
-  'lion': lambda: optax.lion(0.1, weight_decay=0.1),
-  'novograd': lambda: optax.novograd(0.1, weight_decay=0.1),
-  'radam': lambda: optax.radam(0.1),
-  'rmsprop': lambda: optax.rmsprop(0.1, momentum=0.9),
-  'yogi': lambda: optax.yogi(0.1),
-  'ademamix': lambda: contrib.ademamix(0.1, weight_decay=0.1),
-  'muon': lambda: contrib.muon(0.1, weight_decay=0.1),
-  'prodigy': lambda: contrib.prodigy(0.1, weight_decay=0.1),
-  'schedule_free': lambda: contrib.schedule_free_sgd(0.1, weight_decay=0.1),
-  'polyak_sgd': lambda: optax.polyak_sgd(),
-  'multi_steps': lambda: optax.MultiSteps(
-    optax.adamw(0.1), 2
-  ).gradient_transformation(),
-  'apply_if_finite': lambda: optax.apply_if_finite(optax.adamw(0.1), 3),
-  'inject_hyperparams': lambda: optax.inject_hyperparams(optax.adamw)(
-    learning_rate=optax.linear_schedule(0.1, 0.0, STEPS), weight_decay=0.1
-  ),
-  'masked': lambda: optax.chain(
-    optax.masked(optax.scale_by_adam(), leaves.weights),
-    optax.add_decayed_weights(0.1, mask=leaves.weights),
-    optax.scale(-0.1),
-  ),
-  'partition': lambda: optax.partition(
-    {True: optax.adamw(0.1), False: optax.sgd(0.1, 0.9)}, leaves.weights
-  ),
-  'chain': lambda: optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.scale_by_adam(),
-    optax.add_decayed_weights(0.1),
-    optax.scale_by_schedule(optax.cosine_decay_schedule(-0.1, STEPS)),
-  ),
-}
-# What their updates are given by keyword.
-EXTRA_ARGS = {'polyak_sgd': {'value': 2.0}}
-each_optimiser = pytest.mark.parametrize('name', OPTIMISERS)
+each_optimiser = pytest.mark.parametrize('name', optimisers.OPTIMISERS)
 
 
 def _random(seed):
@@ -122,13 +76,15 @@ def _transform():
 
 
 def _wrapped(name):
-  return propagation.target_propagation(OPTIMISERS[name](), _transform())
+  return propagation.target_propagation(
+    optimisers.OPTIMISERS[name](), _transform()
+  )
 
 
 @functools.cache
 def _inner(name):
   """The optimiser, with a compiled update: several tests call it."""
-  inner = optax.with_extra_args_support(OPTIMISERS[name]())
+  inner = optax.with_extra_args_support(optimisers.OPTIMISERS[name]())
   return optax.GradientTransformationExtraArgs(
     inner.init, jax.jit(inner.update)
   )
@@ -169,7 +125,7 @@ class Step(NamedTuple):
 @functools.cache
 def _trajectory(name):
   """Four compiled steps, the step function, and how often it was traced."""
-  tx, extra_args = _wrapped(name), EXTRA_ARGS.get(name, {})
+  tx, extra_args = _wrapped(name), optimisers.EXTRA_ARGS.get(name, {})
   traces = []
 
   @jax.jit
@@ -196,7 +152,10 @@ def test_step_is_the_inner_step_at_theta_times_the_jacobian(name):
   _assert_close(steps[0].state, inner.init(_theta(steps[0].phi)))
   for step in steps:
     updates, new_state = inner.update(
-      step.grads, step.state, _theta(step.phi), **EXTRA_ARGS.get(name, {})
+      step.grads,
+      step.state,
+      _theta(step.phi),
+      **optimisers.EXTRA_ARGS.get(name, {}),
     )
     _assert_close(step.updates, _times_jacobian(updates, step.phi))
     _assert_close(step.new_state, new_state, rtol=1e-4, atol=1e-5)
@@ -205,7 +164,7 @@ def test_step_is_the_inner_step_at_theta_times_the_jacobian(name):
 
 @each_optimiser
 def test_drop_in_step_is_the_difference_of_thetas(name):
-  inner, extra_args = _inner(name), EXTRA_ARGS.get(name, {})
+  inner, extra_args = _inner(name), optimisers.EXTRA_ARGS.get(name, {})
   tx = propagation.powerprop(inner, _alpha)
   for step in _trajectory(name)[0][:2]:
     theta = _theta(step.phi)
@@ -238,7 +197,7 @@ def test_compiles_once(name):
 
 @each_optimiser
 def test_alpha_one_is_the_inner_optimiser_to_the_last_bit(name):
-  inner, extra_args = _inner(name), EXTRA_ARGS.get(name, {})
+  inner, extra_args = _inner(name), optimisers.EXTRA_ARGS.get(name, {})
   step = _trajectory(name)[0][1]
   expected = inner.update(step.grads, step.state, step.phi, **extra_args)
   for tx in (
@@ -271,9 +230,9 @@ def test_bfloat16_is_kept_where_the_inner_optimiser_keeps_it(name):
     _types,
     params=_cast(_random(0), jnp.bfloat16),
     grads=_cast(_random(1), jnp.bfloat16),
-    **EXTRA_ARGS.get(name, {}),
+    **optimisers.EXTRA_ARGS.get(name, {}),
   )
-  inner = OPTIMISERS[name]()
+  inner = optimisers.OPTIMISERS[name]()
   expected = types(inner)
   assert types(_wrapped(name)) == expected
   assert types(propagation.powerprop(inner, _alpha)) == expected
@@ -298,10 +257,10 @@ def test_missing_parameters_raise_the_message_of_optax(name):
   state = _trajectory(name)[0][0].state
   for tx in (
     _wrapped(name),
-    propagation.powerprop(OPTIMISERS[name](), _alpha),
+    propagation.powerprop(optimisers.OPTIMISERS[name](), _alpha),
   ):
     with pytest.raises(ValueError) as error:
-      tx.update(_random(1), state, **EXTRA_ARGS.get(name, {}))
+      tx.update(_random(1), state, **optimisers.EXTRA_ARGS.get(name, {}))
     assert str(error.value) == base.NO_PARAMS_MSG
 
 
@@ -324,7 +283,7 @@ def test_tree_map_params_maps_what_it_maps_in_the_inner_state(name):
       tx, times_zero, state, is_leaf=_is_masked_node
     )
 
-  inner = OPTIMISERS[name]()
+  inner = optimisers.OPTIMISERS[name]()
   expected = mapped(inner)
   _assert_identical(mapped(_wrapped(name)), expected)
   _assert_identical(mapped(propagation.powerprop(inner, _alpha)), expected)
@@ -513,7 +472,7 @@ def test_line_search_evaluates_the_loss_at_theta():
 def test_bfloat16_step_is_the_formula_in_float32_rounded(name):
   half = functools.partial(_cast, dtype=jnp.bfloat16)
   single = functools.partial(_cast, dtype=jnp.float32)
-  inner, tx = OPTIMISERS[name](), _wrapped(name)
+  inner, tx = optimisers.OPTIMISERS[name](), _wrapped(name)
   phi, grads = half(_parameters()), half(_gradients(name, 0))
   theta = half(_theta(single(phi)))
   updates, _ = tx.update(grads, tx.init(phi), phi)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from powerprop_jax import masks
 from powerprop_jax import top_kast
 
 KEY = jax.random.key(0)
@@ -30,6 +31,24 @@ def test_top_kast_updates_more_than_it_uses():
   _, made = updater.update(KEY, 0, tied, made, THETA)
   assert _bits(made.forward) == [1, 1, 0, 0, 0, 0]
   assert _bits(made.backward) == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+  ('before', 'forward', 'backward'),
+  [
+    # One weight is in use, and B is as given.
+    ([1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 1]),
+    # Five are, which is more than there would be in B.
+    ([1, 1, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1], [1, 0, 1, 1, 1, 1]),
+  ],
+)
+def test_top_kast_keeps_the_number_of_weights_in_use(before, forward, backward):
+  mask = {'linear': {'w': jnp.array(before, bool), 'b': jnp.ones(2, bool)}}
+  updater = top_kast.top_kast(_counts(2), _counts(4))
+  _, made = updater.update(KEY, 0, THETA, masks.Masks(mask, mask), THETA)
+  assert _bits(made.forward) == forward
+  assert _bits(made.backward) == backward
+  assert made.forward['linear']['b'].all()
 
 
 def test_top_kast_needs_a_larger_backward_set():

@@ -169,6 +169,18 @@ def test_the_number_of_active_weights_never_changes(make):
   assert int(seen.sum()) > 2 * total  # It explored.
 
 
+@pytest.mark.parametrize('make', [updaters.set_, updaters.rigl])
+@pytest.mark.parametrize('active', [1, 2, 5, 6])
+def test_a_mask_of_another_number_of_weights_keeps_it(make, active):
+  updater = make(_counts(3), _drop(0.5), None)
+  before = _masks([1] * active + [0] * (6 - active))
+  _, made = jax.jit(updater.update)(KEY, 0, THETA, before, GRADS)
+  assert sum(_bits(made.forward)) == sum(_bits(made.backward)) == active
+  # Half of them are traded, if there are so many others.
+  changed = np.sum(np.array(_bits(made.forward)) != _bits(before.forward))
+  assert changed == 2 * min(active // 2, 6 - active)
+
+
 def test_set_grows_at_random():
   updater = updaters.set_(_counts(3), _drop(1 / 3 + 1e-6), None)
   grown = set()

@@ -1,0 +1,97 @@
+"""Images per second of ResNet-50: dense, Powerprop, RigL and Top-KAST.
+
+  python -m benchmarks.resnet50
+
+Synthetic images that lie on the device, bfloat16 activations, SGD with Nesterov
+momentum; ERK at a sparsity of 0.9, and new masks every 100 steps. All in one
+run: the four take turns, and the fastest of their turns count. For one GPU.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import methods
+from powerprop_jax import datasets
+
+_RUNS = {
+  'dense, alpha = 1': ('--method=dense', '--alpha=1'),
+  'dense, alpha = 2': ('--method=dense', '--alpha=2'),
+  'RigL, alpha = 1': ('--method=rigl', '--alpha=1'),
+  'Top-KAST, alpha = 1': ('--method=top_kast', '--alpha=1'),
+}
+
+
+def synthetic(batch: int, side: int) -> datasets.Dataset:
+  """One batch of random images and labels."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(256, size=[batch, side, side, 3], dtype=np.uint8)
+  labels = rng.integers(1000, size=batch, dtype=np.int32)
+  split = datasets.Split(images, labels)
+  return datasets.Dataset('synthetic', split, split, split, 1000)
+
+
+def make_chunk(
+  data: datasets.Dataset, steps: int, update_every: int, args: tuple[str, ...]
+) -> Callable[[], Any]:
+  """A function that takes some steps, with the mask updates among them."""
+  problem = methods.make_problem(
+    data,
+    '--network=resnet50',
+    '--bfloat16',
+    '--momentum=0.9',
+    '--nesterov',
+    '--weight_decay=1e-4',
+    '--label_smoothing=0.1',
+    '--steps=1000000000',
+    f'--update_every={update_every}',
+    f'--batch_size={len(data.train.labels)}',
+    *args,
+  )
+  batch = jax.device_put((data.train.images, data.train.labels))
+  batches = jax.tree.map(lambda x: x[None], batch)
+  step = jax.jit(problem.step, donate_argnums=0)
+  state = problem.init_masks(problem.init(), batches)
+  taken = 0
+
+  def chunk():
+    nonlocal state, taken
+    for _ in range(steps):
+      if problem.method.due(taken):
+        state = problem.update_masks(state, batches)
+      state, _ = step(state, batch)
+      taken += 1
+    return state
+
+  return chunk
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--batch', type=int, default=256)
+  parser.add_argument('--image_size', type=int, default=224)
+  parser.add_argument('--steps', type=int, default=100, help='In a turn.')
+  parser.add_argument('--turns', type=int, default=3)
+  parser.add_argument('--update_every', type=int, default=100)
+  args = parser.parse_args()
+  data = synthetic(args.batch, args.image_size)
+  chunks = {
+    name: make_chunk(data, args.steps, args.update_every, run)
+    for name, run in _RUNS.items()
+  }
+  seconds = methods.take_turns(chunks, args.turns)
+  print(
+    f'{jax.devices()[0].device_kind}, jax {jax.__version__}, batches of'
+    f' {args.batch} images of {args.image_size} x {args.image_size}'
+  )
+  base = seconds['dense, alpha = 1']
+  for name, best in seconds.items():
+    speed = args.steps * args.batch / best
+    print(f'{name:<20} {speed:8.1f} images/s, {base / best:.3f} x the first')
+
+
+if __name__ == '__main__':
+  main()
