@@ -52,10 +52,13 @@ MNIST_PRUNING = {
 SPARSE_SWEEP = {
   'mnist': {
     'dataset': 'mnist',
+    'alphas': ['1', '1.5'],
+    'learning_rates': ['0.1', '0.1'],
+    'phi_decay': 5e-5,
     'distributions': ['uniform', 'erk'],
     'seeds': 3,
     'steps': 10_000,
-    'batch_size': 100,
+    'batch_size': 60,
     'optimizer': 'sgd',
     'momentum': 0.9,
     'schedule': 'cosine',
