@@ -58,9 +58,10 @@ def compile_steps(
 ) -> Callable[[State, Any, Any], tuple[State, Metrics]]:
   """Compiles a chunk of steps over data on the devices.
 
-  Inside a loop, XLA for CPUs takes the gradient of a convolution 20 times more
-  slowly than outside of one (jax issue 12868). There Python loops over steps
-  that are compiled one by one; everything else is one compiled loop.
+  Inside a loop, XLA for CPUs takes the gradient of a convolution several times
+  more slowly than outside of one (jax issue 12868; LOG.md has numbers). There
+  Python loops over steps that are compiled one by one; everything else is one
+  compiled loop.
 
   Args:
     step: the train step, made for the same axis.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import common
+from experiments import feeds
 from experiments import methods
 from experiments import runner
 from powerprop_jax import classification
@@ -48,7 +49,7 @@ class Functions(NamedTuple):
   init: Callable[..., training.TrainState]
   init_masks: training.MaskStep
   update_masks: training.MaskStep
-  run_steps: Callable[..., tuple[training.TrainState, training.Metrics]]
+  run_steps: Callable[..., tuple[training.TrainState, Any]]
   theta: Callable[[training.TrainState], training.Params]
   accuracy: Callable[..., jax.Array]
   method: methods.Method
@@ -106,7 +107,7 @@ def make_functions(
   def run_steps(recipe, penalty):
     transform, tx, _, _ = update_rule(recipe)
     step = training.make_train_step(loss_fn, tx, transform, penalty=penalty)
-    return jax.jit(training.make_run_steps(step), donate_argnums=0)
+    return feeds.compile_steps(step, None, shapes[0])
 
   # One object, as it is part of the key of the cache.
   penalty = functools.partial(

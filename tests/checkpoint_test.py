@@ -423,7 +423,7 @@ def test_two_processes(tmp_path):
     for index in ('0', '1')
   ]
   try:
-    outputs = [process.communicate(timeout=90)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()

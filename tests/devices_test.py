@@ -35,7 +35,7 @@ def run_python(code, count, *args):
 
 
 def result(process):
-  out, err = process.communicate(timeout=120)
+  out, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   return json.loads(out.splitlines()[-1])
 

@@ -450,7 +450,7 @@ def test_segments_end_at_the_same_steps(start, due, every, wanted):
 def test_a_run_that_diverges_exits_with_1(start, tmp_path):
   args = ('--method=dense', '--steps=10', '--batch_size=80')
   process = start(*args, '--learning_rate=1e20', f'--out_dir={tmp_path}')
-  _, err = process.communicate(timeout=200)
+  _, err = process.communicate(timeout=600)
   assert process.returncode == 1, err
   assert 'error: the loss became nan at step ' in err
   assert 'with alpha = 2 and learning_rate = 1e+20. Lower' in err
@@ -474,7 +474,7 @@ _RESTARTED = (
 @pytest.fixture(scope='module')
 def uninterrupted(start, tmp_path_factory):
   out_dir = tmp_path_factory.mktemp('uninterrupted')
-  out, err = start(*_RESTARTED, f'--out_dir={out_dir}').communicate(timeout=200)
+  out, err = start(*_RESTARTED, f'--out_dir={out_dir}').communicate(timeout=600)
   assert 'fingerprint' in out, err
   return out_dir
 
@@ -513,7 +513,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
   assert killed >= 3
   assert writing >= 1
   process = start(*args)
-  _, err = process.communicate(timeout=200)
+  _, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   found, wanted = summary_of(tmp_path), summary_of(uninterrupted)
   for name in ('fingerprint', 'test_accuracy', 'explored', 'sparsity'):
@@ -541,7 +541,7 @@ def test_a_stopped_run_goes_on(start, uninterrupted, tmp_path):
   assert 'Traceback' not in err
 
   process = start(*args)
-  _, err = process.communicate(timeout=200)
+  _, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   assert 'Interrupted' not in err
   wanted = summary_of(uninterrupted)['fingerprint']
@@ -601,14 +601,14 @@ def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
   wait_until(hosts[1], lambda: saved(two)[0] > 0)
   hosts[1].send_signal(signal.SIGTERM)
   for process in hosts:
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert 'Interrupted. The same command goes on.' in err
   assert 0 < saved(two)[0] < 60
 
   processes = [start(*_RESTARTED, f'--out_dir={eight}', count=8)]
   for process in [*processes, *start_hosts()]:
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
   wanted = arrays(uninterrupted)
   for out_dir in (eight, two):

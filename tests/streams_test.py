@@ -460,7 +460,7 @@ def test_workers_end_when_training_is_killed(tmp_path, folder):
       env={**os.environ, 'PYTHONPATH': str(root)},
       stdout=stdout,
       stderr=stderr,
-      timeout=120,
+      timeout=600,
     )
   assert done.returncode == -signal.SIGKILL, errors.read_text()
   pid = int(output.read_text())
