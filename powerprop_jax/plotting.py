@@ -278,6 +278,10 @@ def accuracy_against_sparsity(
       elinewidth=1,
       **style,
     )
+  # By the means: the bar of a run that collapsed would leave no room for more.
+  errors = [100 * (1 - y) for r in results.values() for y in r['mean']]
+  top, bottom = (max(0.1, f(errors)) for f in (min, max))
+  axes.set_ylim(100 - 1.3 * bottom, 100 - 0.7 * top)
   axes.set_title('Accuracy of sparse training', loc='left')
   figure.legend(loc='outside right upper', frameon=False)
   return figure
