@@ -77,8 +77,8 @@ def make_chunk(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--steps', type=int, default=100)
-  parser.add_argument('--turns', type=int, default=8)
+  parser.add_argument('--steps', type=int, default=25)
+  parser.add_argument('--turns', type=int, default=6)
   args = parser.parse_args()
   data = datasets.load('mnist_5k')
   chunks = {m: make_chunk(data, m, args.steps) for m in methods.METHODS}

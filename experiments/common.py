@@ -1,11 +1,8 @@
-"""What the binaries share: optimiser flags, output files, flag errors."""
+"""What the binaries share: parsing of flags, output files, errors."""
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 import importlib.metadata
-import inspect
 import json
-import math
 import os
 import pathlib
 import re
@@ -15,145 +12,28 @@ from typing import Any, NoReturn
 from absl import flags
 from absl import logging
 import jax
-import jax.numpy as jnp
-import optax
-
-from powerprop_jax import leaves
-from powerprop_jax import power
-from powerprop_jax import propagation
-
-# Aliases of optax whose first argument is a learning rate and which need no
-# more than gradients and parameters.
-OPTIMISERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-  'adabelief': optax.adabelief,
-  'adagrad': optax.adagrad,
-  'adam': optax.adam,
-  'adamax': optax.adamax,
-  'adamw': optax.adamw,
-  'amsgrad': optax.amsgrad,
-  'lamb': optax.lamb,
-  'lars': optax.lars,
-  'lion': optax.lion,
-  'muon': optax.contrib.muon,
-  'nadam': optax.nadam,
-  'nadamw': optax.nadamw,
-  'novograd': optax.novograd,
-  'radam': optax.radam,
-  'rmsprop': optax.rmsprop,
-  'sgd': optax.sgd,
-  'yogi': optax.yogi,
-}
-UPDATE_RULES = ('target_propagation', 'chain_rule')
-
-OPTIMISER_FLAGS = (
-  'optimizer',
-  'learning_rate',
-  'schedule',
-  'warmup_steps',
-  'momentum',
-  'nesterov',
-  'weight_decay',
-  'phi_decay',
-  'phi_decay_norm',
-  'phi_decay_schedule',
-  'phi_decay_scale',
-)
 
 
-def define_optimiser_flags(values: flags.FlagValues) -> None:
-  """Defines the flags that `make_tx` takes by keyword."""
-  real = functools.partial(flags.DEFINE_float, flag_values=values)
-  enum = functools.partial(flags.DEFINE_enum, flag_values=values)
-  enum('optimizer', 'sgd', sorted(OPTIMISERS), 'By its name in optax.')
-  real('learning_rate', 0.1, 'Peak learning rate.', 0.0)
-  enum(
-    'schedule',
-    'constant',
-    ['constant', 'cosine', 'steps'],
-    'Of the learning rate; steps divides it by 10 at 30, 60 and 80 %.',
-  )
-  flags.DEFINE_integer(
-    'warmup_steps',
-    0,
-    'Steps in which the learning rate rises from 0.',
-    0,
-    flag_values=values,
-  )
-  real('momentum', 0.0, 'Momentum, for optimisers that have it.', 0.0, 1.0)
-  flags.DEFINE_bool(
-    'nesterov', False, "Nesterov's momentum.", flag_values=values
-  )
-  real(
-    'weight_decay',
-    0.0,
-    'Decay of the weights theta: of the optimiser where it has one (adamw), an'
-    ' L2 penalty on its gradient otherwise.',
-    0.0,
-  )
-  real(
-    'phi_decay',
-    0.0,
-    'Decay of the parameters phi, a step, outside of the optimiser and of the'
-    ' learning rate: phi -= phi_decay * phi. Sparsifies strongly if alpha > 1.',
-    0.0,
-  )
-  enum(
-    'phi_decay_norm',
-    'l2',
-    ['l1', 'l2'],
-    'l2 decays phi in proportion; l1 by a constant amount, down to zero.',
-  )
-  flags.DEFINE_string(
-    'phi_decay_schedule',
-    'constant',
-    'constant, cosine, or the fraction of the steps after which it is off.',
-    flag_values=values,
-  )
-  flags.DEFINE_list(
-    'phi_decay_scale',
-    [],
-    'pattern=factor,...: factors of phi_decay for the layers whose path has a'
-    ' match; the first that matches counts.',
-    flag_values=values,
-  )
+def parse_numbers(
+  values: Sequence[Any], flag: str, check: Callable[[float], float] = float
+) -> list[float]:
+  """Parses the numbers of a list flag.
 
+  Args:
+    values: of the flag.
+    flag: its name.
+    check: raises ValueError if a number is impossible.
 
-def _learning_rate(
-  peak: float, schedule: str, steps: int, warmup_steps: int
-) -> optax.Schedule:
-  """The learning rate: a linear warm-up, and the schedule of the whole run."""
-  if not 0 <= warmup_steps < steps:
-    raise ValueError(
-      f'--warmup_steps={warmup_steps} must be below the {steps} steps.'
-    )
-  rate = {
-    'constant': optax.constant_schedule(peak),
-    'cosine': optax.cosine_decay_schedule(peak, steps),
-    'steps': optax.piecewise_constant_schedule(
-      peak, {round(f * steps): 0.1 for f in (0.3, 0.6, 0.8)}
-    ),
-  }[schedule]
-  if not warmup_steps:
-    return rate
-  return lambda t: rate(t) * jnp.minimum(1.0, (t + 1) / warmup_steps)
+  Returns:
+    The numbers.
 
-
-def _decay_rate(decay: float, schedule: str, steps: int) -> optax.Schedule:
-  """The decay of phi at a step."""
-  if schedule == 'constant':
-    return optax.constant_schedule(decay)
-  if schedule == 'cosine':
-    return optax.cosine_decay_schedule(decay, steps)
+  Raises:
+    ValueError: if a value is no number or impossible; it names the flag.
+  """
   try:
-    fraction = float(schedule)
-  except ValueError:
-    fraction = math.nan
-  if not 0 <= fraction <= 1:
-    raise ValueError(
-      f'--phi_decay_schedule must be constant, cosine or a fraction in [0, 1],'
-      f' got {schedule!r}.'
-    )
-  return lambda t: jnp.where(jnp.asarray(t) < fraction * steps, decay, 0.0)
+    return [check(float(value)) for value in values]
+  except ValueError as e:
+    raise ValueError(f'--{flag}={",".join(map(str, values))}: {e}') from e
 
 
 def parse_factors(values: Sequence[str], flag: str) -> dict[str, float]:
@@ -169,109 +49,6 @@ def parse_factors(values: Sequence[str], flag: str) -> dict[str, float]:
         f'--{flag} takes pattern=factor,..., got {value!r}: {e}.'
       ) from e
   return factors
-
-
-def _decay_phi(
-  rate: optax.Schedule, norm: str, factors: Mapping[str, float]
-) -> optax.GradientTransformation:
-  """Decay of the weights' phi, to follow the optimiser in a chain."""
-
-  def init_fn(params):
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-
-  def update_fn(updates, state, params=None):
-    decay = rate(state.count)
-
-    def leaf(path, u, p):
-      if not leaves.is_weight(path, p):
-        return u
-      factor = next((f for k, f in factors.items() if re.search(k, path)), 1.0)
-      r = factor * decay
-      # L1 takes at most |phi|: the soft threshold, which stops at zero.
-      return u - (r * p if norm == 'l2' else jnp.clip(p, -r, r))
-
-    updates = leaves.map_with_path(leaf, updates, params)
-    return updates, state._replace(count=optax.safe_increment(state.count))
-
-  return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _make_inner(
-  optimizer: str,
-  rate: optax.Schedule,
-  momentum: float,
-  nesterov: bool,
-  weight_decay: float,
-) -> optax.GradientTransformation:
-  """The optimiser of the flags, with decay of the weights alone."""
-  make = OPTIMISERS[optimizer]
-  arguments = inspect.signature(make).parameters
-  options = {'momentum': momentum, 'nesterov': nesterov}
-  options = {name: value for name, value in options.items() if value}
-  for name, value in options.items():
-    if name not in arguments:
-      raise ValueError(f'{optimizer} takes no {name}, got {value}.')
-  if 'weight_decay' not in arguments:
-    decay = optax.add_decayed_weights(weight_decay, mask=leaves.weights)
-    return optax.chain(decay, make(rate, **options))
-  masks = {'mask', 'weight_decay_mask'} & set(arguments)
-  masks = dict.fromkeys(masks, leaves.weights)
-  return make(rate, weight_decay=weight_decay, **masks, **options)
-
-
-def make_tx(
-  transform: power.PowerTransform,
-  *,
-  steps: int,
-  update_rule: str,
-  optimizer: str,
-  learning_rate: float,
-  schedule: str,
-  warmup_steps: int,
-  momentum: float,
-  nesterov: bool,
-  weight_decay: float,
-  phi_decay: float,
-  phi_decay_norm: str,
-  phi_decay_schedule: str,
-  phi_decay_scale: Sequence[str],
-) -> optax.GradientTransformation:
-  """The transformation of gradients at theta into updates of phi.
-
-  Args:
-    transform: a `power.power_transform`.
-    steps: length of the schedules.
-    update_rule: `target_propagation` (section 2 of the paper), or `chain_rule`:
-      the optimiser sees the gradient at phi, as plain autodiff would give it.
-    **others: the flags of `define_optimiser_flags`.
-
-  Returns:
-    A gradient transformation with parameters phi.
-
-  Raises:
-    ValueError: if an argument does not fit the optimiser.
-  """
-  rate = _learning_rate(learning_rate, schedule, steps, warmup_steps)
-  inner = _make_inner(optimizer, rate, momentum, nesterov, weight_decay)
-  if weight_decay and update_rule == 'chain_rule':
-    raise ValueError(
-      'weight_decay acts on theta, which an optimiser under chain_rule does not'
-      ' see. Use phi_decay, or target_propagation.'
-    )
-  if update_rule == 'target_propagation':
-    tx = propagation.target_propagation(inner, transform)
-  else:
-    # The Jacobian comes first: the optimiser sees dL / d phi.
-    tx = optax.chain(propagation.scale_by_power_jacobian(transform), inner)
-  if phi_decay:
-    decay = _decay_phi(
-      _decay_rate(phi_decay, phi_decay_schedule, steps),
-      phi_decay_norm,
-      parse_factors(phi_decay_scale, 'phi_decay_scale'),
-    )
-    tx = optax.chain(tx, decay)
-  return tx
 
 
 def apply_preset(values: flags.FlagValues, preset: Mapping[str, Any]) -> None:

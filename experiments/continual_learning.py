@@ -30,7 +30,9 @@ from experiments import continual_data
 from experiments import continual_problem
 from experiments import continual_pruning
 from experiments import continual_run
+from experiments import optimiser_flags
 from experiments import runner
+from powerprop_jax import continual_plotting
 from powerprop_jax import continual_report
 from powerprop_jax import datasets
 from powerprop_jax import networks
@@ -95,7 +97,7 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('evaluate_every', 1, 'Tasks between evaluations of all earlier.', 1)
   boolean('data_parallel', False, 'Share every batch out among all devices.')
   string('out_dir', 'results/continual_learning', 'Folder of results.')
-  common.define_optimiser_flags(values)
+  optimiser_flags.define_flags(values)
   values.set_default('momentum', 0.9)
   values.set_default('learning_rate', 0.1)
   values.set_default('schedule', 'cosine')
@@ -130,7 +132,7 @@ _RUN_FLAGS = (
   'infer_task',
   'evaluate_every',
   'data_parallel',
-  *common.OPTIMISER_FLAGS,
+  *optimiser_flags.NAMES,
 )
 
 
@@ -148,10 +150,7 @@ def parse_jobs(
         f'--method must be among {", ".join(continual_problem.METHODS)}, got'
         f' {method!r}.'
       )
-  try:
-    powers = [power.check_alpha(float(alpha)) for alpha in alphas]
-  except ValueError as e:
-    raise ValueError(f'--alpha={",".join(alphas)}: {e}') from e
+  powers = common.parse_numbers(alphas, 'alpha', power.check_alpha)
   return [
     continual_problem.Job(method, alpha, seed)
     for seed in range(seeds)
@@ -215,7 +214,7 @@ def _over_seeds(seeds: Sequence[dict[str, Any]], values: Any) -> np.ndarray:
 def make_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
   """The figures of an experiment by file name."""
   groups, figures = _by_label(results), {}
-  figures['accuracy.png'] = plotting.accuracy_by_task(
+  figures['accuracy.png'] = continual_plotting.accuracy_by_task(
     {
       label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])
       for label, seeds in groups.items()
@@ -223,7 +222,7 @@ def make_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
   )
   pruned = {k: v for k, v in groups.items() if 'used' in v[0]}
   if pruned:
-    figures['capacity.png'] = plotting.capacity(
+    figures['capacity.png'] = continual_plotting.capacity(
       {
         label: _over_seeds(seeds, lambda run: run['used'])
         for label, seeds in pruned.items()
@@ -231,11 +230,13 @@ def make_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     )
   for label, (run, *_) in groups.items():
     name = label.replace(' ', '-')
-    figures[f'matrix-{name}.png'] = plotting.accuracy_matrix(
+    figures[f'matrix-{name}.png'] = continual_plotting.accuracy_matrix(
       np.array(run['accuracy_matrix'], float)
     )
     if 'overlap' in run:
-      figures[f'overlap-{name}.png'] = plotting.overlap_matrix(run['overlap'])
+      figures[f'overlap-{name}.png'] = continual_plotting.overlap_matrix(
+        run['overlap']
+      )
   return figures
 
 
@@ -272,7 +273,9 @@ def summarise(
   print('\nTest accuracy after the last task, and capacity, in percent:\n')
   print(continual_report.table(runs))
   first = runs[0]
-  print(f'\n{first["method"]}, alpha = {first["alpha"]:g}, seed 0:')
+  print(
+    f'\n{first["method"]}, alpha = {first["alpha"]:g}, seed {first["seed"]}:'
+  )
   print(details(first))
   print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')
 

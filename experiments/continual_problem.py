@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common
 from experiments import continual_pruning
+from experiments import optimiser_flags
 from experiments import runner
 from powerprop_jax import augment
 from powerprop_jax import classification
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     train: (memory, masks, anchors, data, key, index, retraining, report) -> the
       memory after training on (images, labels), of which the last may be -1.
     choose: (memory, index, valid split) -> (mask by path, record of it).
-    accuracy: (memory, task, split) -> the accuracy of a task's network.
+    accuracy: (theta, model_state, split) -> the accuracy of a network.
     logits: (theta, model_state, images) -> the logits.
     recall: (memory, task) -> (theta, model_state) of its network.
     anchor: (memory, anchors, split, key) -> what EWC holds the next task to;
@@ -86,22 +86,13 @@ def _layout(settings, method: str, params) -> layouts.Layout:
   return layouts.make_layout(params, **chosen)
 
 
-def _prepare(dataset: str, axis: str | None) -> augment.Prepare:
-  """From bytes to what the network sees, with the usual augmentation."""
-  statistics = {'cifar10': augment.CIFAR10, 'cifar100': augment.CIFAR100}
-  if dataset not in statistics:
-    return augment.scale
-  then = augment.standardise(*statistics[dataset])
-  return augment.crop_and_flip(then=then, axis_name=axis)
-
-
 def _make_tx(settings, transform, steps: int, *, retraining: bool):
   """The optimiser; decay of phi makes sparse, and has no place afterwards."""
-  options = {name: settings[name] for name in common.OPTIMISER_FLAGS}
+  options = {name: settings[name] for name in optimiser_flags.NAMES}
   if retraining:
     options |= {'warmup_steps': 0, 'phi_decay': 0.0}
     options['learning_rate'] = settings['retrain_learning_rate']
-  tx = common.make_tx(
+  tx = optimiser_flags.make_tx(
     transform, steps=steps, update_rule='target_propagation', **options
   )
   if not settings['clip_norm']:
@@ -197,6 +188,61 @@ def _make_anchor(settings, logits, transform, layout):
   return anchor
 
 
+class _Functions(NamedTuple):
+  """What training and searches are made of.
+
+  Attributes:
+    make_loss: maps whether normalisation is frozen to a loss.
+    accuracy: of (theta, model_state, images, labels).
+    logits: of (theta, model_state, images).
+    mean_loss: of (theta, model_state, (images, labels)).
+  """
+
+  make_loss: Callable[[bool], Any]
+  accuracy: Callable[..., jax.Array]
+  logits: Callable[..., jax.Array]
+  mean_loss: Callable[..., jax.Array]
+
+
+def _make_functions(
+  network_apply: Callable[..., Any], prepare: augment.Prepare
+) -> _Functions:
+  """The functions of a network; labels of -1 are padding and do not count."""
+
+  def make_loss(frozen_norm):
+    def apply(theta, model_state, key, x, is_training):
+      # Frozen statistics normalise in training too: else the network that is
+      # trained were another than the one that is evaluated.
+      return network_apply(
+        theta, model_state, key, x, is_training and not frozen_norm
+      )
+
+    return classification.make_loss(apply, prepare)
+
+  plain = classification.make_accuracy(network_apply, prepare)
+
+  def accuracy(theta, model_state, images, labels):
+    # Labels of padding are -1, and never right.
+    share = len(labels) / jnp.sum(labels >= 0)
+    return plain(theta, model_state, images, labels) * share
+
+  def logits(theta, model_state, images):
+    return network_apply(
+      theta, model_state, None, prepare(None, images, False), False
+    )[0]
+
+  def mean_loss(theta, model_state, batch):
+    images, labels = batch
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits(theta, model_state, images), jnp.maximum(labels, 0)
+    )
+    # Padding counts nothing, also where a batch is nothing else.
+    count = jnp.maximum(jnp.sum(labels >= 0), 1)
+    return jnp.sum(losses, where=labels >= 0) / count
+
+  return _Functions(make_loss, accuracy, logits, mean_loss)
+
+
 def make_problem(
   settings: dict[str, Any],
   method: str,
@@ -236,47 +282,13 @@ def make_problem(
   layout = _layout(settings, method, params)
   masked = layouts.paths_of(layout, 'masked')
   omit = [p for p in masked if 'initial' in p and settings['omit_first_layer']]
-  prepare = _prepare(settings['dataset'], axis)
-
-  def make_loss(frozen_norm):
-    def apply(theta, model_state, key, x, is_training):
-      # Frozen statistics normalise in training too: else the network that is
-      # trained were another than the one that is evaluated.
-      return network.apply(
-        theta, model_state, key, x, is_training and not frozen_norm
-      )
-
-    return classification.make_loss(apply, prepare)
-
-  plain = classification.make_accuracy(network.apply, prepare)
-
-  def accuracy(theta, model_state, images, labels):
-    # Labels of padding are -1, and never right.
-    share = len(labels) / jnp.sum(labels >= 0)
-    return plain(theta, model_state, images, labels) * share
-
-  def logits(theta, model_state, images):
-    return network.apply(
-      theta, model_state, None, prepare(None, images, False), False
-    )[0]
-
-  def mean_loss(theta, model_state, batch):
-    images, labels = batch
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits(theta, model_state, images), jnp.maximum(labels, 0)
-    )
-    # Padding counts nothing, also where a batch is nothing else.
-    count = jnp.maximum(jnp.sum(labels >= 0), 1)
-    return jnp.sum(losses, where=labels >= 0) / count
-
-  @jax.jit
-  def evaluate(memory, task, split):
-    return accuracy(*continual.recall(memory, task, transform), *split)
-
+  prepare = augment.usual(settings['dataset'], axis)
+  functions = _make_functions(network.apply, prepare)
+  evaluate = jax.jit(functions.accuracy)
   choose: continual_pruning.Choose = lambda memory, index, split: ({}, {})
   if method == 'epn':
     choose = continual_pruning.make_epn(
-      settings, accuracy, mean_loss, transform, omit
+      settings, functions.accuracy, functions.mean_loss, transform, omit
     )
   elif method == 'packnet':
     choose = continual_pruning.make_packnet(settings, transform)
@@ -285,12 +297,12 @@ def make_problem(
     transform=transform,
     omit=omit,
     fresh=jax.jit(fresh),
-    train=_make_train(settings, make_loss, transform, layout, axis),
+    train=_make_train(settings, functions.make_loss, transform, layout, axis),
     choose=choose,
-    accuracy=lambda memory, task, split: float(evaluate(memory, task, split)),
-    logits=logits,
+    accuracy=lambda theta, state, split: float(evaluate(theta, state, *split)),
+    logits=functions.logits,
     recall=jax.jit(functools.partial(continual.recall, transform=transform)),
-    anchor=_make_anchor(settings, logits, transform, layout)
+    anchor=_make_anchor(settings, functions.logits, transform, layout)
     if method == 'ewc'
     else lambda *args: None,
   )

@@ -52,33 +52,22 @@ def save(manager: checkpoint.Manager, progress: Progress) -> None:
   checkpoint.save(manager, len(progress.tasks), _stacked(progress), extra)
 
 
-def restore(
-  manager: checkpoint.Manager, start: Progress, layout: layouts.Layout
-) -> Progress:
-  """The progress of the newest checkpoint, or the start.
+def start(memory: continual.Memory, anchors: Any) -> Progress:
+  """The progress before the first task."""
+  return Progress(memory, anchors, [], [], [], [])
 
-  Args:
-    manager: of this run.
-    start: the progress before the first task.
-    layout: a `Layout`.
 
-  Returns:
-    A `Progress`.
-  """
-  try:
-    count = checkpoint.load(manager.directory).step
-  except FileNotFoundError:
-    return start
-  none = {p: jnp.zeros(x.shape, bool) for p, x in start.memory.owners.items()}
+def _like(first: Progress, layout: layouts.Layout, count: int) -> Any:
+  """A tree as the checkpoint of so many tasks holds."""
+  none = {p: jnp.zeros(x.shape, bool) for p, x in first.memory.owners.items()}
   # A weight's owner may have outgrown a byte.
-  owners = continual.claim(start.memory.owners, none, count - 1)
-  memory = start.memory._replace(owners=owners)
+  owners = continual.claim(first.memory.owners, none, count - 1)
+  memory = first.memory._replace(owners=owners)
   task = continual.store(memory, none, layout)
-  like = _stacked(start._replace(memory=memory, tasks=[task] * count))
-  found = checkpoint.restore_latest(manager, like)
-  if found is None:
-    return start
-  _, state, extra = found
+  return _stacked(first._replace(memory=memory, tasks=[task] * count))
+
+
+def _progress(state: dict[str, Any], extra: Any, count: int) -> Progress:
   learnt = [
     jax.tree.map(lambda x, t=t: jnp.asarray(x[t]), state['tasks'])
     for t in range(count)
@@ -89,3 +78,35 @@ def restore(
     learnt,
     *(extra[name] for name in ('records', 'matrix', 'history')),
   )
+
+
+def read(
+  found: checkpoint.Checkpoint, first: Progress, layout: layouts.Layout
+) -> Progress:
+  """The progress that a checkpoint holds; `first` as of `restore`."""
+  state = checkpoint.fill(_like(first, layout, found.step), found)
+  return _progress(state, found.extra, found.step)
+
+
+def restore(
+  manager: checkpoint.Manager, first: Progress, layout: layouts.Layout
+) -> Progress:
+  """The progress of the newest checkpoint, or the start.
+
+  Args:
+    manager: of this run.
+    first: the progress before the first task.
+    layout: a `Layout`.
+
+  Returns:
+    A `Progress`.
+  """
+  try:
+    count = checkpoint.load(manager.directory).step
+  except FileNotFoundError:
+    return first
+  found = checkpoint.restore_latest(manager, _like(first, layout, count))
+  if found is None:
+    return first
+  _, state, extra = found
+  return _progress(state, extra, count)

@@ -42,6 +42,16 @@ def _timed(
   return timed
 
 
+def _accuracy(
+  problem: continual_problem.Problem,
+  memory: continual.Memory,
+  task: continual.Task,
+  split: datasets.Split,
+) -> float:
+  """The accuracy of a task, from its stored mask."""
+  return problem.accuracy(*problem.recall(memory, task), split)
+
+
 def _learn(
   problem: continual_problem.Problem,
   progress: continual_progress.Progress,
@@ -78,7 +88,7 @@ def _learn(
       # Reported, and never decided by: what pruning leaves by itself.
       pruned = continual.store(memory, mask, problem.layout)
       test = part(index, 'test')
-      record['pruned_test_accuracy'] = problem.accuracy(memory, pruned, test)
+      record['pruned_test_accuracy'] = _accuracy(problem, memory, pruned, test)
     return mask
 
   masked = bool(progress.memory.owners)
@@ -114,7 +124,7 @@ def _evaluate(
   """Accuracies of all tasks that were learnt, or of the last alone."""
   last = len(progress.tasks) - 1
   return [
-    problem.accuracy(progress.memory, task, part(t, which))
+    _accuracy(problem, progress.memory, task, part(t, which))
     if every or t == last
     else None
     for t, task in enumerate(progress.tasks)
@@ -149,7 +159,7 @@ def _advance(
   )
   accuracies = {
     'test_accuracy': row[-1],
-    'valid_accuracy': problem.accuracy(memory, task, part(t, 'valid')),
+    'valid_accuracy': _accuracy(problem, memory, task, part(t, 'valid')),
   }
   log(0, {'task': t, **accuracies, 'density': record['density']})
   record = {'task': t, **accuracies, **record, 'seconds': seconds}
@@ -211,9 +221,7 @@ def _all_tasks(
   # The network before the first task is that with which the task begins.
   fresh = problem.fresh(jax.random.fold_in(keys[0], 0))
   memory = place(continual.init_memory(*fresh, problem.layout))
-  start = continual_progress.Progress(
-    memory, place(problem.anchor(memory)), [], [], [], []
-  )
+  start = continual_progress.start(memory, place(problem.anchor(memory)))
   progress = continual_progress.restore(manager, start, problem.layout)
   memory, anchors, learnt = place(progress[:3])
   progress = progress._replace(memory=memory, anchors=anchors, tasks=learnt)

@@ -8,9 +8,16 @@ takes a run of `mnist_pruning`, and
   python -m experiments.export_model --checkpoint=results/sparse_training
 
 the newest checkpoint of `sparse_training`, with the masks it was trained with
-if there is no --density. The network is evaluated before it is written and
+if there is no --density. A checkpoint of `continual_learning` becomes a file of
+all its tasks, which share their weights:
+
+  python -m experiments.export_model \
+    --checkpoint=results/continual_learning/checkpoints/epn-alpha=2.0-seed=0
+
+The network is evaluated before it is written and
 after it was read back. `export.load_compressed` reads the file, whose leaves
-are `theta/...` and, of networks with BatchNorm, `state/...`.
+are `theta/...` and, of networks with BatchNorm, `state/...`; of tasks,
+`export.load_task` reads one.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import common
+from experiments import export_tasks
 from experiments import sparse_problem
 from powerprop_jax import checkpoint
 from powerprop_jax import classification
@@ -125,10 +133,13 @@ def _from_sparse_training(
 
 
 # What wrote a checkpoint is told by a flag that only it has.
-_FROM_CHECKPOINT = {'update_every': _from_sparse_training}
+_FROM_CHECKPOINT = {
+  'update_every': _from_sparse_training,
+  'steps_per_task': export_tasks.load,
+}
 
 
-def load(path: str, data_dir: str | None) -> Trained:
+def load(path: str, data_dir: str | None) -> Trained | export_tasks.Tasks:
   """Reads what one of the binaries has trained.
 
   Args:
@@ -137,7 +148,7 @@ def load(path: str, data_dir: str | None) -> Trained:
     data_dir: where data sets lie.
 
   Returns:
-    A `Trained`.
+    A `Trained`; of `continual_learning`, its `Tasks`.
 
   Raises:
     ValueError: if it is nothing of these, or damaged.
@@ -172,7 +183,7 @@ def choose_masks(
 
 
 def write(
-  trained: Trained, masks: Any, path: pathlib.Path, values: str
+  trained: Trained, masks: Any, path: pathlib.Path, values: str | None
 ) -> tuple[export_file.Sizes, dict[str, dict[str, float]]]:
   """Writes the network, reads it again, and evaluates all three.
 
@@ -180,7 +191,7 @@ def write(
     trained: the network.
     masks: of the weights to keep; {} keeps all.
     path: the file to write.
-    values: what kept weights are rounded to.
+    values: what kept weights are rounded to; None keeps their type.
 
   Returns:
     The sizes; and for the network as it was trained, pruned, and reloaded, its
@@ -188,13 +199,8 @@ def write(
   """
   tree = {'theta': trained.theta, 'state': trained.state}
   masks = {'theta': masks}
-  path.parent.mkdir(parents=True, exist_ok=True)
   sizes = export.save_compressed(
-    path,
-    tree,
-    masks,
-    alpha=trained.alpha,
-    values=None if values == 'float32' else values,
+    path, tree, masks, alpha=trained.alpha, values=values
   )
   networks_ = {
     'trained': tree,
@@ -226,24 +232,35 @@ def table(
   return '\n'.join(f'{name:<10}{text}' for name, text in rows)
 
 
-def read_flags(values: flags.FlagValues) -> tuple[Trained, Any]:
-  """The network of the flags, and the masks of the weights to keep."""
+def read_flags(values: flags.FlagValues) -> Callable[..., Any]:
+  """What writes the network of the flags, given the path and the values."""
   if values.checkpoint is None:
     raise ValueError('--checkpoint must be given.')
   if values.density is not None:
     masks_lib.check_density(values.density)
   scale = common.parse_factors(values.density_scale, 'density_scale')
   trained = load(values.checkpoint, values.data_dir)
+  if isinstance(trained, export_tasks.Tasks):
+    if values.density is not None:
+      raise ValueError(
+        f'--density={values.density:g} is not for continual learning, whose'
+        ' tasks keep the masks that they were learnt with. Leave it out.'
+      )
+    return functools.partial(export_tasks.write, trained)
   options = {'scope': values.scope, 'density_scale': scale}
-  return trained, choose_masks(trained, values.density, options)
+  masks = choose_masks(trained, values.density, options)
+  return functools.partial(write, trained, masks)
 
 
 def main(argv: Sequence[str]) -> None:
   common.check_no_arguments(argv)
   values = flags.FLAGS
+  path = pathlib.Path(values.out)
   try:
-    network = read_flags(values)
-    result = write(*network, pathlib.Path(values.out), values.values)
+    write_to = read_flags(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = None if values.values == 'float32' else values.values
+    result = write_to(path, rounded)
   except (ValueError, OSError) as e:
     common.fail(e)
   print(table(*result))

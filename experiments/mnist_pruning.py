@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from experiments import common
+from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
 from powerprop_jax import analysis
@@ -64,7 +65,7 @@ def define_flags(values: flags.FlagValues) -> None:
   string('out_dir', 'results/mnist_pruning', 'Folder of results.')
   names = sorted(presets.MNIST_PRUNING)
   flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
-  common.define_optimiser_flags(values)
+  optimiser_flags.define_flags(values)
 
 
 # The flags that decide the result of a run; the others say which runs.
@@ -74,7 +75,7 @@ _RUN_FLAGS = (
   'batch_size',
   'scope',
   'kept',
-  *common.OPTIMISER_FLAGS,
+  *optimiser_flags.NAMES,
 )
 
 
@@ -101,11 +102,11 @@ def make_functions(
   """Builds the functions of a run; nothing is compiled yet."""
   network = networks.build('lenet_300_100', num_classes)
   transform = power.power_transform(alpha)
-  tx = common.make_tx(
+  tx = optimiser_flags.make_tx(
     transform,
     steps=settings['steps'],
     update_rule=update_rule,
-    **{name: settings[name] for name in common.OPTIMISER_FLAGS},
+    **{name: settings[name] for name in optimiser_flags.NAMES},
   )
 
   def init(init_key, run_key, images):
@@ -258,15 +259,12 @@ def parse_jobs(
     ValueError: if an alpha or an update rule is impossible.
   """
   for rule in update_rules:
-    if rule not in common.UPDATE_RULES:
+    if rule not in optimiser_flags.UPDATE_RULES:
       raise ValueError(
-        f'--update_rule must be among {", ".join(common.UPDATE_RULES)}, got'
-        f' {rule!r}.'
+        '--update_rule must be among'
+        f' {", ".join(optimiser_flags.UPDATE_RULES)}, got {rule!r}.'
       )
-  try:
-    powers = [power.check_alpha(float(alpha)) for alpha in alphas]
-  except ValueError as e:
-    raise ValueError(f'--alphas={",".join(alphas)}: {e}') from e
+  powers = common.parse_numbers(alphas, 'alphas', power.check_alpha)
   return [
     Job(alpha, rule, seed)
     for alpha in dict.fromkeys(powers)
@@ -284,10 +282,9 @@ def read_flags(
     common.apply_preset(values, presets.MNIST_PRUNING[values.preset])
   jobs = parse_jobs(values.alphas, values.update_rule, values.seeds)
   settings = {name: values[name].value for name in _RUN_FLAGS}
-  try:
-    settings['kept'] = [masks.check_density(float(p)) for p in values.kept]
-  except ValueError as e:
-    raise ValueError(f'--kept={",".join(values.kept)}: {e}') from e
+  settings['kept'] = common.parse_numbers(
+    values.kept, 'kept', masks.check_density
+  )
   if min(settings['kept']) < 1e-5:
     raise ValueError(
       f'--kept={min(settings["kept"]):g} keeps no weight at all.'

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import common
 from experiments import feeds
 from experiments import methods
+from experiments import optimiser_flags
 from powerprop_jax import augment
 from powerprop_jax import classification
 from powerprop_jax import datasets
@@ -90,17 +90,6 @@ def load(settings: dict[str, Any], data_dir: str | None) -> Any:
   return datasets.load(name, data_dir)
 
 
-def _prepare(dataset: str, axis: str | None) -> augment.Prepare:
-  """From bytes to what the network sees, with the usual augmentation."""
-  if dataset in _STREAMED:
-    return augment.standardise(*augment.IMAGENET)
-  statistics = {'cifar10': augment.CIFAR10, 'cifar100': augment.CIFAR100}
-  if dataset not in statistics:
-    return augment.scale
-  then = augment.standardise(*statistics[dataset])
-  return augment.crop_and_flip(then=then, axis_name=axis)
-
-
 def _make_network(settings: dict[str, Any], num_classes: int, axis: str | None):
   # A last scale of zero in each block would hide the block from SNIP.
   options = {'zero_init': False} if 'resnet' in settings['network'] else {}
@@ -116,11 +105,11 @@ def _make_network(settings: dict[str, Any], num_classes: int, axis: str | None):
 def _make_tx(
   settings: dict[str, Any], transform: power.PowerTransform
 ) -> optax.GradientTransformation:
-  return common.make_tx(
+  return optimiser_flags.make_tx(
     transform,
     steps=settings['steps'],
     update_rule='target_propagation',
-    **{name: settings[name] for name in common.OPTIMISER_FLAGS},
+    **{name: settings[name] for name in optimiser_flags.NAMES},
   )
 
 
@@ -191,7 +180,9 @@ def make_problem(
     fresh=lambda key: init(key)[0],
     **{name: settings[name] for name in METHOD_FLAGS},
   )
-  prepare = _prepare(settings['dataset'], axis)
+  name = settings['dataset']
+  # A folder of images is streamed as ImageNet is.
+  prepare = augment.usual('imagenet2012' if name in _STREAMED else name, axis)
   loss_fn = classification.make_loss(
     network.apply, prepare, settings['label_smoothing']
   )

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import common
 from experiments import feeds
 from experiments import methods
+from experiments import optimiser_flags
 from experiments import runner
+from powerprop_jax import augment
 from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import flops
@@ -64,7 +65,7 @@ def make_functions(
   What does not depend on the method is compiled once for a recipe.
 
   Args:
-    settings: the flags of `_RUN_FLAGS`.
+    settings: the flags of `sparse_sweep.RUN_FLAGS`.
     input_shape: of an image.
     num_classes: number of classes.
 
@@ -79,15 +80,16 @@ def make_functions(
   layer_flops = flops.layer_flops(
     lambda p, s, x: network.apply(p, s, None, x, False)[0], *shapes, images
   )
-  loss_fn = classification.make_loss(network.apply)
-  accuracy = jax.jit(classification.make_accuracy(network.apply))
+  prepare = augment.usual(settings['dataset'])
+  loss_fn = classification.make_loss(network.apply, prepare)
+  accuracy = jax.jit(classification.make_accuracy(network.apply, prepare))
 
   @functools.cache
   def update_rule(recipe):
     transform = power.power_transform(recipe.alpha)
-    options = {name: settings[name] for name in common.OPTIMISER_FLAGS}
+    options = {name: settings[name] for name in optimiser_flags.NAMES}
     options |= {k: v for k, v in recipe._asdict().items() if k in options}
-    tx = common.make_tx(
+    tx = optimiser_flags.make_tx(
       transform,
       steps=settings['steps'],
       update_rule='target_propagation',

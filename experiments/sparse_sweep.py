@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import common
 from experiments import methods
+from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
 from experiments import sparse_report
@@ -58,7 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
   string('out_dir', 'results/sparse_sweep', 'Folder of results.')
   presets_ = sorted(presets.SPARSE_SWEEP)
   flags.DEFINE_enum('preset', None, presets_, 'Settings.', flag_values=values)
-  common.define_optimiser_flags(values)
+  optimiser_flags.define_flags(values)
   values.set_default('learning_rate', 0.05)
   values.set_default('momentum', 0.9)
   values.set_default('schedule', 'cosine')
@@ -73,7 +74,7 @@ RUN_FLAGS = (
   'update_every',
   'drop_fraction',
   'exploration_penalty',
-  *common.OPTIMISER_FLAGS,
+  *optimiser_flags.NAMES,
 )
 
 
@@ -94,14 +95,9 @@ def parse_recipes(values: flags.FlagValues) -> list[sparse_runs.Recipe]:
       raise ValueError(
         f'--{name} has {len(column)} values for {len(values.alphas)} alphas.'
       )
-    try:
-      parsed.append([float(x) for x in column])
-    except ValueError as e:
-      raise ValueError(f'--{name}={",".join(map(str, column))}: {e}') from e
-  return [
-    sparse_runs.Recipe(power.check_alpha(alpha), rate, decay)
-    for alpha, rate, decay in zip(*parsed)
-  ]
+    check = power.check_alpha if name == 'alphas' else float
+    parsed.append(common.parse_numbers(column, name, check))
+  return [sparse_runs.Recipe(*values) for values in zip(*parsed)]
 
 
 def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
@@ -115,10 +111,7 @@ def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
       raise ValueError(
         f'--methods must be among {", ".join(methods.METHODS)}, got {method!r}.'
       )
-  try:
-    sparsities = [float(s) for s in values.sparsities]
-  except ValueError as e:
-    raise ValueError(f'--sparsities={",".join(values.sparsities)}: {e}') from e
+  sparsities = common.parse_numbers(values.sparsities, 'sparsities')
   jobs = []
   for method in values.methods:
     # Dense networks have no sparsity, and SNIP ranks all weights together.

@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments import common
 from experiments import methods
+from experiments import optimiser_flags
 from experiments import sparse_loop
 from experiments import sparse_problem
 from powerprop_jax import analysis
@@ -69,7 +70,7 @@ _RUN_FLAGS = (
   'seed',
   'init_from',
   *sparse_problem.METHOD_FLAGS,
-  *common.OPTIMISER_FLAGS,
+  *optimiser_flags.NAMES,
 )
 
 
@@ -126,7 +127,7 @@ def define_flags(values: flags.FlagValues) -> None:
   string('coordinator', None, 'host:port, or auto on Slurm and cloud TPU.')
   integer('num_processes', None, 'How many hosts, with a coordinator.')
   integer('process_index', None, 'Which host this is, with a coordinator.')
-  common.define_optimiser_flags(values)
+  optimiser_flags.define_flags(values)
 
 
 def fingerprint(state: training.TrainState) -> str:

@@ -24,6 +24,11 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 # The numbers that ImageNet models have been published with since torchvision.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_STATISTICS = {
+  'cifar10': CIFAR10,
+  'cifar100': CIFAR100,
+  'imagenet2012': IMAGENET,
+}
 
 
 def scale(
@@ -121,3 +126,24 @@ def crop_and_flip(
     return then(key, images, is_training)
 
   return prepare
+
+
+def usual(dataset: str, axis_name: str | None = None) -> Prepare:
+  """What the literature does to the images of a data set.
+
+  CIFAR is augmented by `crop_and_flip` and standardised, ImageNet, of which the
+  stream has augmented the images, is standardised, and the others are scaled.
+
+  Args:
+    dataset: its name, as of TFDS.
+    axis_name: as of `crop_and_flip`.
+
+  Returns:
+    A `Prepare`.
+  """
+  if dataset not in _STATISTICS:
+    return scale
+  then = standardise(*_STATISTICS[dataset])
+  if dataset == 'imagenet2012':
+    return then
+  return crop_and_flip(then=then, axis_name=axis_name)

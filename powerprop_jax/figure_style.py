@@ -101,25 +101,3 @@ def scale_sparsities(axes: Axes, sparsities: Iterable[float]) -> None:
   axes.set_xticks(list(kept), list(kept.values()))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.set_xlabel('Weights removed (%)')
-
-
-def matrix_panel(
-  values: np.ndarray, low: float, title: str, *names: str
-) -> Figure:
-  """A matrix over tasks in percent, with colours from `low`; NaN is blank."""
-  figure, axes = panel(5.6, 4.6)
-  rows, columns = values.shape
-  extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
-  image = axes.imshow(values, cmap='cividis', vmin=low, extent=extent)
-  for (i, j), value in np.ndenumerate(values):
-    if columns <= 12 and np.isfinite(value):
-      colour = 'white' if value < np.mean(image.get_clim()) else BLACK
-      style = {'ha': 'center', 'va': 'center', 'fontsize': 7, 'color': colour}
-      axes.text(j + 1, i + 1, f'{value:.1f}', style)
-  figure.colorbar(image, label=names[2])
-  for axis, name in zip((axes.xaxis, axes.yaxis), names):
-    axis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axis.set_label_text(name)
-  axes.grid(False)
-  axes.set_title(title, loc='left')
-  return figure

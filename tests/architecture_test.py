@@ -13,7 +13,8 @@ _PACKAGE = _ROOT / 'powerprop_jax'
 _LAYERS = (
   {'leaves', 'masks', 'schedules', 'networks', 'prepared', 'augment'}
   | {'figure_style', 'export_codes', 'task_inference', 'continual_report'},
-  {'checkpoint', 'devices', 'plotting', 'layouts', 'export_file', 'search'},
+  {'checkpoint', 'devices', 'plotting', 'layouts', 'export_file', 'search'}
+  | {'continual_plotting'},
   {'power', 'datasets', 'streams'},
   {'reparam', 'propagation', 'distributions', 'updaters', 'flops', 'pruning'}
   | {'tasks', 'continual', 'export'},

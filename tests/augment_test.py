@@ -155,3 +155,21 @@ def test_padding_must_not_be_negative_and_training_needs_a_key():
     augment.crop_and_flip(-1)
   with pytest.raises(ValueError, match='key=None'):
     augment.crop_and_flip()(None, jnp.asarray(IMAGE[None]), True)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'imagenet2012', 'mnist'])
+def test_usual_preparation_of_a_data_set(name):
+  images, key = jnp.arange(48, dtype=jnp.uint8), jax.random.key(0)
+  images = images.reshape(1, 4, 4, 3)
+  by_hand = {
+    'cifar10': augment.crop_and_flip(
+      then=augment.standardise(*augment.CIFAR10)
+    ),
+    'imagenet2012': augment.standardise(*augment.IMAGENET),
+    'mnist': augment.scale,
+  }[name]
+  prepare = augment.usual(name)
+  for is_training in True, False:
+    np.testing.assert_array_equal(
+      prepare(key, images, is_training), by_hand(key, images, is_training)
+    )

@@ -17,6 +17,7 @@ import pytest
 
 from experiments import common
 from experiments import mnist_pruning
+from experiments import optimiser_flags
 from powerprop_jax import power
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -201,9 +202,9 @@ _GRADS = {'linear': {'w': np.array([1.0, 3.0], np.float32)}}
 
 
 def _update(steps=1, **flag_values):
-  values = {name: _flags()[name].value for name in common.OPTIMISER_FLAGS}
+  values = {name: _flags()[name].value for name in optimiser_flags.NAMES}
   values = {'update_rule': 'target_propagation', **values, **flag_values}
-  tx = common.make_tx(power.power_transform(2.0), steps=100, **values)
+  tx = optimiser_flags.make_tx(power.power_transform(2.0), steps=100, **values)
   state, updates = tx.init(_PHI), None
   for _ in range(steps):
     updates, state = tx.update(_GRADS, state, _PHI)
@@ -257,7 +258,7 @@ def test_chain_rule_gives_the_optimiser_the_gradient_at_phi():
   np.testing.assert_allclose(updates, expected['linear']['w'], rtol=1e-6)
 
 
-@pytest.mark.parametrize('optimizer', sorted(common.OPTIMISERS))
+@pytest.mark.parametrize('optimizer', sorted(optimiser_flags.OPTIMISERS))
 def test_every_optimiser_can_be_built_with_decay(optimizer):
   assert np.isfinite(_update(optimizer=optimizer, weight_decay=1e-3)).all()
 

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import continual_learning
+from experiments import continual_problem
+from experiments import continual_run
 from experiments import export_model
+from experiments import export_tasks
 from experiments import sparse_problem
 from experiments import sparse_training
 from powerprop_jax import checkpoint
@@ -162,7 +166,7 @@ def test_a_sparse_checkpoint_keeps_its_masks(sparse_run, data, tmp_path):
   trained = export_model.load(str(folder), None)
   masks = export_model.choose_masks(trained, None, {})
   path = tmp_path / 'model'
-  sizes, accuracies = export_model.write(trained, masks, path, 'float32')
+  sizes, accuracies = export_model.write(trained, masks, path, None)
   assert sizes.bound < sizes.file < 1.05 * sizes.bound
   model = export.load_compressed(path)
   assert model.alpha == 3.0
@@ -189,6 +193,71 @@ def test_a_density_prunes_within_the_masks(sparse_run):
     assert kept == sum(
       int(m.sum()) for p, m in chosen.items() if p.endswith('w')
     )
+
+
+@pytest.fixture(scope='module')
+def tasks_run(tmp_path_factory):
+  """A run of continual_learning: its folder and its result."""
+  folder = tmp_path_factory.mktemp('continual_learning')
+  values = flags.FlagValues()
+  continual_learning.define_flags(values)
+  values(
+    [
+      'test',
+      '--tasks=2',
+      '--steps_per_task=60',
+      '--retrain_steps=20',
+      '--batch_size=50',
+      '--densities=0.05,0.2,1',
+      '--gamma=0.9',
+      '--phi_decay=0',
+    ]
+  )
+  (job,), settings = continual_learning.read_flags(values)
+  data = datasets.load('mnist_5k')
+  problem = continual_problem.make_problem(settings, *job[:2], (28, 28, 1), 10)
+  result = continual_run.run(
+    job,
+    problem,
+    settings,
+    'mnist_5k',
+    10,
+    folder,
+    (data.train, data.valid, data.test),
+    lambda *line: None,
+  )
+  return folder / 'checkpoints' / job.name, result
+
+
+def test_tasks_are_written_once_and_read_alone(tasks_run, tmp_path):
+  folder, result = tasks_run
+  trained = export_model.load(str(folder), None)
+  path = tmp_path / 'tasks'
+  sizes, accuracies = export_tasks.write(trained, path, None)
+  expected = result['accuracy_matrix'][-1]
+  assert list(accuracies) == ['task 0', 'task 1']
+  for found, accuracy in zip(accuracies.values(), expected):
+    assert found['trained'] == found['reloaded'] == pytest.approx(accuracy)
+  assert sizes.file == path.stat().st_size < sizes.dense
+  assert expected[0] != expected[1]
+  for t, kept in enumerate(result['density']):
+    model = export.load_task(path, t)
+    assert model.alpha == 2.0
+    used = [
+      m
+      for p, m in model.masks.items()
+      if trained.masks[t]['theta'].get(p[6:]) is not None
+    ]
+    assert sum(m.sum() for m in used) == kept * sum(m.size for m in used)
+
+
+def test_tasks_are_not_pruned_again(tasks_run):
+  folder, _ = tasks_run
+  values = flags.FlagValues()
+  export_model.define_flags(values)
+  values(['test', f'--checkpoint={folder}', '--density=0.1'])
+  with pytest.raises(ValueError, match='--density=0.1 is not for continual'):
+    export_model.read_flags(values)
 
 
 def test_what_is_no_network_is_refused(run, tmp_path):

@@ -19,6 +19,7 @@ import pytest
 
 from experiments import common
 from experiments import methods
+from experiments import optimiser_flags
 from experiments import sparse_loop
 from experiments import sparse_problem
 from experiments import sparse_training
@@ -333,7 +334,7 @@ def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
   settings = settings_of(
     '--preset=imagenet', f'--steps_multiplier={multiplier}'
   )
-  rate = common._learning_rate(
+  rate = optimiser_flags._learning_rate(
     settings['learning_rate'],
     settings['schedule'],
     settings['steps'],
