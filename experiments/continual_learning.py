@@ -197,10 +197,10 @@ def with_transfer(
   return run | report
 
 
-def _by_label(results: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+def _by_label(runs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
   """The seeds of every method and power; '2.0 epn' is a label."""
   groups: dict[str, list[Any]] = {}
-  for run in results.values():
+  for run in runs:
     groups.setdefault(f'{run["alpha"]} {run["method"]}', []).append(run)
   return groups
 
@@ -211,9 +211,9 @@ def _over_seeds(seeds: Sequence[dict[str, Any]], values: Any) -> np.ndarray:
   return np.array([values(run)[:length] for run in seeds], float)
 
 
-def make_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """The figures of an experiment by file name."""
-  groups, figures = _by_label(results), {}
+def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """The figures of methods side by side, by file name."""
+  groups, figures = _by_label(runs), {}
   figures['accuracy.png'] = continual_plotting.accuracy_by_task(
     {
       label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])
@@ -228,7 +228,13 @@ def make_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for label, seeds in pruned.items()
       }
     )
-  for label, (run, *_) in groups.items():
+  return figures
+
+
+def make_figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """The figures of an experiment by file name."""
+  figures = compare(runs)
+  for label, (run, *_) in _by_label(runs).items():
     name = label.replace(' ', '-')
     figures[f'matrix-{name}.png'] = continual_plotting.accuracy_matrix(
       np.array(run['accuracy_matrix'], float)
@@ -254,6 +260,9 @@ def details(run: dict[str, Any]) -> str:
     more = ', ...' if run['num_tasks'] > 10 else ''
     lines.insert(1, f'density (%): {density}{more}')
     lines.insert(2, f'new weights: {new}{more}')
+  before = [task.get('pruned_test_accuracy') for task in run['tasks']]
+  if before[0] is not None:
+    lines.append(f'pruned, before retraining (%): {100 * np.mean(before):.2f}')
   for rule, row in run.get('task_inference', {}).items():
     cells = (f'{100 * x:.1f} (batches of {n})' for n, x in row.items())
     lines.append(f'task found by {rule} (%): ' + ', '.join(cells))
@@ -266,10 +275,10 @@ def summarise(
   """Writes summary.json and the figures, and prints the table."""
   results = {n: with_transfer(run, results) for n, run in results.items()}
   common.write_json(out_dir / 'summary.json', {'runs': results})
-  figures = make_figures(results)
+  runs = list(results.values())
+  figures = make_figures(runs)
   for name, figure in figures.items():
     plotting.save(figure, out_dir / name)
-  runs = list(results.values())
   print('\nTest accuracy after the last task, and capacity, in percent:\n')
   print(continual_report.table(runs))
   first = runs[0]

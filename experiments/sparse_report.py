@@ -66,6 +66,11 @@ def _table(
   )
 
 
+def _distribution(r: Row) -> str:
+  """That of the table; dense networks and SNIP have none."""
+  return '' if r['method'] in ('dense', 'snip') else r['distribution']
+
+
 def accuracy_table(rows: Sequence[Row]) -> str:
   """Test accuracy in percent, with the deviation where there are seeds."""
 
@@ -81,7 +86,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     ['method', 'distribution', *(name.replace('_', ' ') for name in recipe)],
     lambda r: (
       r['method'],
-      '' if r['method'] in ('dense', 'snip') else r['distribution'],
+      _distribution(r),
       *(f'{value:g}' for value in r['recipe'].values()),
     ),
     cell,
@@ -94,7 +99,7 @@ def flops_table(rows: Sequence[Row]) -> str:
   return _table(
     [r for r in rows if r['recipe']['alpha'] == alpha],
     ['method', 'distribution'],
-    lambda r: (r['method'], r['distribution']),
+    lambda r: (r['method'], _distribution(r)),
     lambda r: f'{r["inference_flops"]:.3f} / {r["training_flops"]:.3f}',
   )
 

@@ -468,7 +468,7 @@ _RESTARTED = (
   '--update_every=20',
   '--batch_size=80',
   '--momentum=0.9',
-  '--checkpoint_every=10',
+  '--checkpoint_every=5',
 )
 
 
@@ -499,7 +499,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ):
   args = (*_RESTARTED, f'--out_dir={tmp_path}')
   rng, killed, writing = random.Random(0), 0, 0
-  for i in range(4):
+  for i in range(10):
     before, _ = saved(tmp_path)
     process = start(*args)
     if i % 2:  # While a checkpoint is being written.
@@ -511,8 +511,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     process.kill()
     process.communicate()
     killed += process.returncode == -signal.SIGKILL
-  assert killed >= 3
-  assert writing >= 1
+  assert killed >= 8
+  assert writing >= 3
   process = start(*args)
   _, err = process.communicate(timeout=600)
   assert process.returncode == 0, err

@@ -1,0 +1,59 @@
+"""Tests of the comparison of runs of continual learning."""
+
+import json
+
+import pytest
+
+from experiments import continual_compare
+
+
+def _write(folder, method, seed, accuracies, used=None):
+  """A finished run of two tasks, as `continual_learning` writes it."""
+  run = {
+    'method': method,
+    'alpha': 2.0,
+    'seed': seed,
+    'num_tasks': 2,
+    'accuracy_matrix': [[0.9, None], accuracies],
+    'average_accuracy': sum(accuracies) / 2,
+    'worst_accuracy': min(accuracies),
+  }
+  if used:
+    run |= {'used': used, 'capacity_used': used[-1]}
+  path = folder / 'runs' / f'{method}-seed={seed}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(run))
+
+
+@pytest.fixture
+def folders(tmp_path):
+  _write(tmp_path / 'narrow', 'epn', 0, [0.96, 0.94], [0.1, 0.2])
+  _write(tmp_path / 'narrow', 'epn', 1, [0.98, 0.96], [0.2, 0.4])
+  _write(tmp_path / 'wide', 'epn', 0, [0.91, 0.93], [0.5, 0.9])
+  _write(tmp_path / 'alone', 'independent', 0, [0.99, 0.99])
+  return [str(tmp_path / name) for name in ('narrow', 'wide', 'alone')]
+
+
+def test_folders_are_the_rows(folders, tmp_path, capsys):
+  out_dir = tmp_path / 'out'
+  continual_compare.compare(continual_compare.load(folders), out_dir)
+  rows = [line.split() for line in capsys.readouterr().out.split('\n')]
+  assert ['narrow', '2', '96.00', '±', '1.41', '95.00', '30.0'] in rows
+  assert ['wide', '2', '92.00', '91.00', '90.0'] in rows
+  assert ['alone', '2', '99.00', '99.00', '-'] in rows
+  for name in ('accuracy.png', 'capacity.png'):
+    assert (out_dir / name).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+@pytest.mark.parametrize(
+  ('names', 'message'),
+  [
+    ([], '--runs must name folders'),
+    (['narrow', 'narrow'], 'last names, which must differ'),
+    (['narrow', 'absent'], 'absent holds no finished run'),
+  ],
+)
+def test_impossible_folders(folders, tmp_path, names, message):
+  with pytest.raises(ValueError, match=message):
+    continual_compare.load([str(tmp_path / name) for name in names])
+  assert len(continual_compare.load(folders)) == 4
