@@ -31,6 +31,7 @@ from experiments import continual_problem
 from experiments import continual_pruning
 from experiments import continual_run
 from experiments import optimiser_flags
+from experiments import presets
 from experiments import runner
 from powerprop_jax import continual_plotting
 from powerprop_jax import continual_report
@@ -93,10 +94,16 @@ def define_flags(values: flags.FlagValues) -> None:
   enum('norm', 'task', ['task', 'frozen'], 'Likewise, for normalisation.')
   real('ewc_strength', 10.0, "EWC: of the pull to earlier tasks' weights.", 0)
   real('clip_norm', 1.0, 'Largest norm of a gradient; 0 does not clip.', 0.0)
-  boolean('infer_task', False, 'Whether to evaluate task inference at the end.')
+  several(
+    'infer_tasks',
+    [],
+    'Among how many of the first tasks to tell the task of images at the end.',
+  )
   integer('evaluate_every', 1, 'Tasks between evaluations of all earlier.', 1)
   boolean('data_parallel', False, 'Share every batch out among all devices.')
   string('out_dir', 'results/continual_learning', 'Folder of results.')
+  names = sorted(presets.CONTINUAL_LEARNING)
+  flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
   optimiser_flags.define_flags(values)
   values.set_default('momentum', 0.9)
   values.set_default('learning_rate', 0.1)
@@ -129,7 +136,7 @@ _RUN_FLAGS = (
   'norm',
   'ewc_strength',
   'clip_norm',
-  'infer_task',
+  'infer_tasks',
   'evaluate_every',
   'data_parallel',
   *optimiser_flags.NAMES,
@@ -163,8 +170,18 @@ def read_flags(
   values: flags.FlagValues,
 ) -> tuple[list[continual_problem.Job], dict[str, Any]]:
   """The runs, and the settings that they share, checked."""
+  if values.preset:
+    common.apply_preset(values, presets.CONTINUAL_LEARNING[values.preset])
   jobs = parse_jobs(values.method, values.alpha, values.seeds)
   settings: dict[str, Any] = {n: values[n].value for n in _RUN_FLAGS}
+  counts = common.parse_numbers(settings['infer_tasks'], 'infer_tasks')
+  for count in counts:
+    if count not in range(1, settings['tasks'] + 1):
+      raise ValueError(
+        f'--infer_tasks={count:g} must be a whole number from 1 to --tasks='
+        f'{settings["tasks"]}.'
+      )
+  settings['infer_tasks'] = [int(count) for count in counts]
   if settings['retrain_learning_rate'] is None:
     settings['retrain_learning_rate'] = settings['learning_rate']
   if not 0.0 <= settings['gamma'] <= 1.0:
@@ -263,9 +280,10 @@ def details(run: dict[str, Any]) -> str:
   before = [task.get('pruned_test_accuracy') for task in run['tasks']]
   if before[0] is not None:
     lines.append(f'pruned, before retraining (%): {100 * np.mean(before):.2f}')
-  for rule, row in run.get('task_inference', {}).items():
-    cells = (f'{100 * x:.1f} (batches of {n})' for n, x in row.items())
-    lines.append(f'task found by {rule} (%): ' + ', '.join(cells))
+  for count, rules in run['task_inference'].items():
+    for rule, row in rules.items():
+      cells = (f'{100 * x:.1f} (batches of {n})' for n, x in row.items())
+      lines.append(f'task of {count} found by {rule} (%): ' + ', '.join(cells))
   return '\n'.join(lines)
 
 

@@ -192,17 +192,19 @@ def _infer(
   problem: continual_problem.Problem,
   progress: continual_progress.Progress,
   part: Callable[[int, str], datasets.Split],
+  count: int,
 ) -> dict[str, dict[str, float]]:
-  """How often tasks are told from their test images."""
+  """How often the first tasks are told from their test images."""
 
   def images_of(t):
     images, labels = map(jnp.asarray, part(t, 'test'))
     return images[: int(jnp.sum(labels >= 0))]
 
-  found = [problem.recall(progress.memory, task) for task in progress.tasks]
+  learnt = progress.tasks[:count]
+  found = [problem.recall(progress.memory, task) for task in learnt]
   networks = jax.tree.map(lambda *x: jnp.stack(x), *found)
   return continual_inference.evaluate(
-    problem.logits, networks, images_of, len(found)
+    problem.logits, networks, images_of, count
   )
 
 
@@ -293,13 +295,15 @@ def run(
     checkpoint.close(manager)
   if any(x is None for x in progress.matrix[-1]):
     progress.matrix[-1] = _evaluate(problem, progress, part, 'test', True)
-  result = {
+  return {
     **job._asdict(),
     'stopped': stopped,
     **_reports(progress),
     'valid_accuracy': _evaluate(problem, progress, part, 'valid', True),
     'tasks': progress.records,
+    'task_inference': {
+      str(count): _infer(problem, progress, part, count)
+      for count in settings['infer_tasks']
+      if count <= len(progress.tasks)
+    },
   }
-  if settings['infer_task']:
-    result['task_inference'] = _infer(problem, progress, part)
-  return result

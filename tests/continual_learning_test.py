@@ -20,6 +20,7 @@ from experiments import continual_inference
 from experiments import continual_learning
 from experiments import continual_problem
 from experiments import continual_run
+from experiments import presets
 from experiments import runner
 from powerprop_jax import checkpoint
 from powerprop_jax import datasets
@@ -229,7 +230,12 @@ def test_a_full_network_stops_and_says_so(tmp_path):
 
 
 def test_a_cap_limits_new_weights(tmp_path):
-  result, _ = _run(tmp_path, cap='0.05', retrain_steps=0, search='taylor')
+  options = {'retrain_steps': 0, 'search': 'taylor', 'infer_tasks': '2'}
+  result, _ = _run(tmp_path, cap='0.05', **options)
+  assert result['task_inference'].keys() == {'2'}
+  shares = result['task_inference']['2']['entropy']
+  assert shares.keys() == {'1', '10', '100'}
+  assert 0 < shares['1'] < 1
   assert all(n <= 0.05 * 44_700 for n in result['new_weights'])
   assert result['new_weights'][0] == int(0.05 * 44_700)
 
@@ -252,6 +258,8 @@ def test_a_diverging_loss_is_reported(tmp_path):
     ({'method': 'replay'}, "--method must be among .*'replay'"),
     ({'alpha': '0.5'}, '--alpha=0.5.*>= 1'),
     ({'alpha': '2,x'}, '--alpha=2,x'),
+    ({'infer_tasks': ['4']}, r'--infer_tasks=4 must be .* to --tasks=3'),
+    ({'infer_tasks': ['1.5']}, r'--infer_tasks=1.5 must be a whole number'),
   ],
 )
 def test_impossible_flags(options, message):
@@ -263,6 +271,21 @@ def test_lists_of_flags_make_runs():
   jobs, _ = _read(method='epn,packnet', alpha='1,2', seeds=2)
   assert len(jobs) == len({job.name for job in jobs}) == 8
   assert jobs[0].name == 'epn-alpha=1.0-seed=0'
+
+
+@pytest.mark.parametrize('name', presets.CONTINUAL_LEARNING)
+def test_presets_set_flags_that_exist(name):
+  values = flags.FlagValues()
+  continual_learning.define_flags(values)
+  values(['continual_learning', f'--preset={name}', '--seeds=1'])
+  jobs, settings = continual_learning.read_flags(values)
+  preset = presets.CONTINUAL_LEARNING[name]
+  assert [job.method for job in jobs] == preset['method']
+  assert settings['infer_tasks'] == [
+    int(n) for n in preset.get('infer_tasks', [])
+  ]
+  for flag in preset.keys() - {'method', 'alpha', 'seeds', 'infer_tasks'}:
+    assert settings[flag] == preset[flag], flag
 
 
 def test_more_tasks_than_classes():
