@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,62 @@ def _make_search(settings, candidates):
   return find
 
 
+class _Compiled(NamedTuple):
+  """The work of a choice, compiled once for all tasks.
+
+  Attributes:
+    rank: (phi, owners) -> (theta, ranking): the one sort.
+    accuracy: (theta, model_state, ranking, count, max_new, split) -> that of
+      the network with so many weights.
+    predict: (theta, model_state, ranking, counts, max_new, split) -> the rise
+      of the loss at each count but the last, which is that of all weights.
+    select: as of `search`.
+  """
+
+  rank: Callable[..., tuple[Any, Any]]
+  accuracy: Callable[..., jax.Array]
+  predict: Callable[..., jax.Array]
+  select: Callable[..., layouts.ByPath]
+
+
+def _compile(
+  accuracy: Callable[..., jax.Array],
+  mean_loss: Callable[..., jax.Array],
+  transform: power.PowerTransform,
+  omit: Collection[str],
+) -> _Compiled:
+  """The arguments are those of `make_epn`."""
+
+  def pruned(theta, mask):
+    return layouts.put(
+      theta, masks.apply_mask(layouts.by_path(theta, mask), mask)
+    )
+
+  def rank(phi, owners):
+    theta = transform.to_theta(phi)
+    weights = layouts.by_path(theta, owners)
+    return theta, search.rank(weights, owners, omit)
+
+  def evaluate(theta, model_state, ranking, count, max_new, split):
+    mask = search.select(ranking, count, max_new)
+    return accuracy(pruned(theta, mask), model_state, *split)
+
+  def predict(theta, model_state, ranking, counts, max_new, split):
+    size = counts[-1]
+    dense = pruned(theta, search.select(ranking, size, size))
+    saliency = search.make_saliency(mean_loss)
+    n = max(len(split[1]) // _TAYLOR_BATCH, 1)
+    batches = jax.tree.map(
+      lambda x: x[: n * _TAYLOR_BATCH].reshape(n, -1, *x.shape[1:]), split
+    )
+    found = layouts.by_path(
+      saliency(dense, model_state, batches), ranking.place
+    )
+    return search.predicted_rise(found, ranking, counts[:-1], max_new)
+
+  return _Compiled(*map(jax.jit, (rank, evaluate, predict, search.select)))
+
+
 def make_epn(
   settings: dict[str, Any],
   accuracy: Callable[..., jax.Array],
@@ -68,38 +124,7 @@ def make_epn(
     settings['max_density'],
   )
   find = _make_search(settings, candidates)
-
-  def pruned(theta, mask):
-    return layouts.put(
-      theta, masks.apply_mask(layouts.by_path(theta, mask), mask)
-    )
-
-  @jax.jit
-  def rank(phi, owners):
-    theta = transform.to_theta(phi)
-    weights = layouts.by_path(theta, owners)
-    return theta, search.rank(weights, owners, omit)
-
-  @jax.jit
-  def evaluate(theta, model_state, ranking, count, max_new, split):
-    mask = search.select(ranking, count, max_new)
-    return accuracy(pruned(theta, mask), model_state, *split)
-
-  @jax.jit
-  def predict(theta, model_state, ranking, counts, max_new, split):
-    size = counts[-1]  # All weights: the dense network.
-    dense = pruned(theta, search.select(ranking, size, size))
-    saliency = search.make_saliency(mean_loss)
-    n = max(len(split[1]) // _TAYLOR_BATCH, 1)
-    batches = jax.tree.map(
-      lambda x: x[: n * _TAYLOR_BATCH].reshape(n, -1, *x.shape[1:]), split
-    )
-    found = layouts.by_path(
-      saliency(dense, model_state, batches), ranking.place
-    )
-    return search.predicted_rise(found, ranking, counts[:-1], max_new)
-
-  select = jax.jit(search.select)
+  compiled = _compile(accuracy, mean_loss, transform, omit)
 
   def choose(memory, index, split):
     del index
@@ -107,17 +132,16 @@ def make_epn(
     max_new = size
     if settings['cap'] is not None:
       max_new = masks.floor_multiply(settings['cap'], size)
-    theta, ranking = rank(memory.phi, memory.owners)
+    theta, ranking = compiled.rank(memory.phi, memory.owners)
+    network = (theta, memory.model_state, ranking)
 
     def performance(count, limit):
-      return float(
-        evaluate(theta, memory.model_state, ranking, count, limit, split)
-      )
+      return float(compiled.accuracy(*network, count, limit, split))
 
     def predictions():
       counts = [masks.num_kept(p, size) for p in candidates]
       counts = jnp.asarray([*counts, size], jnp.int32)
-      rise = predict(theta, memory.model_state, ranking, counts, max_new, split)
+      rise = compiled.predict(*network, counts, max_new, split)
       return np.asarray(rise).tolist()
 
     dense = performance(size, size)
@@ -128,7 +152,8 @@ def make_epn(
       predictions,
     )
     seconds = time.time() - begin
-    mask = select(ranking, masks.num_kept(found.density, size), max_new)
+    count = masks.num_kept(found.density, size)
+    mask = compiled.select(ranking, count, max_new)
     record = {
       'dense_valid_accuracy': dense,
       'pruned_valid_accuracy': found.performance,

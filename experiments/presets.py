@@ -93,18 +93,19 @@ def _epn(
 
 _L1 = {'phi_decay_norm': 'l1'}
 _ACCURATE = {'gamma': 0.998, 'omit_first_layer': True}
-# A hundred tasks, of which each may take one per cent of the weights.
+# A hundred tasks, of which each may take 0.8 % of the weights: at 1 % the last
+# ones have too few to choose from.
 _HUNDRED = {
   'tasks': 100,
   'seeds': 1,
   'steps_per_task': 2_000,
   'evaluate_every': 25,
-  'infer_tasks': ['10', '50'],
+  'infer_tasks': [],
 }
-_CAPPED = {**_HUNDRED, 'cap': 0.01, 'omit_first_layer': True}
+_CAPPED = {**_HUNDRED, 'cap': 0.008, 'omit_first_layer': True}
 CONTINUAL_LEARNING = {
   'finetune': _baseline('finetune', 0.03),
-  'ewc': _baseline('ewc', 0.1, ewc_strength=100.0),
+  'ewc': _baseline('ewc', 0.1, ewc_strength=300.0),
   'independent': _baseline('independent', 0.1),
   'packnet': _baseline('packnet', 0.1, phi_decay=3e-4),
   'epn-1': _epn('1', 0.1, 1e-3),
@@ -116,6 +117,5 @@ CONTINUAL_LEARNING = {
   'epn-1.5-omit': _epn('1.5', 0.3, 7e-4, **_ACCURATE),
   'hundred-packnet': _baseline('packnet', 0.1, phi_decay=3e-4, **_HUNDRED),
   'hundred-epn-1': _epn('1', 0.1, 1.8e-4, **_L1, **_CAPPED),
-  'hundred-epn-1.5': _epn('1.5', 0.3, 1.8e-3, **_CAPPED),
   'hundred-epn-2': _epn('2', 0.3, 1.05e-3, **_CAPPED),
 }
