@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import figures
 import numpy as np
 import pytest
 
@@ -9,37 +10,18 @@ from powerprop_jax import continual_plotting
 from powerprop_jax import plotting
 
 
-def _points(artist: Any) -> np.ndarray:
-  return np.asarray(artist.get_xydata())
-
-
-def _lines(axes):
-  return {line.get_label(): _points(line) for line in axes.lines}
-
-
-def _band(axes: Any, x):
-  """Where the edges of the only band are at x."""
-  (band,) = axes.collections
-  vertices = band.get_paths()[0].vertices
-  return np.unique(np.round(vertices[vertices[:, 0] == x, 1], 6))
-
-
-def _legend(legend: Any):
-  return [text.get_text() for text in legend.get_texts()]
-
-
 def test_accuracy_by_task_is_the_mean_over_seeds():
   figure = continual_plotting.accuracy_by_task(
     {'PackNet': [0.98, 0.97, 0.95], '2.0 EPN': [[0.98, 0.9], [0.98, 0.8]]}
   )
   (axes,) = figure.axes
-  lines = _lines(axes)
+  lines = figures.lines(axes)
   assert list(lines) == ['PackNet', r'$\alpha$ = 2, EPN']
   packnet, epn = lines.values()
   np.testing.assert_allclose(packnet.T, [[1, 2, 3], [98, 97, 95]])
   np.testing.assert_allclose(epn.T, [[1, 2], [98, 85]])
   expected = [85 - 10 / np.sqrt(2), 85 + 10 / np.sqrt(2)]
-  np.testing.assert_allclose(_band(axes, 2.0), expected, rtol=1e-6)
+  np.testing.assert_allclose(figures.band(axes, 2.0), expected, rtol=1e-6)
   assert axes.get_xlabel() == 'Task'
 
 
@@ -49,12 +31,14 @@ def test_capacity_is_in_percent_of_all_weights():
   figure.draw_without_rendering()
   (axes,) = figure.axes
   first, second = axes.lines
-  np.testing.assert_allclose(_points(first).T, [[1, 2], [30, 50]])
-  np.testing.assert_allclose(_points(second)[[0, -1]], [[1, 0], [100, 40]])
+  np.testing.assert_allclose(figures.points(first).T, [[1, 2], [30, 50]])
+  np.testing.assert_allclose(
+    figures.points(second)[[0, -1]], [[1, 0], [100, 40]]
+  )
   assert axes.get_ylim() == (0, 103)
   assert all(x == round(x) for x in axes.get_xticks())
   (legend,) = figure.legends
-  assert _legend(legend) == [
+  assert figures.legend(legend) == [
     r'$\alpha$ = 1, EPN',
     r'$\alpha$ = 2, EPN',
   ]
@@ -67,7 +51,10 @@ def test_lines_over_tasks_differ_and_are_dashed_without_powerprop():
   assert len({(x.get_color(), str(x.get_marker())) for x in lines}) == 14
   assert [line.get_linestyle() for line in lines] == ['--', '-'] * 7
   (legend,) = figure.legends
-  assert _legend(legend)[:2] == [r'$\alpha$ = 1, m 0', r'$\alpha$ = 2, m 0']
+  assert figures.legend(legend)[:2] == [
+    r'$\alpha$ = 1, m 0',
+    r'$\alpha$ = 2, m 0',
+  ]
 
 
 def _array(artist: Any) -> np.ndarray:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import Any
 
+import figures
 from matplotlib import image
 import numpy as np
 import pytest
@@ -37,25 +38,6 @@ def _distribution(scale, density=0.25, initial=(-0.4, -0.1, 0.1, 0.2)):
   return analysis.weight_distribution(layer, trained, density)
 
 
-def _points(artist: Any) -> np.ndarray:
-  return np.asarray(artist.get_xydata())
-
-
-def _lines(axes):
-  return {line.get_label(): _points(line) for line in axes.lines}
-
-
-def _band(axes: Any, x):
-  """Where the edges of the only band are at x."""
-  (band,) = axes.collections
-  vertices = band.get_paths()[0].vertices
-  return np.unique(np.round(vertices[vertices[:, 0] == x, 1], 6))
-
-
-def _legend(legend: Any):
-  return [text.get_text() for text in legend.get_texts()]
-
-
 def _texts(figure):
   figure.draw_without_rendering()
   texts = [axes.get_title('left') for axes in figure.axes]
@@ -66,7 +48,7 @@ def _texts(figure):
 
 def test_accuracy_lines_hold_the_means_in_percent():
   (axes,) = plotting.accuracy_against_kept(_summary()).axes
-  lines = _lines(axes)
+  lines = figures.lines(axes)
   assert list(lines) == [
     r'$\alpha$ = 1 (baseline)',
     r'$\alpha$ = 2, chain rule',
@@ -75,7 +57,7 @@ def test_accuracy_lines_hold_the_means_in_percent():
   means = [97, 85, 30], [97, 95, 70], [90, 80, 70]
   for points, mean in zip(lines.values(), means):
     np.testing.assert_allclose(points.T, [[100, 10, 2], mean])
-  assert _legend(axes.get_legend()) == list(lines)
+  assert figures.legend(axes.get_legend()) == list(lines)
   assert axes.get_xlabel() == 'Weights kept after pruning (%)'
   assert axes.get_ylabel() == 'Test accuracy (%)'
 
@@ -84,7 +66,9 @@ def test_accuracy_band_is_one_standard_deviation():
   figure = plotting.accuracy_against_kept(_summary())
   std = 10 / np.sqrt(2)  # Of 90 and 80; the seeds of other labels agree.
   expected = [85 - std, 85 + std]
-  np.testing.assert_allclose(_band(figure.axes[0], 10.0), expected, rtol=1e-6)
+  np.testing.assert_allclose(
+    figures.band(figure.axes[0], 10.0), expected, rtol=1e-6
+  )
   assert 'standard deviation' in _texts(figure)
   single = analysis.summarise(_KEPT, {'3.0': [[0.9], [0.8], [0.7]]})
   assert 'standard deviation' not in _texts(
@@ -126,7 +110,7 @@ def test_styles_tell_labels_apart_and_mark_the_baseline():
 def test_mask_overlap_lines_and_chance_level():
   overlaps = {1.0: _overlap([1.0, 0.4, 0.2]), 3.0: _overlap([1.0, 0.6, 0.5])}
   (axes,) = plotting.mask_overlap(overlaps).axes
-  lines = _lines(axes)
+  lines = figures.lines(axes)
   expected = {
     r'$\alpha$ = 1 (baseline)': [100, 40, 20],
     r'$\alpha$ = 3': [100, 60, 50],
@@ -142,7 +126,7 @@ def test_mask_overlap_lines_and_chance_level():
 def test_mask_overlap_band_of_an_average():
   average = _overlap([1.0, 0.4, 0.2], std=[0.0, 0.05, 0.1])
   (axes,) = plotting.mask_overlap({'2.0': average}).axes
-  np.testing.assert_allclose(_band(axes, 10.0), [35, 45], rtol=1e-6)
+  np.testing.assert_allclose(figures.band(axes, 10.0), [35, 45], rtol=1e-6)
 
 
 def test_weight_scatter_has_a_panel_for_each_alpha_on_the_same_axes():
@@ -168,7 +152,11 @@ def test_weight_scatter_has_a_panel_for_each_alpha_on_the_same_axes():
   assert r'$\alpha$ = 1 (baseline)' in texts
   assert r'$\alpha$ = 4' in texts
   (legend,) = figure.legends
-  assert _legend(legend) == ['pruned', 'survive (largest 25 %)', 'unchanged']
+  assert figures.legend(legend) == [
+    'pruned',
+    'survive (largest 25 %)',
+    'unchanged',
+  ]
 
 
 def test_weight_scatter_panels_share_their_axes():
@@ -194,9 +182,9 @@ def test_weight_scatter_draws_the_density_curves():
   kde = distribution['kde']
   for line, name in zip(top.lines, ('pruned', 'survivors'), strict=True):
     curve = [kde[name]['x'], kde[name]['density']]
-    np.testing.assert_allclose(_points(line).T, curve)
+    np.testing.assert_allclose(figures.points(line).T, curve)
   curve = [kde['trained']['density'], kde['trained']['x']]
-  np.testing.assert_allclose(_points(right.lines[0]).T, curve)
+  np.testing.assert_allclose(figures.points(right.lines[0]).T, curve)
 
 
 def test_weight_scatter_without_survivors(tmp_path):
@@ -235,13 +223,16 @@ def test_sparse_accuracy_lines_hold_the_means_over_the_weights_kept():
   figure = plotting.accuracy_against_sparsity(results)
   (axes,) = figure.axes
   for line, mean in zip(axes.lines, ([98, 97, 95], [97, 96, 94]), strict=True):
-    np.testing.assert_allclose(_points(line).T, [[20, 10, 5], mean])
+    np.testing.assert_allclose(figures.points(line).T, [[20, 10, 5], mean])
   bars: Any = axes.collections
   np.testing.assert_allclose(bars[0].get_segments()[1], [[10, 96], [10, 98]])
   assert axes.get_xlabel() == 'Weights removed (%)'
   assert axes.get_ylabel().startswith('Test accuracy (%)')
   (legend,) = figure.legends
-  assert _legend(legend) == [r'$\alpha$ = 1, RigL', r'$\alpha$ = 2, RigL']
+  assert figures.legend(legend) == [
+    r'$\alpha$ = 1, RigL',
+    r'$\alpha$ = 2, RigL',
+  ]
 
 
 def test_sparse_accuracy_has_a_colour_a_method_and_a_line_style_an_alpha():
@@ -249,7 +240,9 @@ def test_sparse_accuracy_has_a_colour_a_method_and_a_line_style_an_alpha():
   (axes,) = figure.axes
   levels = [line for line in axes.lines if line.get_color() == '#000000']
   lines = [line for line in axes.lines if line not in levels]
-  assert [_points(line)[0, 1] for line in levels] == pytest.approx([98.3] * 2)
+  assert [figures.points(line)[0, 1] for line in levels] == pytest.approx(
+    [98.3] * 2
+  )
   assert [line.get_linestyle() for line in axes.lines] == ['--', '-'] * 7
   colours = [line.get_color() for line in lines]
   fills = [line.get_markerfacecolor() for line in lines]
@@ -258,7 +251,7 @@ def test_sparse_accuracy_has_a_colour_a_method_and_a_line_style_an_alpha():
   assert colours[::2] == colours[1::2]
   assert len(set(colours)) == len({str(x.get_marker()) for x in lines}) == 6
   (legend,) = figure.legends
-  names = [text.split(', ')[1] for text in _legend(legend)]
+  names = [text.split(', ')[1] for text in figures.legend(legend)]
   assert names[::2] == names[1::2]
   assert len(set(names)) == 7
 
