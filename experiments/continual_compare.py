@@ -16,7 +16,7 @@ from absl import app
 from absl import flags
 
 from experiments import common
-from experiments import continual_learning
+from experiments import continual_summary
 from experiments import runner
 from powerprop_jax import continual_report
 from powerprop_jax import plotting
@@ -57,7 +57,7 @@ def load(folders: Sequence[str]) -> list[dict[str, Any]]:
 def compare(runs: Sequence[dict[str, Any]], out_dir: pathlib.Path) -> None:
   """Writes the figures, and prints the table."""
   out_dir.mkdir(parents=True, exist_ok=True)
-  figures = continual_learning.compare(runs)
+  figures = continual_summary.compare(runs)
   for name, figure in figures.items():
     plotting.save(figure, out_dir / name)
   print('Test accuracy after the last task, and capacity, in percent:\n')

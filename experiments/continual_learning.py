@@ -18,7 +18,6 @@ reported.
 
 from collections.abc import Sequence
 import functools
-import pathlib
 from typing import Any
 
 from absl import app
@@ -30,14 +29,12 @@ from experiments import continual_data
 from experiments import continual_problem
 from experiments import continual_pruning
 from experiments import continual_run
+from experiments import continual_summary
 from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
-from powerprop_jax import continual_plotting
-from powerprop_jax import continual_report
 from powerprop_jax import datasets
 from powerprop_jax import networks
-from powerprop_jax import plotting
 from powerprop_jax import power
 from powerprop_jax import search
 from powerprop_jax import tasks
@@ -199,114 +196,6 @@ def read_flags(
   return jobs, settings
 
 
-def with_transfer(
-  run: dict[str, Any], results: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-  """Adds forward transfer, if there is a network a task to compare with."""
-  job = continual_problem.Job('independent', run['alpha'], run['seed'])
-  alone = job.name
-  if alone not in results or results[alone]['num_tasks'] < run['num_tasks']:
-    return run
-  rows = results[alone]['accuracy_matrix']
-  report = continual_report.accuracy_report(
-    run['accuracy_matrix'], [row[t] for t, row in enumerate(rows)]
-  )
-  return run | report
-
-
-def _by_label(runs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-  """The seeds of every method and power; '2.0 epn' is a label."""
-  groups: dict[str, list[Any]] = {}
-  for run in runs:
-    groups.setdefault(f'{run["alpha"]} {run["method"]}', []).append(run)
-  return groups
-
-
-def _over_seeds(seeds: Sequence[dict[str, Any]], values: Any) -> np.ndarray:
-  """One list a seed, as long as all of them are."""
-  length = min(run['num_tasks'] for run in seeds)
-  return np.array([values(run)[:length] for run in seeds], float)
-
-
-def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """The figures of methods side by side, by file name."""
-  groups, figures = _by_label(runs), {}
-  figures['accuracy.png'] = continual_plotting.accuracy_by_task(
-    {
-      label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])
-      for label, seeds in groups.items()
-    }
-  )
-  pruned = {k: v for k, v in groups.items() if 'used' in v[0]}
-  if pruned:
-    figures['capacity.png'] = continual_plotting.capacity(
-      {
-        label: _over_seeds(seeds, lambda run: run['used'])
-        for label, seeds in pruned.items()
-      }
-    )
-  return figures
-
-
-def make_figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """The figures of an experiment by file name."""
-  figures = compare(runs)
-  for label, (run, *_) in _by_label(runs).items():
-    name = label.replace(' ', '-')
-    figures[f'matrix-{name}.png'] = continual_plotting.accuracy_matrix(
-      np.array(run['accuracy_matrix'], float)
-    )
-    if 'overlap' in run:
-      figures[f'overlap-{name}.png'] = continual_plotting.overlap_matrix(
-        run['overlap']
-      )
-  return figures
-
-
-def details(run: dict[str, Any]) -> str:
-  """What the table has no room for, of one run."""
-  seconds = {k: round(v, 1) for k, v in run['seconds'].items() if v >= 0.05}
-  lines = [
-    f'forgotten (%): {100 * max([0.0, *run["forgetting"]]):.2f} at most',
-    f'bytes a task: {run["bytes_per_task"]}',
-    'seconds: ' + ', '.join(f'{k} {v}' for k, v in seconds.items()),
-  ]
-  if 'capacity_used' in run:
-    density = ', '.join(f'{100 * p:.1f}' for p in run['density'][:10])
-    new = ', '.join(map(str, run['new_weights'][:10]))
-    more = ', ...' if run['num_tasks'] > 10 else ''
-    lines.insert(1, f'density (%): {density}{more}')
-    lines.insert(2, f'new weights: {new}{more}')
-  before = [task.get('pruned_test_accuracy') for task in run['tasks']]
-  if before[0] is not None:
-    lines.append(f'pruned, before retraining (%): {100 * np.mean(before):.2f}')
-  for count, rules in run['task_inference'].items():
-    for rule, row in rules.items():
-      cells = (f'{100 * x:.1f} (batches of {n})' for n, x in row.items())
-      lines.append(f'task of {count} found by {rule} (%): ' + ', '.join(cells))
-  return '\n'.join(lines)
-
-
-def summarise(
-  results: dict[str, dict[str, Any]], out_dir: pathlib.Path
-) -> None:
-  """Writes summary.json and the figures, and prints the table."""
-  results = {n: with_transfer(run, results) for n, run in results.items()}
-  common.write_json(out_dir / 'summary.json', {'runs': results})
-  runs = list(results.values())
-  figures = make_figures(runs)
-  for name, figure in figures.items():
-    plotting.save(figure, out_dir / name)
-  print('\nTest accuracy after the last task, and capacity, in percent:\n')
-  print(continual_report.table(runs))
-  first = runs[0]
-  print(
-    f'\n{first["method"]}, alpha = {first["alpha"]:g}, seed {first["seed"]}:'
-  )
-  print(details(first))
-  print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')
-
-
 def check_batch_size(
   settings: dict[str, Any], benchmark: tasks.Benchmark
 ) -> None:
@@ -365,7 +254,7 @@ def main(argv: Sequence[str]) -> None:
   found = runner.finished(out_dir)
   results = {name: found[name] for name in runs if name in found}
   if results:
-    summarise(results, out_dir)
+    continual_summary.write(results, out_dir)
   messages += [
     f'{name}: {result["stopped"]}'
     for name, result in results.items()

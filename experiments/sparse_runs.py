@@ -57,6 +57,35 @@ class Functions(NamedTuple):
   layer_flops: dict[str, float]
 
 
+def _make_method(
+  job: Job,
+  settings: dict[str, Any],
+  theta: Any,
+  fresh: Callable[[jax.Array], Any],
+) -> methods.Method:
+  """The method of a job, with the defaults of `sparse_training`."""
+  return methods.make_method(
+    job.method,
+    theta,
+    alpha=job.recipe.alpha,
+    steps=settings['steps'],
+    sparsity=job.sparsity,
+    backward_sparsity=None,
+    distribution=job.distribution,
+    dense_layers=(),
+    update_every=settings['update_every'],
+    update_start=None,
+    update_stop=None,
+    regrow='init',
+    exploration_penalty=settings['exploration_penalty'],
+    fresh=fresh,
+    scope='global' if job.method == 'snip' else 'layer',
+    drop_fraction=settings['drop_fraction'],
+    drop_schedule='cosine',
+    regrow_dropped=False,
+  )
+
+
 def make_functions(
   settings: dict[str, Any], input_shape: Sequence[int], num_classes: int
 ) -> Callable[[Job], Functions]:
@@ -111,6 +140,9 @@ def make_functions(
     step = training.make_train_step(loss_fn, tx, transform, penalty=penalty)
     return feeds.compile_steps(step, None, shapes[0])
 
+  def fresh(key):
+    return network.init(key, images, True)[0]
+
   # One object, as it is part of the key of the cache.
   penalty = functools.partial(
     top_kast.penalty, strength=settings['exploration_penalty']
@@ -119,26 +151,7 @@ def make_functions(
   def make(job):
     recipe = job.recipe
     transform, tx, init, theta = update_rule(recipe)
-    made = methods.make_method(
-      job.method,
-      shapes[0],
-      alpha=recipe.alpha,
-      steps=settings['steps'],
-      sparsity=job.sparsity,
-      backward_sparsity=None,
-      distribution=job.distribution,
-      dense_layers=(),
-      update_every=settings['update_every'],
-      update_start=None,
-      update_stop=None,
-      regrow='init',
-      exploration_penalty=settings['exploration_penalty'],
-      fresh=lambda key: network.init(key, images, True)[0],
-      scope='global' if job.method == 'snip' else 'layer',
-      drop_fraction=settings['drop_fraction'],
-      drop_schedule='cosine',
-      regrow_dropped=False,
-    )
+    made = _make_method(job, settings, shapes[0], fresh)
     init_masks, update_masks = (
       jax.jit(f, donate_argnums=0)
       for f in training.make_mask_steps(loss_fn, tx, made.updater, transform)
