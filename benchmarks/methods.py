@@ -1,10 +1,13 @@
-"""Steps per second of each sparse training method, against dense training.
+"""The time of a step of each sparse training method, against dense training.
 
   python -m benchmarks.methods
 
 LeNet-5 on mnist_5k, batches of 128, SGD with momentum, alpha = 2: the steps
-between two mask updates. Top-KAST is given once more with new masks in every
-step. The methods take turns, and the fastest of their turns count.
+between two mask updates. Masks are part of the state, so methods whose steps
+lower to the same program are timed as one, against a step without any masks.
+Top-KAST is given once more with new masks in every step. The programs take
+turns, and the ratios are those within a turn: other work on the machine comes
+and goes.
 """
 
 import argparse
@@ -14,11 +17,17 @@ from typing import Any
 
 from absl import flags
 import jax
+import numpy as np
 
 from experiments import methods
 from experiments import sparse_problem
 from experiments import sparse_training
 from powerprop_jax import datasets
+from powerprop_jax import masks
+from powerprop_jax import training
+
+Step = Callable[[Any, Any], Any]
+UNMASKED = 'no masks'
 
 
 def make_problem(data: datasets.Dataset, *args: str) -> sparse_problem.Problem:
@@ -29,68 +38,96 @@ def make_problem(data: datasets.Dataset, *args: str) -> sparse_problem.Problem:
   return sparse_problem.make_problem(values.flag_values_dict(), data, 0)
 
 
+def unmasked(step: training.TrainStep) -> training.TrainStep:
+  """The step under masks of ones that the compiler knows, and removes."""
+
+  def step_without(state, batch):
+    constant = masks.dense(state.phi)
+    new, metrics = step(state._replace(masks=constant), batch)
+    return new._replace(masks=state.masks), metrics
+
+  return step_without
+
+
+def make_steps(
+  problems: Mapping[str, sparse_problem.Problem], state: Any, batch: Any
+) -> dict[str, tuple[str, Step]]:
+  """Every program there is: the methods that run it, and its compiled step."""
+  dense = problems['dense'].step
+  steps = {UNMASKED: unmasked(dense)} | {m: p.step for m, p in problems.items()}
+  programs: dict[str, tuple[list[str], Any]] = {}
+  for name, step in steps.items():
+    # One name for all, as it is part of the program's text.
+    step = jax.jit(lambda s, b, step=step: step(s, b), donate_argnums=0)
+    lowered = step.lower(state, batch)
+    programs.setdefault(lowered.as_text(), ([], lowered))[0].append(name)
+  return {
+    names[0]: (', '.join(names), lowered.compile())
+    for names, lowered in programs.values()
+  }
+
+
 def take_turns(
   chunks: Mapping[str, Callable[[], Any]], turns: int
-) -> dict[str, float]:
-  """The least seconds that each chunk took in its turns, after a first."""
+) -> dict[str, np.ndarray]:
+  """The seconds of each chunk in each turn, after a first."""
   seconds = {name: [] for name in chunks}
-  for turn in range(turns + 1):
+  for _ in range(turns + 1):
     for name, chunk in chunks.items():
       start = time.perf_counter()
       jax.block_until_ready(chunk())
-      if turn:  # The first one compiles.
-        seconds[name].append(time.perf_counter() - start)
-  return {name: min(times) for name, times in seconds.items()}
-
-
-def make_chunk(
-  data: datasets.Dataset, method: str, steps: int, every_step: bool = False
-) -> Callable[[], Any]:
-  """A function that takes some steps, with mask updates before all or none."""
-  problem = make_problem(
-    data,
-    '--network=lenet_5',
-    '--momentum=0.9',
-    f'--method={method}',
-    '--batch_size=128',
-  )
-  feed = problem.make_feed()
-  state = problem.init_masks(problem.init(), feed.batches(0, 1))
-  batches = [feed.batches(t, 1) for t in range(steps if every_step else 0)]
-
-  def update_and_step(state, batches):
-    batch = jax.tree.map(lambda x: x[0], batches)
-    return problem.step(problem.update_masks(state, batches), batch)
-
-  update_and_step = jax.jit(update_and_step, donate_argnums=0)
-
-  def chunk():
-    nonlocal state
-    if not every_step:
-      state, _ = feed.advance(state, 0, steps)
-    for batch in batches:
-      state, _ = update_and_step(state, batch)
-    return state
-
-  return chunk
+      seconds[name].append(time.perf_counter() - start)
+  return {name: np.array(times[1:]) for name, times in seconds.items()}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--steps', type=int, default=25)
-  parser.add_argument('--turns', type=int, default=6)
+  parser.add_argument('--steps', type=int, default=10)
+  parser.add_argument('--turns', type=int, default=30)
   args = parser.parse_args()
   data = datasets.load('mnist_5k')
-  chunks = {m: make_chunk(data, m, args.steps) for m in methods.METHODS}
-  name = 'top_kast, masks every step'
-  chunks[name] = make_chunk(data, 'top_kast', args.steps, every_step=True)
+  common = ('--network=lenet_5', '--momentum=0.9', '--batch_size=128')
+  problems = {
+    m: make_problem(data, f'--method={m}', *common) for m in methods.METHODS
+  }
+  feed = problems['dense'].make_feed()
+  batches = [feed.batches(t, 1) for t in range(args.steps)]
+  firsts = [jax.tree.map(lambda x: x[0], batch) for batch in batches]
+
+  def make_chunk(method, step, inputs):
+    problem = problems.get(method, problems['dense'])
+    state = problem.init_masks(problem.init(), batches[0])
+
+    def chunk():
+      nonlocal state
+      for batch in inputs:
+        state, _ = step(state, batch)
+      return state
+
+    return chunk
+
+  steps = make_steps(problems, problems['dense'].init(), firsts[0])
+  chunks = {
+    label: make_chunk(first, step, firsts)
+    for first, (label, step) in steps.items()
+  }
+  top_kast = problems['top_kast']
+
+  def update_and_step(state, batches):
+    batch = jax.tree.map(lambda x: x[0], batches)
+    return top_kast.step(top_kast.update_masks(state, batches), batch)
+
+  chunks['top_kast, masks every step'] = make_chunk(
+    'top_kast', jax.jit(update_and_step, donate_argnums=0), batches
+  )
   seconds = take_turns(chunks, args.turns)
-  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}')
-  for name, best in seconds.items():
-    print(
-      f'{name:<28} {args.steps / best:7.1f} steps/s,'
-      f' {best / seconds["dense"]:.3f} x the time of dense'
-    )
+  print(f'{jax.devices()[0].device_kind}, jax {jax.__version__}\n')
+  print('time of a step over that of one without masks: median (quartiles)')
+  for label, times in seconds.items():
+    ratios = times / seconds[UNMASKED]
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    each = np.median(times) / args.steps
+    print(f'{middle:.3f} ({low:.3f} to {high:.3f}), {each:.4f} s: {label}')
 
 
 if __name__ == '__main__':
