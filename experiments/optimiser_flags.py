@@ -49,6 +49,7 @@ NAMES = (
   'phi_decay',
   'phi_decay_norm',
   'phi_decay_schedule',
+  'phi_decay_warmup_steps',
   'phi_decay_scale',
 )
 
@@ -102,6 +103,13 @@ def define_flags(values: flags.FlagValues) -> None:
     'constant, cosine, or the fraction of the steps after which it is off.',
     flag_values=values,
   )
+  flags.DEFINE_integer(
+    'phi_decay_warmup_steps',
+    0,
+    'Steps in which phi_decay rises from 0: first learn which weights matter.',
+    0,
+    flag_values=values,
+  )
   flags.DEFINE_list(
     'phi_decay_scale',
     [],
@@ -111,24 +119,28 @@ def define_flags(values: flags.FlagValues) -> None:
   )
 
 
-def _learning_rate(
-  peak: float, schedule: str, steps: int, warmup_steps: int
+def _warmed(
+  rate: optax.Schedule, warmup_steps: int, steps: int, name: str
 ) -> optax.Schedule:
-  """The learning rate: a linear warm-up, and the schedule of the whole run."""
+  """The schedule of the whole run, with a linear rise at its beginning."""
   if not 0 <= warmup_steps < steps:
     raise ValueError(
-      f'--warmup_steps={warmup_steps} must be below the {steps} steps.'
+      f'--{name}={warmup_steps} must be below the {steps} steps.'
     )
-  rate = {
+  if not warmup_steps:
+    return rate
+  return lambda t: rate(t) * jnp.minimum(1.0, (t + 1) / warmup_steps)
+
+
+def _learning_rate(peak: float, schedule: str, steps: int) -> optax.Schedule:
+  """The learning rate at a step."""
+  return {
     'constant': optax.constant_schedule(peak),
     'cosine': optax.cosine_decay_schedule(peak, steps),
     'steps': optax.piecewise_constant_schedule(
       peak, {round(f * steps): 0.1 for f in (0.3, 0.6, 0.8)}
     ),
   }[schedule]
-  if not warmup_steps:
-    return rate
-  return lambda t: rate(t) * jnp.minimum(1.0, (t + 1) / warmup_steps)
 
 
 def _decay_rate(decay: float, schedule: str, steps: int) -> optax.Schedule:
@@ -213,6 +225,7 @@ def make_tx(
   phi_decay: float,
   phi_decay_norm: str,
   phi_decay_schedule: str,
+  phi_decay_warmup_steps: int,
   phi_decay_scale: Sequence[str],
 ) -> optax.GradientTransformation:
   """The transformation of gradients at theta into updates of phi.
@@ -230,7 +243,8 @@ def make_tx(
   Raises:
     ValueError: if an argument does not fit the optimiser.
   """
-  rate = _learning_rate(learning_rate, schedule, steps, warmup_steps)
+  rate = _learning_rate(learning_rate, schedule, steps)
+  rate = _warmed(rate, warmup_steps, steps, 'warmup_steps')
   inner = _make_inner(optimizer, rate, momentum, nesterov, weight_decay)
   if weight_decay and update_rule == 'chain_rule':
     raise ValueError(
@@ -243,8 +257,10 @@ def make_tx(
     # The Jacobian comes first: the optimiser sees dL / d phi.
     tx = optax.chain(propagation.scale_by_power_jacobian(transform), inner)
   if phi_decay:
+    decay = _decay_rate(phi_decay, phi_decay_schedule, steps)
+    warmup = 'phi_decay_warmup_steps'
     decay = _decay_phi(
-      _decay_rate(phi_decay, phi_decay_schedule, steps),
+      _warmed(decay, phi_decay_warmup_steps, steps, warmup),
       phi_decay_norm,
       common.parse_factors(phi_decay_scale, 'phi_decay_scale'),
     )

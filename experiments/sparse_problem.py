@@ -67,7 +67,8 @@ class Problem(NamedTuple):
 
 def stretched(settings: dict[str, Any]) -> dict[str, Any]:
   """The settings of a run that is `steps_multiplier` as long."""
-  names = ('steps', 'warmup_steps', 'update_start', 'update_stop')
+  names = ('steps', 'warmup_steps', 'phi_decay_warmup_steps')
+  names += ('update_start', 'update_stop')
   stretched = {
     name: round(settings[name] * settings['steps_multiplier'])
     for name in names

@@ -155,6 +155,11 @@ def _flags(*args):
     ('scope', ['row'], r"layer, global or both, got 'row'"),
     ('batch_size', 5000, r'more than the 4000 training examples'),
     ('phi_decay_schedule', 'linear', r'constant, cosine or a fraction'),
+    (
+      'phi_decay_warmup_steps',
+      10**9,
+      r'phi_decay_warmup_steps=1000000000 must',
+    ),
     ('phi_decay_scale', ['w=x'], r'phi_decay_scale takes pattern=factor'),
     ('out_dir', '/dev/null/results', r'--out_dir=/dev/null/results can not'),
   ],
@@ -231,6 +236,14 @@ def test_weight_decay_acts_on_theta():
 def test_phi_decay_acts_on_phi(schedule, step, factor):
   plain = np.array([-0.1 * 4, -0.1 * 3])
   updates = _update(step, phi_decay=1e-2, phi_decay_schedule=schedule)
+  expected = plain - factor * 1e-2 * np.array([2.0, -0.5])
+  np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(('step', 'factor'), [(1, 0.1), (5, 0.5), (11, 1.0)])
+def test_phi_decay_warms_up(step, factor):
+  plain = np.array([-0.1 * 4, -0.1 * 3])
+  updates = _update(step, phi_decay=1e-2, phi_decay_warmup_steps=10)
   expected = plain - factor * 1e-2 * np.array([2.0, -0.5])
   np.testing.assert_allclose(updates, expected, rtol=1e-5)
 

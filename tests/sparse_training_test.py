@@ -334,15 +334,13 @@ def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
   settings = settings_of(
     '--preset=imagenet', f'--steps_multiplier={multiplier}'
   )
+  steps, warm = settings['steps'], settings['warmup_steps']
   rate = optimiser_flags._learning_rate(
-    settings['learning_rate'],
-    settings['schedule'],
-    settings['steps'],
-    settings['warmup_steps'],
+    settings['learning_rate'], settings['schedule'], steps
   )
+  rate = optimiser_flags._warmed(rate, warm, steps, 'warmup_steps')
   epoch = 1_281_167 / settings['batch_size'] * multiplier
-  assert settings['steps'] == pytest.approx(100 * epoch, rel=1e-3)
-  warm = settings['warmup_steps']
+  assert steps == pytest.approx(100 * epoch, rel=1e-3)
   assert warm == pytest.approx(5 * epoch, rel=1e-3)
   assert rate(0) == pytest.approx(1.6 / warm)
   assert rate(warm // 2 - 1) == pytest.approx(0.8, rel=1e-3)
