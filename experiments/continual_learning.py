@@ -90,7 +90,6 @@ def define_flags(values: flags.FlagValues) -> None:
   enum('biases', 'task', ['task', 'frozen'], 'A copy a task, or of the first.')
   enum('norm', 'task', ['task', 'frozen'], 'Likewise, for normalisation.')
   real('ewc_strength', 10.0, "EWC: of the pull to earlier tasks' weights.", 0)
-  real('clip_norm', 1.0, 'Largest norm of a gradient; 0 does not clip.', 0.0)
   several(
     'infer_tasks',
     [],
@@ -106,6 +105,7 @@ def define_flags(values: flags.FlagValues) -> None:
   values.set_default('learning_rate', 0.1)
   values.set_default('schedule', 'cosine')
   values.set_default('phi_decay', 7e-4)
+  values.set_default('clip_norm', 1.0)
   values.set_default('phi_decay_schedule', 'cosine')
 
 
@@ -132,7 +132,6 @@ _RUN_FLAGS = (
   'biases',
   'norm',
   'ewc_strength',
-  'clip_norm',
   'infer_tasks',
   'evaluate_every',
   'data_parallel',

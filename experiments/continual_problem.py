@@ -92,12 +92,9 @@ def _make_tx(settings, transform, steps: int, *, retraining: bool):
   if retraining:
     options |= {'warmup_steps': 0, 'phi_decay': 0.0}
     options['learning_rate'] = settings['retrain_learning_rate']
-  tx = optimiser_flags.make_tx(
+  return optimiser_flags.make_tx(
     transform, steps=steps, update_rule='target_propagation', **options
   )
-  if not settings['clip_norm']:
-    return tx
-  return optax.chain(optax.clip_by_global_norm(settings['clip_norm']), tx)
 
 
 def _make_train(settings, make_loss, transform, layout, axis):

@@ -45,6 +45,7 @@ NAMES = (
   'warmup_steps',
   'momentum',
   'nesterov',
+  'clip_norm',
   'weight_decay',
   'phi_decay',
   'phi_decay_norm',
@@ -76,6 +77,12 @@ def define_flags(values: flags.FlagValues) -> None:
   real('momentum', 0.0, 'Momentum, for optimisers that have it.', 0.0, 1.0)
   flags.DEFINE_bool(
     'nesterov', False, "Nesterov's momentum.", flag_values=values
+  )
+  real(
+    'clip_norm',
+    0.0,
+    'Largest global norm of the gradient at theta; 0 does not clip.',
+    0.0,
   )
   real(
     'weight_decay',
@@ -221,6 +228,7 @@ def make_tx(
   warmup_steps: int,
   momentum: float,
   nesterov: bool,
+  clip_norm: float,
   weight_decay: float,
   phi_decay: float,
   phi_decay_norm: str,
@@ -265,4 +273,6 @@ def make_tx(
       common.parse_factors(phi_decay_scale, 'phi_decay_scale'),
     )
     tx = optax.chain(tx, decay)
+  if clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
   return tx

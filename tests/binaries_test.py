@@ -240,6 +240,14 @@ def test_phi_decay_acts_on_phi(schedule, step, factor):
   np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(('norm', 'factor'), [(1.0, 0.1**0.5), (4.0, 1.0)])
+def test_gradients_are_clipped_at_theta(norm, factor):
+  updates = _update(clip_norm=norm, phi_decay=1e-2)
+  decay = 1e-2 * np.array([2.0, -0.5])
+  expected = -0.1 * factor * np.array([4.0, 3.0]) - decay
+  np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(('step', 'factor'), [(1, 0.1), (5, 0.5), (11, 1.0)])
 def test_phi_decay_warms_up(step, factor):
   plain = np.array([-0.1 * 4, -0.1 * 3])
