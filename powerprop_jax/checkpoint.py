@@ -2,11 +2,11 @@
 
 A thin layer over Orbax, which writes in the background, under another name
 until a checkpoint is whole, and keeps the newest few. A tree is stored as a
-flat dictionary of arrays by path, with a record beside it: the configuration of
-the run, the type of every leaf, and what else must be found again, such as the
-position in the data. A checksum over arrays and record tells a damaged
-checkpoint from a whole one, and the one before is used. Restoring under another
-configuration or into another tree is an error that lists the differences.
+flat dictionary of arrays by path, with a record beside it: the configuration,
+the type of every leaf, and extras such as the position in the data. A checksum
+tells a damaged checkpoint from a whole one, and the one before is used. To
+restore under another configuration or into another tree is an error that lists
+the differences.
 
 In a program of several processes every process calls every function. The first
 process writes, all read, and the first decides from which step they go on. The
@@ -15,11 +15,11 @@ folder must therefore lie on a file system that they share.
 
 import base64
 from collections.abc import Mapping
-import functools
 import json
 import os
 import pathlib
 import shutil
+import threading
 from typing import Any, NamedTuple
 import zlib
 
@@ -29,6 +29,13 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from powerprop_jax import leaves as leaves_lib
+
+# Orbax tells saves apart by a counter of the process, so that threads with a
+# manager each, which save at the same time, would mix them up.
+_TURN = threading.Lock()
+_WRITING: list[ocp.CheckpointManager] = []  # At most one.
 
 
 class Manager(NamedTuple):
@@ -106,17 +113,6 @@ def open_manager(
   return Manager(directory, json.loads(json.dumps(dict(config))), writer)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  named = {name(path): leaf for path, leaf in leaves}
-  if len(named) < len(leaves):
-    raise ValueError(
-      f'Two leaves of the tree have the same path. Rename one: {sorted(named)}.'
-    )
-  return named
-
-
 def _type(leaf: Any) -> str:
   leaf = leaf if hasattr(leaf, 'dtype') else np.asarray(leaf)
   return f'{leaf.dtype}{list(leaf.shape)}'
@@ -173,7 +169,7 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
     )
   if step in steps:
     return
-  leaves = _by_path(state)
+  leaves = leaves_lib.by_path(state)
   keys = {
     path: str(jax.random.key_impl(leaf))
     for path, leaf in leaves.items()
@@ -190,25 +186,30 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
   record['checksum'] = _checksum(record, arrays)
   state, record = ocp.args.PyTreeSave(arrays), ocp.args.JsonSave(record)
   args = ocp.args.Composite(state=state, record=record)
-  manager.writer.save(step, args=args)
+  with _TURN:
+    if manager.writer not in _WRITING:
+      for other in _WRITING:
+        other.wait_until_finished()
+      _WRITING[:] = [manager.writer]
+    manager.writer.save(step, args=args)
 
 
 def close(manager: Manager) -> None:
   """Waits for the last checkpoint to be whole; raises if it cannot be."""
   if manager.writer is not None:
-    manager.writer.close()
+    with _TURN:
+      _WRITING[:] = [w for w in _WRITING if w is not manager.writer]
+      manager.writer.close()
 
 
 def _read(path: pathlib.Path) -> Checkpoint:
   """Reads one checkpoint; raises some error if it is damaged."""
-  restore = {
-    'state': ocp.args.PyTreeRestore(),
-    'record': ocp.args.JsonRestore(),
-  }
+  state, record = ocp.args.PyTreeRestore(), ocp.args.JsonRestore()
+  args = ocp.args.Composite(state=state, record=record)
   with ocp.Checkpointer(
     ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone()
   ) as reader:
-    items = reader.restore(path, args=ocp.args.Composite(**restore))
+    items = reader.restore(path, args=args)
   arrays, record = items['state'], items['record']
   checksum = record.pop('checksum')
   if _checksum(record, arrays) != checksum:
@@ -278,8 +279,7 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
     like: a tree of arrays or of `jax.ShapeDtypeStruct`. Its paths count and not
       its containers: the key 'phi' of a dictionary takes the field of a state.
     found: a checkpoint.
-    partial: whether the checkpoint may hold more, as when only {'phi': ...,
-      'masks': ...} of a training state are wanted.
+    partial: whether the checkpoint may hold more.
 
   Returns:
     A tree as `like`: numpy arrays and Python numbers where it has them, else
@@ -288,7 +288,7 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
   Raises:
     ValueError: if the trees differ; it lists the paths that do.
   """
-  leaves = _by_path(like)
+  leaves = leaves_lib.by_path(like)
   here = {k: _type(v) for k, v in leaves.items()}
   there = {k: v for k, v in found.types.items() if k in here or not partial}
   differences = _differences(there, here)
@@ -321,7 +321,7 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
   if manager.writer is not None:
     manager.writer.wait_until_finished()
     found, damaged = _newest(manager.directory)
-    # The run will come to these steps again, and must find their places free.
+    # Their places must be free: the run will come to these steps again.
     # Nothing is deleted, as the fault may lie with the file system.
     for path in damaged if found is not None else []:
       aside = path.with_name(f'{path.name}.damaged')

@@ -8,6 +8,7 @@ of Haiku, Flax and Equinox. Pass a function of (path, leaf) of your own wherever
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -97,6 +98,22 @@ def _path(tree: Any, key_path: tuple[Any, ...]) -> Path:
         return path
     path.owner = type(node)
   return path
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree by their paths.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+  named = {name(path): leaf for path, leaf in leaves}
+  if len(named) < len(leaves):
+    raise ValueError(
+      f'Two leaves of the tree have the same path. Rename one: {sorted(named)}.'
+    )
+  return named
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -280,6 +281,31 @@ def test_two_leaves_with_one_path(tmp_path):
   with pytest.raises(ValueError, match='have the same path'):
     checkpoint.save(manager, 0, {'a/b': 1, 'a': {'b': 2}})
   checkpoint.close(manager)
+
+
+def test_threads_that_save_at_the_same_time(tmp_path):
+  together, errors = threading.Barrier(2), []
+
+  def work(name):
+    try:
+      manager = checkpoint.open_manager(tmp_path / name, {}, keep=2)
+      for step in range(5):
+        together.wait(60)
+        checkpoint.save(manager, step, {'name': np.array(ord(name) + step)})
+      checkpoint.close(manager)
+    except Exception as e:
+      errors.append(e)
+      together.abort()
+
+  threads = [threading.Thread(target=work, args=(name,)) for name in 'ab']
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not errors
+  for name in 'ab':
+    found = checkpoint.load(tmp_path / name)
+    assert (found.step, found.arrays['name']) == (4, ord(name) + 4)
 
 
 def test_parts_of_the_checkpoint_of_another_run(tmp_path):
