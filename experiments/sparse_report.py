@@ -21,8 +21,13 @@ _TITLES = {
 }
 
 
+def _setting(r: Row) -> tuple[Any, ...]:
+  """What a row is a recipe for."""
+  return r['method'], r['distribution'], r['sparsity'], r['recipe']['alpha']
+
+
 def summarise(results: Sequence[Row]) -> list[Row]:
-  """Adds the statistics over seeds.
+  """Adds the statistics over seeds, and which recipe validation data choose.
 
   Args:
     results: one dict a setting: 'method', 'distribution', 'sparsity', 'recipe'
@@ -31,13 +36,21 @@ def summarise(results: Sequence[Row]) -> list[Row]:
       'training_flops' relative to a dense network.
 
   Returns:
-    The same with 'mean' and 'std' of the test accuracy.
+    The same with 'mean' and 'std' of the test accuracy, and 'chosen': whether
+    the mean validation accuracy is the best among the recipes of this method,
+    distribution, sparsity and alpha.
   """
+  best: dict[tuple[Any, ...], Row] = {}
+  for r in results:
+    best[_setting(r)] = max(
+      best.get(_setting(r), r), r, key=lambda r: np.mean(r['valid_accuracy'])
+    )
   return [
     r
     | {
       'mean': float(np.mean(r['test_accuracy'])),
       'std': float(np.std(r['test_accuracy'], ddof=min(1, r['seeds'] - 1))),
+      'chosen': best[_setting(r)] is r,
     }
     for r in results
   ]
@@ -80,15 +93,10 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     )
     return f'{100 * r["mean"]:.2f}{deviation}'
 
-  recipe = list(rows[0]['recipe'])
   return _table(
     rows,
-    ['method', 'distribution', *(name.replace('_', ' ') for name in recipe)],
-    lambda r: (
-      r['method'],
-      _distribution(r),
-      *(f'{value:g}' for value in r['recipe'].values()),
-    ),
+    ['method', 'distribution', 'alpha'],
+    lambda r: (r['method'], _distribution(r), f'{r["recipe"]["alpha"]:g}'),
     cell,
   )
 
@@ -124,13 +132,15 @@ def write(
   """Writes summary.json and the figures, and prints the tables."""
   rows = summarise(results)
   common.write_json(out_dir / 'summary.json', {'results': rows})
-  names = []
+  rows, names = [r for r in rows if r['chosen']], []
   for distribution in distributions:
     names.append(f'accuracy_{distribution}.png')
     figure = plotting.accuracy_against_sparsity(curves(rows, distribution))
     plotting.save(figure, out_dir / names[-1])
   seeds = max(len(r['test_accuracy']) for r in rows)
   spread = f', mean ± standard deviation of {seeds} seeds' if seeds > 1 else ''
+  if len(rows) < len(results):
+    spread += ', by the recipe that validation data choose'
   print(
     f'\nTest accuracy (%) at each percentage of weights removed{spread}:'
     f'\n\n{accuracy_table(rows)}'

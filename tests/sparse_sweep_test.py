@@ -174,16 +174,24 @@ def test_summary_by_hand():
   assert rows[0]['std'] == 0
 
 
+def test_validation_data_choose_among_the_recipes_of_an_alpha():
+  first = _result('rigl', 0.9, 1.0, [0.9, 0.9])
+  # Better on test data, and on validation data in one seed, not on average.
+  other = first | {'test_accuracy': [1.0, 1.0], 'valid_accuracy': [0.8, 0.95]}
+  rows = sparse_report.summarise([*_RESULTS[:1], other, first, _RESULTS[2]])
+  assert [r['chosen'] for r in rows] == [True, False, True, True]
+
+
 def test_tables_by_hand():
   rows = sparse_report.summarise(_RESULTS)
   lines = [
     line.split() for line in sparse_report.accuracy_table(rows).split('\n')
   ]
   assert lines[1:] == [
-    ['dense', '1', '0.1', '99.00', '99.00'],
-    ['rigl', 'erk', '1', '0.1', '97.00', '91.00', '±', '1.41'],
-    ['rigl', 'erk', '2', '0.1', '95.00'],
-    ['set', 'uniform', '1', '0.1', '80.00'],
+    ['dense', '1', '99.00', '99.00'],
+    ['rigl', 'erk', '1', '97.00', '91.00', '±', '1.41'],
+    ['rigl', 'erk', '2', '95.00'],
+    ['set', 'uniform', '1', '80.00'],
   ]
   assert '0.100 / 0.050' in sparse_report.flops_table(rows)
 
@@ -219,6 +227,23 @@ def test_sweep_as_a_user_runs_it(tmp_path):
     assert f'{100 * r["mean"]:.2f}' in done.stdout
   assert (tmp_path / 'accuracy_erk.png').read_bytes()[1:4] == b'PNG'
   assert len(list((tmp_path / 'runs').iterdir())) == 2
+
+  # Another recipe of the same power: one line, of the better one.
+  two = run(
+    '--methods=static',
+    '--alphas=2,2',
+    '--learning_rates=0.1,1e-6',
+    '--sparsities=0.9',
+    '--steps=20',
+    f'--out_dir={tmp_path / "two"}',
+  )
+  assert two.returncode == 0, two.stderr
+  assert 'by the recipe that validation data choose' in two.stdout
+  summary = json.loads((tmp_path / 'two/summary.json').read_text())['results']
+  assert [r['chosen'] for r in summary] == [True, False]
+  lines = [x for x in two.stdout.split('\n') if 'static' in x and '/' not in x]
+  assert len(lines) == 1
+  assert f'{100 * summary[0]["mean"]:.2f}' in lines[0]
 
   bad = run('--sparsities=1.5', f'--out_dir={tmp_path}')
   assert bad.returncode == 2
