@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import common
 from experiments import methods
+from experiments import presets
 from experiments import runner
 from experiments import sparse_report
 from experiments import sparse_runs
@@ -121,6 +123,17 @@ def test_jobs_of_the_flags():
   # Dense: 2 recipes. SNIP: 2 sparsities too. RigL: 2 distributions as well.
   assert len(jobs) == len(set(jobs)) == 2 + 4 + 8
   assert len({sparse_sweep.name(job) for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize('name', presets.SPARSE_SWEEP)
+def test_presets_set_flags_that_exist(name):
+  values, preset = _values(), presets.SPARSE_SWEEP[name]
+  common.apply_preset(values, preset)
+  for flag, value in preset.items():
+    assert values[flag].value == value, flag
+  alphas = [r.alpha for r in sparse_sweep.parse_recipes(values)]
+  assert alphas == [float(a) for a in preset['alphas']]
+  assert sparse_sweep.parse_jobs(values)
 
 
 @pytest.mark.parametrize(
