@@ -127,7 +127,6 @@ _ACCURATE = {'gamma': 0.998, 'omit_first_layer': True}
 # ones have too few to choose from.
 _HUNDRED = {
   'tasks': 100,
-  'seeds': 1,
   'steps_per_task': 2_000,
   'evaluate_every': 25,
   'infer_tasks': [],
