@@ -83,7 +83,7 @@ SPARSE_SWEEP = {
     **_SWEEP,
     'alphas': ['1', '1.5'],
     'learning_rates': ['0.1', '0.3'],
-    'phi_decay': 5e-5,
+    'phi_decays': ['5e-5', '2e-4'],
     'distributions': ['erk', 'uniform'],
   },
   # Gradual pruning, to which decay matters: two recipes for each power.
