@@ -86,6 +86,19 @@ SPARSE_SWEEP = {
     'phi_decays': ['5e-5', '2e-4'],
     'distributions': ['erk', 'uniform'],
   },
+  # The same recipes, without trials of their own.
+  'lenet-5': {
+    **_SWEEP,
+    'network': 'lenet_5',
+    'alphas': ['1', '1.5'],
+    'learning_rates': ['0.1', '0.3'],
+    'phi_decays': ['5e-5', '2e-4'],
+    'sparsities': ['0.9', '0.98'],
+    'distributions': ['erk'],
+    'seeds': 1,
+    'steps': 600,
+    'update_every': 50,
+  },
   # Gradual pruning, to which decay matters: two recipes for each power.
   'mnist-magnitude': {
     **_SWEEP,
