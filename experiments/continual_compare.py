@@ -4,11 +4,13 @@
 
 takes folders that `continual_learning` wrote, calls the runs in each by the
 name of the folder, and writes accuracy.png and capacity.png to --out_dir:
-methods with a learning rate of their own are compared so.
+methods with a learning rate of their own are compared so. Forward transfer is
+that against the folder of `independent`, where there is one.
 """
 
 from collections.abc import Sequence
 import functools
+import itertools
 import pathlib
 from typing import Any
 
@@ -45,13 +47,18 @@ def load(folders: Sequence[str]) -> list[dict[str, Any]]:
       f'--runs={",".join(folders)}: folders are told apart by their last names,'
       ' which must differ.'
     )
-  runs = []
+  by_path = {}
   for path in paths:
     found = runner.finished(path)
     if not all('accuracy_matrix' in run for run in found.values()) or not found:
       raise ValueError(f'{path} holds no finished run of continual_learning.')
-    runs += [run | {'method': path.name} for run in found.values()]
-  return runs
+    by_path[path] = found.values()
+  everything = list(itertools.chain(*by_path.values()))
+  return [
+    continual_summary.with_transfer(run, everything) | {'method': path.name}
+    for path, found in by_path.items()
+    for run in found
+  ]
 
 
 def compare(runs: Sequence[dict[str, Any]], out_dir: pathlib.Path) -> None:

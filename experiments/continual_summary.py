@@ -1,31 +1,44 @@
 """The results of continual learning, as people read them: table and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from experiments import common
-from experiments import continual_problem
 from powerprop_jax import continual_plotting
 from powerprop_jax import continual_report
 from powerprop_jax import plotting
 
 
 def with_transfer(
-  run: dict[str, Any], results: dict[str, dict[str, Any]]
+  run: dict[str, Any], runs: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
-  """Adds forward transfer, if there is a network a task to compare with."""
-  job = continual_problem.Job('independent', run['alpha'], run['seed'])
-  alone = job.name
-  if alone not in results or results[alone]['num_tasks'] < run['num_tasks']:
+  """Adds forward transfer, if there is a network a task to compare with.
+
+  Args:
+    run: a run of any method.
+    runs: all there are. Of those of `independent` with its seed, and no fewer
+      tasks, one of the same alpha is preferred.
+
+  Returns:
+    The run, with or without the transfer of `accuracy_report`.
+  """
+  alone = [
+    other
+    for other in runs
+    if (other['method'], other['seed']) == ('independent', run['seed'])
+    and other['num_tasks'] >= run['num_tasks']
+  ]
+  if not alone:
     return run
-  rows = results[alone]['accuracy_matrix']
-  report = continual_report.accuracy_report(
+  rows = min(alone, key=lambda other: other['alpha'] != run['alpha'])[
+    'accuracy_matrix'
+  ]
+  return run | continual_report.accuracy_report(
     run['accuracy_matrix'], [row[t] for t, row in enumerate(rows)]
   )
-  return run | report
 
 
 def _by_label(runs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -103,7 +116,8 @@ def details(run: dict[str, Any]) -> str:
 
 def write(results: dict[str, dict[str, Any]], out_dir: pathlib.Path) -> None:
   """Writes summary.json and the figures, and prints the table."""
-  results = {n: with_transfer(run, results) for n, run in results.items()}
+  runs = results.values()
+  results = {n: with_transfer(run, runs) for n, run in results.items()}
   common.write_json(out_dir / 'summary.json', {'runs': results})
   runs = list(results.values())
   figures = make_figures(runs)

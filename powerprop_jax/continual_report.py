@@ -206,17 +206,19 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
   Args:
     runs: a dict for each run: 'method', 'alpha', 'average_accuracy' and
       'worst_accuracy' as of `accuracy_report`, and 'capacity_used', as of
-      `capacity_report`, or None. Runs of one method and alpha are seeds.
+      `capacity_report`, or None. Runs of one method and alpha are seeds. They
+      may have 'mean_forward_transfer'.
 
   Returns:
     A line for each method and alpha, in the order in which they first occur:
     the average accuracy ± its standard deviation over seeds, and the means over
-    seeds of the accuracy on the worst task and of the capacity used.
+    seeds of the accuracy on the worst task, of the capacity used, and of the
+    forward transfer, if there is any.
   """
   groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
   for run in runs:
     groups.setdefault((run['method'], run['alpha']), []).append(run)
-  lines = [['method', 'alpha', 'average', 'worst', 'capacity used']]
+  lines = [['method', 'alpha', 'average', 'worst', 'capacity used', 'transfer']]
   for (method, alpha), seeds in groups.items():
     average = 100 * np.array([run['average_accuracy'] for run in seeds])
     worst = 100 * np.mean([run['worst_accuracy'] for run in seeds])
@@ -224,6 +226,8 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     several = len(seeds) > 1
     spread = f' ± {average.std(ddof=1):.2f}' if several else ''
     capacity = '-' if np.isnan(used).any() else f'{100 * used.mean():.1f}'
+    gains = [run.get('mean_forward_transfer') for run in seeds]
+    gain = 100 * np.mean(np.array(gains, float))
     lines.append(
       [
         method,
@@ -231,8 +235,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         f'{average.mean():.2f}{spread}',
         f'{worst:.2f}',
         capacity,
+        '-' if np.isnan(gain) else f'{gain:.2f}',
       ]
     )
+  if all(line[-1] == '-' for line in lines[1:]):
+    lines = [line[:-1] for line in lines]
   widths = [max(map(len, column)) for column in zip(*lines)]
   return '\n'.join(
     '  '.join(

@@ -31,6 +31,7 @@ def folders(tmp_path):
   _write(tmp_path / 'narrow', 'epn', 1, [0.98, 0.96], [0.2, 0.4])
   _write(tmp_path / 'wide', 'epn', 0, [0.91, 0.93], [0.5, 0.9])
   _write(tmp_path / 'alone', 'independent', 0, [0.99, 0.99])
+  _write(tmp_path / 'alone', 'independent', 1, [0.99, 0.99])
   return [str(tmp_path / name) for name in ('narrow', 'wide', 'alone')]
 
 
@@ -38,9 +39,10 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
   out_dir = tmp_path / 'out'
   continual_compare.compare(continual_compare.load(folders), out_dir)
   rows = [line.split() for line in capsys.readouterr().out.split('\n')]
-  assert ['narrow', '2', '96.00', '±', '1.41', '95.00', '30.0'] in rows
-  assert ['wide', '2', '92.00', '91.00', '90.0'] in rows
-  assert ['alone', '2', '99.00', '99.00', '-'] in rows
+  # Transfer: of the second task, when learnt, over a network of its own.
+  assert ['narrow', '2', '96.00', '±', '1.41', '95.00', '30.0', '-4.00'] in rows
+  assert ['wide', '2', '92.00', '91.00', '90.0', '-6.00'] in rows
+  assert ['alone', '2', '99.00', '±', '0.00', '99.00', '-', '0.00'] in rows
   for name in ('accuracy.png', 'capacity.png'):
     assert (out_dir / name).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
@@ -56,4 +58,4 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
 def test_impossible_folders(folders, tmp_path, names, message):
   with pytest.raises(ValueError, match=message):
     continual_compare.load([str(tmp_path / name) for name in names])
-  assert len(continual_compare.load(folders)) == 4
+  assert len(continual_compare.load(folders)) == 5

@@ -166,3 +166,10 @@ def test_table_by_hand():
     'epn           2  97.50 ± 0.71  96.00           35.0',
     'finetune      1         50.00  10.00              -',
   ]
+  runs[0]['mean_forward_transfer'] = -0.02
+  runs[2]['mean_forward_transfer'] = 0.01
+  assert continual_report.table(runs).splitlines() == [
+    'method    alpha       average  worst  capacity used  transfer',
+    'epn           2  97.50 ± 0.71  96.00           35.0     -0.50',
+    'finetune      1         50.00  10.00              -         -',
+  ]
