@@ -81,7 +81,7 @@ SPARSE_SWEEP = {
     'alphas': ['1', '1.5'],
     'learning_rates': ['0.1', '0.3'],
     'phi_decays': ['5e-5', '2e-4'],
-    'distributions': ['erk', 'uniform'],
+    'distributions': ['erk'],
   },
   # The same recipes, without trials of their own.
   'lenet-5': {
@@ -96,13 +96,13 @@ SPARSE_SWEEP = {
     'steps': 600,
     'update_every': 50,
   },
-  # Gradual pruning, to which decay matters: two recipes for each power.
-  'mnist-magnitude': {
+  # The methods to which decay matters most: two recipes for each power.
+  'mnist-decays': {
     **_SWEEP,
-    'methods': ['magnitude'],
-    'alphas': ['1', '1', '1.5', '1.5', '2', '2'],
-    'learning_rates': ['0.1', '0.1', '0.3', '0.3', '0.3', '0.3'],
-    'phi_decays': ['5e-5', '2e-4', '5e-5', '2e-4', '5e-5', '4e-4'],
+    'methods': ['top_kast', 'magnitude'],
+    'alphas': ['1', '1', '1.5', '1.5'],
+    'learning_rates': ['0.1', '0.1', '0.3', '0.3'],
+    'phi_decays': ['5e-5', '2e-4', '5e-5', '2e-4'],
     'distributions': ['erk'],
   },
 }
