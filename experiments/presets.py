@@ -93,8 +93,8 @@ SPARSE_SWEEP = {
     'sparsities': ['0.9', '0.98'],
     'distributions': ['erk'],
     'seeds': 1,
-    'steps': 300,
-    'update_every': 25,
+    'steps': 600,
+    'update_every': 50,
   },
   # The methods to which decay matters most: two recipes for each power.
   'mnist-decays': {
