@@ -113,7 +113,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'phi_decay_warmup_steps',
     0,
-    'Steps in which phi_decay rises from 0: first learn which weights matter.',
+    'Steps in which phi_decay rises from 0.',
     0,
     flag_values=values,
   )

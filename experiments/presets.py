@@ -40,8 +40,7 @@ MNIST_PRUNING = {
     'phi_decay_norm': 'l2',
     'phi_decay_scale': ['logits=5', 'linear_1=2.2'],
   },
-  # For less than one per cent. A small weight moves little at alpha > 1: decay
-  # that begins at once would choose by the initial values which weights stay.
+  # For less than one per cent: a stronger decay, which rises from zero.
   'sparsest': {
     **_TUNED,
     'alphas': ['2'],
