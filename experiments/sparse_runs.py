@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import feeds
 from experiments import methods
@@ -16,6 +17,7 @@ from powerprop_jax import augment
 from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import flops
+from powerprop_jax import masks as masks_lib
 from powerprop_jax import networks
 from powerprop_jax import power
 from powerprop_jax import top_kast
@@ -205,6 +207,21 @@ def _train(
   )
 
 
+def _relative_flops(
+  method: methods.Method, layers: dict[str, float], masks: masks_lib.Masks
+) -> tuple[float, float]:
+  """Operations at inference, and of the run, relative to a dense network."""
+  forward, backward = (jax.tree.map(jnp.mean, mask) for mask in masks)
+  # Of the masks and not of the flags: a global ranking chooses its own layers.
+  densities = methods.Densities(
+    forward, backward, ever=jax.tree.map(lambda _: 1.0, forward)
+  )
+  dense = math.fsum(layers.values())
+  inference = math.fsum(flops.inference_flops(layers, forward).values())
+  step = method.training_flops(layers, densities)
+  return inference / dense, step / flops.training_flops(dense)
+
+
 def run(
   job: Job,
   make: Callable[[Job], Functions],
@@ -230,8 +247,7 @@ def run(
   """
   train_split, *others = data
   functions, steps = make(job), settings['steps']
-  recipe, layers = job.recipe._asdict(), functions.layer_flops
-  accuracies, inference = [], []
+  recipe, accuracies, costs = job.recipe._asdict(), [], []
   for seed in range(job.seeds):
     try:
       state = _train(
@@ -250,16 +266,15 @@ def run(
     accuracies.append(
       [float(functions.accuracy(theta, state.model_state, *s)) for s in others]
     )
-    densities = jax.tree.map(jnp.mean, state.masks.forward)
-    kept = flops.inference_flops(layers, densities)
-    inference.append(math.fsum(kept.values()))
-  dense = math.fsum(layers.values())
+    costs.append(
+      _relative_flops(functions.method, functions.layer_flops, state.masks)
+    )
   valid, test = (list(column) for column in zip(*accuracies))
-  step_flops = functions.method.training_flops(layers)
+  inference, step = np.mean(costs, axis=0).tolist()
   return {
     **job._replace(recipe=recipe)._asdict(),
     'valid_accuracy': valid,
     'test_accuracy': test,
-    'inference_flops': math.fsum(inference) / len(inference) / dense,
-    'training_flops': step_flops / flops.training_flops(dense),
+    'inference_flops': inference,
+    'training_flops': step,
   }

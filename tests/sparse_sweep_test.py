@@ -19,6 +19,7 @@ from experiments import sparse_report
 from experiments import sparse_runs
 from experiments import sparse_sweep
 from powerprop_jax import datasets
+from powerprop_jax import masks as masks_lib
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -69,6 +70,21 @@ def test_run_ends_at_its_sparsity(method, make, settings, data):
   assert len(result['test_accuracy']) == 2
   if method == 'dense':
     assert result['test_accuracy'] == result['valid_accuracy'] == [1.0, 1.0]
+
+
+def test_operations_are_those_of_the_masks(settings):
+  theta = {name: {'w': jnp.zeros([10, 10])} for name in 'ab'}
+  job = sparse_runs.Job('snip', 'uniform', 0.5, _RECIPE, 1)
+  method = sparse_runs._make_method(job, settings, theta, lambda key: theta)
+  kept = {
+    name: {'w': jnp.arange(100).reshape(10, 10) < n}
+    for name, n in (('a', 20), ('b', 80))
+  }
+  costs = sparse_runs._relative_flops(
+    method, {'a/w': 900.0, 'b/w': 100.0}, masks_lib.Masks(kept, kept)
+  )
+  # 0.2 * 900 + 0.8 * 100 of 1000, where each layer was asked to keep half.
+  np.testing.assert_allclose(costs, [0.26, 0.26], rtol=1e-6)
 
 
 def test_masks_are_updated_between_chunks():
