@@ -54,7 +54,13 @@ def replicate(tree: Any, axis: str | None) -> Any:
 
 def first(tree: Any, axis: str | None) -> Any:
   """The tree of the first local device, of a replicated one."""
-  return tree if axis is None else jax.tree.map(lambda x: x[0], tree)
+  if axis is None:
+    return tree
+  # x[0] would be a program of all local devices, with an all-reduce for every
+  # leaf; such programs, not waited for, made two hosts wait for one another.
+  return jax.tree.map(
+    lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree
+  )
 
 
 def any_host(flag: bool) -> bool:

@@ -118,6 +118,8 @@ _LAYOUT = """
     'shapes': [x.shape for x in jax.tree.leaves(copies)],
     'dtypes': [str(back[k].dtype) for k in ('x', 'mask', 'step')],
     'back': [np.asarray(back[k]).tolist() for k in ('x', 'mask', 'step')],
+    # On one device: with others in it, several hosts could wait for ever.
+    'home': sorted(d.id for x in back.values() for d in x.devices()),
     'same_key': bool(back['key'] == tree['key']),
     'result': np.asarray(result).tolist(),
     'donated': state.is_deleted(),
@@ -137,6 +139,7 @@ def test_layout_on_four_devices():
   assert [s[0] for s in found['shapes']] == [4] * 4
   assert found['dtypes'] == ['float32', 'bool', 'int32']
   assert found['back'] == [[0.0, 1.0, 2.0], [True, False], 7]
+  assert found['home'] == [0, 0, 0, 0]
   assert found['same_key']
   assert found['result'] == [[3.5, 4.5, 5.5]] * 4
   assert found['donated']
