@@ -27,6 +27,7 @@ from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
 from powerprop_jax import analysis
+from powerprop_jax import augment
 from powerprop_jax import classification
 from powerprop_jax import datasets
 from powerprop_jax import export
@@ -49,6 +50,12 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('seeds', 3, 'Runs of each alpha.', 1)
   integer('steps', 5_000, 'Training steps.', 1)
   integer('batch_size', 60, 'Examples a step.', 1)
+  integer(
+    'max_shift',
+    0,
+    'Pixels by which a training image is moved at most, at random, either way.',
+    0,
+  )
   several(
     'update_rule',
     ['target_propagation'],
@@ -73,6 +80,7 @@ _RUN_FLAGS = (
   'dataset',
   'steps',
   'batch_size',
+  'max_shift',
   'scope',
   'kept',
   *optimiser_flags.NAMES,
@@ -113,8 +121,11 @@ def make_functions(
     theta, model_state = network.init(init_key, images / 255.0, True)
     return training.init_state(run_key, theta, model_state, tx, transform)
 
+  prepare = augment.scale
+  if settings['max_shift']:
+    prepare = augment.crop_and_flip(pad=settings['max_shift'], flip=False)
   accuracy = classification.make_accuracy(network.apply)
-  loss_fn = classification.make_loss(network.apply)
+  loss_fn = classification.make_loss(network.apply, prepare=prepare)
   step = training.make_train_step(loss_fn, tx, transform)
   return Functions(
     init=jax.jit(init),

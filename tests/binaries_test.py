@@ -198,6 +198,25 @@ def test_presets_set_flags_that_exist(name):
     assert settings[flag] == preset[flag], flag
 
 
+@pytest.mark.parametrize(('max_shift', 'rows'), [(0, [0]), (1, [0, 1, 28, 29])])
+def test_training_images_are_moved(max_shift, rows):
+  values = _flags(f'--max_shift={max_shift}', '--steps=3')
+  _, settings = mnist_pruning.read_flags(values)
+  functions = mnist_pruning.make_functions(2.0, 'chain_rule', settings, 10)
+  # The pixel in the corner alone is bright.
+  images = np.zeros([60, 28, 28, 1], np.uint8)
+  images[:, 0, 0] = 255
+  state = functions.init(jax.random.key(0), jax.random.key(1), images[:1])
+  before = np.asarray(state.phi['initial_linear']['w'])
+  data = images, np.zeros([60], np.int32)
+  indices = np.arange(180, dtype=np.int32).reshape(3, 60) % 60
+  state, _ = functions.run_steps(state, data, indices)
+  changed = np.any(
+    np.asarray(state.phi['initial_linear']['w']) != before, axis=1
+  )
+  assert np.flatnonzero(changed).tolist() == rows
+
+
 def test_seeds_and_rules_make_the_runs():
   jobs = mnist_pruning.parse_jobs(
     ['1', '2', '2.0'], ['target_propagation', 'chain_rule'], 2
