@@ -30,6 +30,7 @@ class Recipe(NamedTuple):
   alpha: float
   learning_rate: float
   phi_decay: float
+  clip_norm: float
 
 
 class Job(NamedTuple):
@@ -118,8 +119,8 @@ def make_functions(
   @functools.cache
   def update_rule(recipe):
     transform = power.power_transform(recipe.alpha)
-    options = {name: settings[name] for name in optimiser_flags.NAMES}
-    options |= {k: v for k, v in recipe._asdict().items() if k in options}
+    options = {**settings, **recipe._asdict()}
+    options = {name: options[name] for name in optimiser_flags.NAMES}
     tx = optimiser_flags.make_tx(
       transform,
       steps=settings['steps'],

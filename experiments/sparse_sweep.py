@@ -14,6 +14,7 @@ network, of any size, with every flag there is.
 
 from collections.abc import Sequence
 import functools
+import math
 
 from absl import app
 from absl import flags
@@ -42,6 +43,7 @@ def define_flags(values: flags.FlagValues) -> None:
     'learning_rates', [], 'One for each of --alphas; --learning_rate if empty.'
   )
   several('phi_decays', [], 'One for each of --alphas; --phi_decay if empty.')
+  several('clip_norms', [], 'One for each of --alphas; --clip_norm if empty.')
   several(
     'sparsities', ['0.8', '0.9', '0.95', '0.98', '0.99'], 'Weights removed.'
   )
@@ -74,18 +76,24 @@ RUN_FLAGS = (
   'update_every',
   'drop_fraction',
   'exploration_penalty',
-  *optimiser_flags.NAMES,
+  *(n for n in optimiser_flags.NAMES if n not in sparse_runs.Recipe._fields),
 )
+
+
+def _check_amount(value: float) -> float:
+  if not 0 <= value < math.inf:
+    raise ValueError(f'must be finite and not negative, got {value:g}')
+  return value
 
 
 def parse_recipes(values: flags.FlagValues) -> list[sparse_runs.Recipe]:
   """The recipes of the flags.
 
   Raises:
-    ValueError: if an alpha is impossible or lists differ in length.
+    ValueError: if a value is impossible or lists differ in length.
   """
   columns = {'alphas': values.alphas}
-  for name in ('learning_rate', 'phi_decay'):
+  for name in ('learning_rate', 'phi_decay', 'clip_norm'):
     columns[f'{name}s'] = values[f'{name}s'].value or (
       [values[name].value] * len(values.alphas)
     )
@@ -95,7 +103,7 @@ def parse_recipes(values: flags.FlagValues) -> list[sparse_runs.Recipe]:
       raise ValueError(
         f'--{name} has {len(column)} values for {len(values.alphas)} alphas.'
       )
-    check = power.check_alpha if name == 'alphas' else float
+    check = power.check_alpha if name == 'alphas' else _check_amount
     parsed.append(common.parse_numbers(column, name, check))
   return [sparse_runs.Recipe(*values) for values in zip(*parsed)]
 
@@ -126,10 +134,10 @@ def parse_jobs(values: flags.FlagValues) -> list[sparse_runs.Job]:
 
 def name(job: sparse_runs.Job) -> str:
   """The name of a job and of its file."""
-  alpha, rate, decay = job.recipe
+  alpha, rate, decay, clip = job.recipe
   return (
     f'{job.method}-{job.distribution}-{job.sparsity:g}-alpha={alpha:g}'
-    f'-lr={rate:g}-decay={decay:g}-seeds={job.seeds}'
+    f'-lr={rate:g}-decay={decay:g}-clip={clip:g}-seeds={job.seeds}'
   )
 
 

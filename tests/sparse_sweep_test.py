@@ -51,7 +51,7 @@ def make(settings):
   return sparse_runs.make_functions(settings, (4, 4, 1), 4)
 
 
-_RECIPE = sparse_runs.Recipe(2.0, 0.1, 0.0)
+_RECIPE = sparse_runs.Recipe(2.0, 0.1, 0.0, 1.0)
 _SIZE = 16 * 300 + 300 * 100 + 100 * 4
 
 
@@ -129,12 +129,16 @@ def test_jobs_of_the_flags():
     '--alphas=1,2',
     '--learning_rates=0.1,0.2',
     '--phi_decay=1e-5',
+    '--clip_norms=0,1',
     '--sparsities=0.8,0.9',
     '--distributions=uniform,erk',
     '--seeds=2',
   )
   recipes = sparse_sweep.parse_recipes(values)
-  assert [tuple(r) for r in recipes] == [(1.0, 0.1, 1e-5), (2.0, 0.2, 1e-5)]
+  assert [tuple(r) for r in recipes] == [
+    (1.0, 0.1, 1e-5, 0.0),
+    (2.0, 0.2, 1e-5, 1.0),
+  ]
   jobs = sparse_sweep.parse_jobs(values)
   # Dense: 2 recipes. SNIP: 2 sparsities too. RigL: 2 distributions as well.
   assert len(jobs) == len(set(jobs)) == 2 + 4 + 8
@@ -160,6 +164,7 @@ def test_presets_set_flags_that_exist(name):
     (('--alphas=0.5',), 'alpha must be a finite number >= 1, got 0.5'),
     (('--alphas=a',), '--alphas=a: could not'),
     (('--learning_rates=0.1',), 'has 1 values for 2 alphas'),
+    (('--clip_norms=1,-1',), '--clip_norms=1,-1: must be finite and not neg'),
   ],
 )
 def test_bad_flags(args, message):
