@@ -50,12 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('seeds', 3, 'Runs of each alpha.', 1)
   integer('steps', 5_000, 'Training steps.', 1)
   integer('batch_size', 60, 'Examples a step.', 1)
-  integer(
-    'max_shift',
-    0,
-    'Pixels by which a training image is moved at most, at random, either way.',
-    0,
-  )
+  integer('max_shift', 0, 'Pixels to move training images by, at most.', 0)
   several(
     'update_rule',
     ['target_propagation'],
@@ -121,9 +116,8 @@ def make_functions(
     theta, model_state = network.init(init_key, images / 255.0, True)
     return training.init_state(run_key, theta, model_state, tx, transform)
 
-  prepare = augment.scale
-  if settings['max_shift']:
-    prepare = augment.crop_and_flip(pad=settings['max_shift'], flip=False)
+  shift = settings['max_shift']
+  prepare = augment.crop_and_flip(shift, False) if shift else augment.scale
   accuracy = classification.make_accuracy(network.apply)
   loss_fn = classification.make_loss(network.apply, prepare=prepare)
   step = training.make_train_step(loss_fn, tx, transform)
@@ -200,14 +194,12 @@ def run(
       for scope, f in functions.sweeps.items()
     }
 
-  options = prune_options(settings['scope'][0])
+  kept, options = settings['kept'], prune_options(settings['scope'][0])
   return {
     **job._asdict(),
     'valid_accuracy': sweep(valid_split),
     'test_accuracy': sweep(test_split),
-    'overlap': analysis.mask_overlap(
-      initial, theta, settings['kept'], **options
-    ),
+    'overlap': analysis.mask_overlap(initial, theta, kept, **options),
     # Figures 1c and 1d prune to 90 %.
     'weights': analysis.weight_distribution(initial, theta, 0.1, **options),
     'seconds': seconds,
