@@ -7,8 +7,8 @@ import numpy as np
 # The 20 fractions of the paper's published notebook.
 KEPT = [f'{p:.6g}' for p in np.geomspace(0.01, 1.0, 20)]
 # Trained to be pruned; LOG.md says how these were chosen. Layers that keep few
-# weights at a density get more decay. L1 is to theta what L2 on phi is to it at
-# alpha = 2.
+# weights at a density get more decay. L1 at alpha = 1 is the same penalty on
+# theta as L2 on phi at alpha = 2.
 _TUNED = {
   'dataset': 'mnist',
   'seeds': 5,
