@@ -19,7 +19,10 @@ setuptools.setup(
   long_description=(_HERE / 'README.md').read_text(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
-  packages=['powerprop_jax'],
+  packages=setuptools.find_packages(
+    include=['powerprop_jax', 'powerprop_jax.*']
+  ),
+  package_data={'powerprop_jax': ['py.typed', 'plots/*.mplstyle']},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',

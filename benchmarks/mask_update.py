@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import topk
-from powerprop_jax import distributions
 from powerprop_jax import leaves
-from powerprop_jax import masks
-from powerprop_jax import networks
-from powerprop_jax import updaters
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import masks
+from powerprop_jax.sparse import updaters
 
 _SPARSITY = 0.9
 _DROP = 0.3
@@ -77,7 +77,7 @@ def main() -> None:
     if not np.array_equal(new, expected):
       raise SystemExit(f'The masks of {path} differ.')
   sorting = time.perf_counter() - start
-  kept, size = masks.count(after.forward, leaves.weights(theta))
+  kept, size = masks.count(after.forward, leaves.weight_mask(theta))
   print(
     f'RigL update of {size} weights, of which {kept} are kept: {seconds:.3f} s'
     f' (compiled in {compiling:.0f} s), identical masks; by sorting in numpy'

@@ -22,15 +22,15 @@ import numpy as np
 from experiments import methods
 from experiments import sparse_problem
 from experiments import sparse_training
-from powerprop_jax import datasets
-from powerprop_jax import masks
 from powerprop_jax import training
+from powerprop_jax.data import in_memory
+from powerprop_jax.sparse import masks
 
 Step = Callable[[Any, Any], Any]
 UNMASKED = 'no masks'
 
 
-def make_problem(data: datasets.Dataset, *args: str) -> sparse_problem.Problem:
+def make_problem(data: in_memory.Dataset, *args: str) -> sparse_problem.Problem:
   """The problem of `experiments.sparse_training` with these flags."""
   values = flags.FlagValues()
   sparse_training.define_flags(values)
@@ -85,7 +85,7 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--turns', type=int, default=30)
   args = parser.parse_args()
-  data = datasets.load('mnist_5k')
+  data = in_memory.load('mnist_5k')
   common = ('--network=lenet_5', '--momentum=0.9', '--batch_size=128')
   problems = {
     m: make_problem(data, f'--method={m}', *common) for m in methods.METHODS

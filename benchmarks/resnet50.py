@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import methods
-from powerprop_jax import datasets
+from powerprop_jax.data import in_memory
 
 _RUNS = {
   'dense, alpha = 1': ('--method=dense', '--alpha=1'),
@@ -25,17 +25,17 @@ _RUNS = {
 }
 
 
-def synthetic(batch: int, side: int) -> datasets.Dataset:
+def synthetic(batch: int, side: int) -> in_memory.Dataset:
   """One batch of random images and labels."""
   rng = np.random.default_rng(0)
   images = rng.integers(256, size=[batch, side, side, 3], dtype=np.uint8)
   labels = rng.integers(1000, size=batch, dtype=np.int32)
-  split = datasets.Split(images, labels)
-  return datasets.Dataset('synthetic', split, split, split, 1000)
+  split = in_memory.Split(images, labels)
+  return in_memory.Dataset('synthetic', split, split, split, 1000)
 
 
 def make_chunk(
-  data: datasets.Dataset, steps: int, update_every: int, args: tuple[str, ...]
+  data: in_memory.Dataset, steps: int, update_every: int, args: tuple[str, ...]
 ) -> Callable[[], Any]:
   """A function that takes some steps, with the mask updates among them."""
   problem = methods.make_problem(

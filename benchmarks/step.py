@@ -11,23 +11,23 @@ import time
 import jax
 import optax
 
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import networks
 from powerprop_jax import power
-from powerprop_jax import propagation
 from powerprop_jax import training
+from powerprop_jax import transforms
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
+from powerprop_jax.training import classification
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 1.375, 1.7)
 STEPS = 500
 TURNS = 12
 
 
-def make_chunk(alpha: float, data: datasets.Dataset):
+def make_chunk(alpha: float, data: in_memory.Dataset):
   """A function that takes STEPS training steps and waits for them."""
   network = networks.build('lenet_300_100', data.num_classes)
   transform = power.power_transform(alpha)
-  tx = propagation.target_propagation(optax.sgd(0.01), transform)
+  tx = transforms.target_propagation(optax.sgd(0.01), transform)
   key = jax.random.key(0)
   theta, model_state = network.init(key, data.train.images[:1] / 255.0, True)
   state = training.init_state(key, theta, model_state, tx, transform)
@@ -45,7 +45,7 @@ def make_chunk(alpha: float, data: datasets.Dataset):
 
 
 def main() -> None:
-  data = datasets.load('mnist_5k')
+  data = in_memory.load('mnist_5k')
   chunks = {alpha: make_chunk(alpha, data) for alpha in ALPHAS}
   seconds = {alpha: [] for alpha in ALPHAS}
   for turn in range(TURNS + 1):

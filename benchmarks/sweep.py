@@ -26,12 +26,12 @@ import numpy as np
 import optax
 
 from experiments import runner
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import networks
 from powerprop_jax import power
-from powerprop_jax import propagation
 from powerprop_jax import training
+from powerprop_jax import transforms
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
+from powerprop_jax.training import classification
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0)
 BATCH = 60
@@ -47,7 +47,7 @@ def on_all_devices(work: Callable[[int], None]) -> float:
   return time.perf_counter() - start
 
 
-def package(data: datasets.Dataset, steps: int) -> float:
+def package(data: in_memory.Dataset, steps: int) -> float:
   """Seconds for all alphas, on all cores."""
   network = networks.build('lenet_300_100', data.num_classes)
   split = (data.train.images, data.train.labels)
@@ -55,7 +55,7 @@ def package(data: datasets.Dataset, steps: int) -> float:
 
   def make(alpha):
     transform = power.power_transform(alpha)
-    tx = propagation.target_propagation(optax.sgd(RATE), transform)
+    tx = transforms.target_propagation(optax.sgd(RATE), transform)
     loss_fn = classification.make_loss(network.apply)
     run_steps = training.make_run_steps(
       training.make_train_step(loss_fn, tx, transform)
@@ -90,7 +90,7 @@ def package(data: datasets.Dataset, steps: int) -> float:
   return on_all_devices(functools.partial(train, steps=steps))
 
 
-def products(data: datasets.Dataset, steps: int) -> float:
+def products(data: in_memory.Dataset, steps: int) -> float:
   """Seconds of the matrix products of all alphas, on all cores.
 
   A network without activations, loss or reparameterisation, on one batch.
@@ -117,7 +117,7 @@ def products(data: datasets.Dataset, steps: int) -> float:
   return on_all_devices(work)
 
 
-def obvious(data: datasets.Dataset, steps: int) -> float:
+def obvious(data: in_memory.Dataset, steps: int) -> float:
   """Seconds for all alphas, one after another, on all cores each."""
   network = networks.build('lenet_300_100', data.num_classes)
   theta, _ = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), True)
@@ -170,7 +170,7 @@ def main() -> None:
   parser.add_argument('--only', choices=[f.__name__ for f in TIMED])
   args = parser.parse_args()
   if args.only:
-    data = datasets.load('mnist_5k')
+    data = in_memory.load('mnist_5k')
     if args.only != 'obvious':
       runner.use_cores(len(ALPHAS))
     (timed,) = (f for f in TIMED if f.__name__ == args.only)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from powerprop_jax import masks
+from powerprop_jax.sparse import masks
 
 _DENSITY = 0.1
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import powerprop_jax
-from powerprop_jax import pruning
+from powerprop_jax.sparse import pruning
 
 
 class Transformer(eqx.Module):

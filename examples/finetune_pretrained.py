@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 
 import powerprop_jax
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import networks
-from powerprop_jax import pruning
 from powerprop_jax import training
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import pruning
+from powerprop_jax.training import classification
 
 NETWORK = networks.build('lenet_300_100', 10)
 
@@ -32,7 +32,7 @@ def train(theta, transform, decay, split, steps, learning_rate):
     rate = optax.cosine_decay_schedule(-decay, round(0.8 * steps))
     shrink = optax.inject_hyperparams(
       optax.add_decayed_weights, static_args='mask'
-    )(rate, mask=powerprop_jax.weights)
+    )(rate, mask=powerprop_jax.weight_mask)
     tx = optax.chain(tx, shrink)
   loss_fn = classification.make_loss(NETWORK.apply)
   step = training.make_train_step(loss_fn, tx, transform)
@@ -46,9 +46,9 @@ def train(theta, transform, decay, split, steps, learning_rate):
 
 def main(steps: int = 4000, density: float = 0.02) -> dict[str, list[float]]:
   """Prints and returns the test accuracy, dense and pruned, of each way."""
-  data = datasets.load('mnist_5k')
+  data = in_memory.load('mnist_5k')
   few = data.train.labels < 5
-  half = datasets.Split(data.train.images[few], data.train.labels[few])
+  half = in_memory.Split(data.train.images[few], data.train.labels[few])
   images = jnp.zeros((1, *data.train.images.shape[1:]))
   theta, _ = NETWORK.init(jax.random.key(0), images, True)
   ordinary = powerprop_jax.power_transform(1.0)

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 import powerprop_jax
-from powerprop_jax import datasets
-from powerprop_jax import pruning
+from powerprop_jax.data import in_memory
+from powerprop_jax.sparse import pruning
 
 
 class Network(nnx.Module):
@@ -45,7 +45,7 @@ def accuracy(model, images, labels):
   return jnp.mean(jnp.argmax(model(images), axis=-1) == labels)
 
 
-def train(data: datasets.Dataset, alpha: float, steps: int) -> Network:
+def train(data: in_memory.Dataset, alpha: float, steps: int) -> Network:
   model = Network(nnx.Rngs(0))
   # The one line: it was `tx = optax.adamw(2e-3)`.
   tx = powerprop_jax.powerprop(optax.adamw(2e-3), alpha)
@@ -60,7 +60,7 @@ def train(data: datasets.Dataset, alpha: float, steps: int) -> Network:
 
 def main(steps: int = 800, density: float = 0.05) -> dict[float, list[float]]:
   """Prints and returns the test accuracy, dense and pruned, of each alpha."""
-  data, results = datasets.load('mnist_5k'), {}
+  data, results = in_memory.load('mnist_5k'), {}
   for alpha in (1.0, 2.0):
     model = train(data, alpha, steps)
     dense = accuracy(model, *data.test)

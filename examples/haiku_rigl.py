@@ -14,13 +14,13 @@ import numpy as np
 import optax
 
 import powerprop_jax
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import devices
-from powerprop_jax import distributions
-from powerprop_jax import schedules
 from powerprop_jax import training
-from powerprop_jax import updaters
+from powerprop_jax.data import in_memory
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import schedules
+from powerprop_jax.sparse import updaters
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
 
 AXIS = 'devices'
 
@@ -34,7 +34,7 @@ def forward(x, is_training, axis=None):
 
 def main(steps: int = 600, alpha: float = 2.0, sparsity: float = 0.9) -> float:
   """Prints and returns the test accuracy of the sparse network."""
-  data = datasets.load('mnist_5k')
+  data = in_memory.load('mnist_5k')
   # The axis over which BatchNorm averages is there in the mapped step only.
   network = hk.transform_with_state(functools.partial(forward, axis=AXIS))
   single = hk.transform_with_state(forward)
@@ -51,7 +51,7 @@ def main(steps: int = 600, alpha: float = 2.0, sparsity: float = 0.9) -> float:
   )
   loss_fn = classification.make_loss(network.apply)
   step = training.make_train_step(loss_fn, tx, transform, AXIS)
-  others = training.make_mask_steps(loss_fn, tx, rigl, transform, AXIS)
+  others = training.make_mask_updates(loss_fn, tx, rigl, transform, AXIS)
   step, choose, trade = (devices.on_devices(f, AXIS) for f in (step, *others))
   state = training.init_state(key, theta, model_state, tx, transform)
   state, rng = devices.replicate(state, AXIS), np.random.default_rng(0)
@@ -65,7 +65,7 @@ def main(steps: int = 600, alpha: float = 2.0, sparsity: float = 0.9) -> float:
       state = trade(state, scored) if t else choose(state, scored)
     batch = jax.tree.map(lambda x: x[0], batches)
     state, _ = step(state, devices.shard(batch, AXIS))
-  state = devices.first(state, AXIS)
+  state = devices.unreplicate(state, AXIS)
   accuracy = jax.jit(classification.make_accuracy(single.apply))
   theta = training.masked_theta(state, transform)
   result = float(accuracy(theta, state.model_state, *data.test))

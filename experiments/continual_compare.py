@@ -20,8 +20,8 @@ from absl import flags
 from experiments import common
 from experiments import continual_summary
 from experiments import runner
-from powerprop_jax import continual_report
-from powerprop_jax import plotting
+from powerprop_jax import plots
+from powerprop_jax.continual import report as continual_report
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -66,7 +66,7 @@ def compare(runs: Sequence[dict[str, Any]], out_dir: pathlib.Path) -> None:
   out_dir.mkdir(parents=True, exist_ok=True)
   figures = continual_summary.compare(runs)
   for name, figure in figures.items():
-    plotting.save(figure, out_dir / name)
+    plots.save(figure, out_dir / name)
   print('Test accuracy after the last task, and capacity, in percent:\n')
   print(continual_report.table(runs))
   print(f'\nIn {out_dir}: {", ".join(figures)}')

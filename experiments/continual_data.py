@@ -6,22 +6,22 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from powerprop_jax import datasets
-from powerprop_jax import tasks
+from powerprop_jax.continual import benchmarks
+from powerprop_jax.data import in_memory
 
 BENCHMARKS = ('permuted', 'rotated', 'split')
 
 
 def make_benchmark(
-  settings: dict[str, Any], data: datasets.Dataset, seed: int
-) -> tasks.Benchmark:
+  settings: dict[str, Any], data: in_memory.Dataset, seed: int
+) -> benchmarks.Benchmark:
   """The sequence of tasks, on the device that holds the data."""
   name, num_tasks = settings['benchmark'], settings['tasks']
   if name == 'permuted':
-    return tasks.permuted(data, num_tasks, seed)
+    return benchmarks.permuted(data, num_tasks, seed)
   if name == 'rotated':
-    return tasks.rotated(data, num_tasks)
-  benchmark = tasks.split(data, settings['classes_per_task'])
+    return benchmarks.rotated(data, num_tasks)
+  benchmark = benchmarks.split(data, settings['classes_per_task'])
   if num_tasks > benchmark.num_tasks:
     raise ValueError(
       f'--tasks={num_tasks}: {data.name} has {benchmark.num_tasks} tasks of'
@@ -31,7 +31,7 @@ def make_benchmark(
   return benchmark
 
 
-def _pad(split: datasets.Split, rows: int) -> datasets.Split:
+def _pad(split: in_memory.Split, rows: int) -> in_memory.Split:
   """Adds examples of label -1, by which parts of all tasks have one shape."""
   images, labels = split
   padding = rows - len(labels)
@@ -39,12 +39,12 @@ def _pad(split: datasets.Split, rows: int) -> datasets.Split:
     return split
   images = jnp.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
   labels = jnp.pad(labels, (0, padding), constant_values=-1)
-  return datasets.Split(images, labels)  # pyright: ignore[reportArgumentType]
+  return in_memory.Split(images, labels)  # pyright: ignore[reportArgumentType]
 
 
 def make_part(
-  benchmark: tasks.Benchmark, num_tasks: int
-) -> Callable[[int, str], datasets.Split]:
+  benchmark: benchmarks.Benchmark, num_tasks: int
+) -> Callable[[int, str], in_memory.Split]:
   """Parts of tasks by (task, name), of one shape for all tasks."""
 
   @functools.cache
@@ -64,7 +64,7 @@ def make_part(
 
 
 def check_part(
-  split: datasets.Split, num_classes: int, input_shape: tuple[int, ...]
+  split: in_memory.Split, num_classes: int, input_shape: tuple[int, ...]
 ) -> None:
   """Raises ValueError if a network cannot learn a task."""
   if tuple(split.images.shape[1:]) != input_shape:

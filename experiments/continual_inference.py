@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from powerprop_jax import task_inference
+from powerprop_jax.continual import task_inference
 
 BATCH_SIZES = (1, 10, 100)
 _NUM_IMAGES = 200  # Of every task.

@@ -33,11 +33,11 @@ from experiments import continual_summary
 from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
-from powerprop_jax import datasets
-from powerprop_jax import networks
 from powerprop_jax import power
-from powerprop_jax import search
-from powerprop_jax import tasks
+from powerprop_jax.continual import benchmarks
+from powerprop_jax.continual import search
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
 
 _DENSITIES = [f'{p:.4g}' for p in np.geomspace(0.01, 1.0, 24)]
 
@@ -196,7 +196,7 @@ def read_flags(
 
 
 def check_batch_size(
-  settings: dict[str, Any], benchmark: tasks.Benchmark
+  settings: dict[str, Any], benchmark: benchmarks.Benchmark
 ) -> None:
   """Raises ValueError if a task has fewer examples than a batch."""
   size = len(benchmark.part(0, 'train').labels)
@@ -212,7 +212,7 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   try:
     jobs, settings = read_flags(values)
-    data = datasets.load(values.dataset, values.data_dir)
+    data = in_memory.load(values.dataset, values.data_dir)
     if not settings['data_parallel']:
       runner.use_cores(len(jobs))
     benchmark = continual_data.make_benchmark(settings, data, 0)

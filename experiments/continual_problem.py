@@ -16,15 +16,15 @@ import optax
 from experiments import continual_pruning
 from experiments import optimiser_flags
 from experiments import runner
-from powerprop_jax import augment
-from powerprop_jax import classification
 from powerprop_jax import continual
-from powerprop_jax import devices
-from powerprop_jax import ewc
-from powerprop_jax import layouts
-from powerprop_jax import networks
 from powerprop_jax import power
 from powerprop_jax import training
+from powerprop_jax.continual import ewc
+from powerprop_jax.continual import layouts
+from powerprop_jax.data import augment
+from powerprop_jax.models import networks
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
 
 METHODS = ('epn', 'packnet', 'finetune', 'independent', 'ewc')
 _CHUNK = 500  # Steps between two looks at the loss.
@@ -143,7 +143,7 @@ def _make_train(settings, make_loss, transform, layout, axis):
       )
       indices = devices.shard(indices, axis, dim=1)
       state, metrics = run(state, anchors, data, indices)
-      metrics = jax.device_get(devices.first(metrics, axis))
+      metrics = jax.device_get(devices.unreplicate(metrics, axis))
       finite = np.isfinite(metrics['loss'])
       if not finite.all():
         raise runner.Diverged(
@@ -152,7 +152,7 @@ def _make_train(settings, make_loss, transform, layout, axis):
         )
       report(count, {k: float(np.mean(x)) for k, x in metrics.items()})
     if axis is not None:  # What is chosen from all devices still lies on all.
-      state = jax.device_put(devices.first(state, axis), home)
+      state = jax.device_put(devices.unreplicate(state, axis), home)
     return memory._replace(phi=state.phi, model_state=state.model_state)
 
   return train

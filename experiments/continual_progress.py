@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from powerprop_jax import checkpoint
 from powerprop_jax import continual
-from powerprop_jax import layouts
+from powerprop_jax.continual import layouts
+from powerprop_jax.training import checkpoint
 
 
 class Progress(NamedTuple):

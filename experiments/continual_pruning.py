@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax import continual
-from powerprop_jax import datasets
-from powerprop_jax import layouts
-from powerprop_jax import masks
 from powerprop_jax import power
-from powerprop_jax import search
+from powerprop_jax.continual import layouts
+from powerprop_jax.continual import search
+from powerprop_jax.data import in_memory
+from powerprop_jax.sparse import masks
 
 SEARCHES = ('linear', 'binary', 'taylor')
 _TAYLOR_BATCH = 20  # Examples of a gradient of the Taylor estimate.
 
 # (memory, index, valid split) -> (mask by path, a record of the choice).
 Choose = Callable[
-  [continual.Memory, int, datasets.Split],
+  [continual.Memory, int, in_memory.Split],
   tuple[layouts.ByPath, dict[str, Any]],
 ]
 

@@ -19,11 +19,11 @@ from experiments import continual_inference
 from experiments import continual_problem
 from experiments import continual_progress
 from experiments import runner
-from powerprop_jax import checkpoint
 from powerprop_jax import continual
-from powerprop_jax import continual_report
-from powerprop_jax import datasets
-from powerprop_jax import masks
+from powerprop_jax.continual import report as continual_report
+from powerprop_jax.data import in_memory
+from powerprop_jax.sparse import masks
+from powerprop_jax.training import checkpoint
 
 PHASES: tuple[str, ...] = ('data', 'train', 'search', 'retrain', 'evaluate')
 
@@ -46,7 +46,7 @@ def _accuracy(
   problem: continual_problem.Problem,
   memory: continual.Memory,
   task: continual.Task,
-  split: datasets.Split,
+  split: in_memory.Split,
 ) -> float:
   """The accuracy of a task, from its stored mask."""
   return problem.accuracy(*problem.recall(memory, task), split)
@@ -58,7 +58,7 @@ def _learn(
   settings: dict[str, Any],
   init_key: jax.Array,
   train_key: jax.Array,
-  part: Callable[[int, str], datasets.Split],
+  part: Callable[[int, str], in_memory.Split],
   seconds: dict[str, float],
   log: Callable[[int, dict[str, Any]], None],
 ) -> tuple[continual.Memory, continual.Task, dict[str, Any]]:
@@ -117,7 +117,7 @@ def _learn(
 def _evaluate(
   problem: continual_problem.Problem,
   progress: continual_progress.Progress,
-  part: Callable[[int, str], datasets.Split],
+  part: Callable[[int, str], in_memory.Split],
   which: str,
   every: bool,
 ) -> list[float | None]:
@@ -136,7 +136,7 @@ def _advance(
   progress: continual_progress.Progress,
   settings: dict[str, Any],
   keys: jax.Array,
-  part: Callable[[int, str], datasets.Split],
+  part: Callable[[int, str], in_memory.Split],
   log: Callable[[int, dict[str, Any]], None],
 ) -> continual_progress.Progress:
   """Learns the next task, and evaluates it and those before it."""
@@ -191,7 +191,7 @@ def _reports(progress: continual_progress.Progress) -> dict[str, Any]:
 def _infer(
   problem: continual_problem.Problem,
   progress: continual_progress.Progress,
-  part: Callable[[int, str], datasets.Split],
+  part: Callable[[int, str], in_memory.Split],
   count: int,
 ) -> dict[str, dict[str, float]]:
   """How often the first tasks are told from their test images."""
@@ -212,7 +212,7 @@ def _all_tasks(
   problem: continual_problem.Problem,
   settings: dict[str, Any],
   keys: jax.Array,
-  part: Callable[[int, str], datasets.Split],
+  part: Callable[[int, str], in_memory.Split],
   manager: checkpoint.Manager,
   report: runner.Report,
 ) -> tuple[continual_progress.Progress, str | None]:
@@ -257,7 +257,7 @@ def run(
   name: str,
   num_classes: int,
   out_dir: pathlib.Path,
-  data: tuple[datasets.Split, ...],
+  data: tuple[in_memory.Split, ...],
   report: runner.Report,
 ) -> dict[str, Any]:
   """Takes one network through all tasks.
@@ -279,7 +279,7 @@ def run(
     runner.Diverged: if the loss becomes NaN or infinite.
     ValueError: if the network cannot learn a task.
   """
-  dataset = datasets.Dataset(name, *data, num_classes=num_classes)
+  dataset = in_memory.Dataset(name, *data, num_classes=num_classes)
   benchmark = continual_data.make_benchmark(settings, dataset, job.seed)
   part = continual_data.make_part(benchmark, settings['tasks'])
   device = jnp.asarray(part(0, 'train').images).device

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from experiments import common
-from powerprop_jax import continual_plotting
-from powerprop_jax import continual_report
-from powerprop_jax import plotting
+from powerprop_jax import plots
+from powerprop_jax.continual import report as continual_report
 
 
 def with_transfer(
@@ -58,7 +57,7 @@ def _over_seeds(seeds: Sequence[dict[str, Any]], values: Any) -> np.ndarray:
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """The figures of methods side by side, by file name."""
   groups, figures = _by_label(runs), {}
-  figures['accuracy.png'] = continual_plotting.accuracy_by_task(
+  figures['accuracy.png'] = plots.accuracy_by_task(
     {
       label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])
       for label, seeds in groups.items()
@@ -66,7 +65,7 @@ def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   )
   pruned = {k: v for k, v in groups.items() if 'used' in v[0]}
   if pruned:
-    figures['capacity.png'] = continual_plotting.capacity(
+    figures['capacity.png'] = plots.capacity(
       {
         label: _over_seeds(seeds, lambda run: run['used'])
         for label, seeds in pruned.items()
@@ -80,13 +79,11 @@ def make_figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   figures = compare(runs)
   for label, (run, *_) in _by_label(runs).items():
     name = label.replace(' ', '-')
-    figures[f'matrix-{name}.png'] = continual_plotting.accuracy_matrix(
+    figures[f'matrix-{name}.png'] = plots.accuracy_matrix(
       np.array(run['accuracy_matrix'], float)
     )
     if 'overlap' in run:
-      figures[f'overlap-{name}.png'] = continual_plotting.overlap_matrix(
-        run['overlap']
-      )
+      figures[f'overlap-{name}.png'] = plots.overlap_matrix(run['overlap'])
   return figures
 
 
@@ -122,7 +119,7 @@ def write(results: dict[str, dict[str, Any]], out_dir: pathlib.Path) -> None:
   runs = list(results.values())
   figures = make_figures(runs)
   for name, figure in figures.items():
-    plotting.save(figure, out_dir / name)
+    plots.save(figure, out_dir / name)
   print('\nTest accuracy after the last task, and capacity, in percent:\n')
   print(continual_report.table(runs))
   first = runs[0]

@@ -34,14 +34,14 @@ import jax.numpy as jnp
 from experiments import common
 from experiments import export_tasks
 from experiments import sparse_problem
-from powerprop_jax import checkpoint
-from powerprop_jax import classification
-from powerprop_jax import datasets
 from powerprop_jax import export
-from powerprop_jax import export_file
-from powerprop_jax import masks as masks_lib
-from powerprop_jax import networks
-from powerprop_jax import pruning
+from powerprop_jax.data import in_memory
+from powerprop_jax.export import format as export_format
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import pruning
+from powerprop_jax.training import checkpoint
+from powerprop_jax.training import classification
 
 _VALUES = ('float32', 'float16', 'bfloat16')
 
@@ -93,7 +93,7 @@ def _from_mnist_pruning(path: pathlib.Path, data_dir: str | None) -> Trained:
   model = export.load_compressed(path)
   if not isinstance(model.alpha, float):
     raise ValueError(f'{path} does not tell the alpha it was trained with.')
-  data = datasets.load(config['settings']['dataset'], data_dir)
+  data = in_memory.load(config['settings']['dataset'], data_dir)
   network = networks.build('lenet_300_100', data.num_classes)
   accuracy = jax.jit(classification.make_accuracy(network.apply))
   images = jnp.zeros((1, *data.train.images.shape[1:]))
@@ -184,7 +184,7 @@ def choose_masks(
 
 def write(
   trained: Trained, masks: Any, path: pathlib.Path, values: str | None
-) -> tuple[export_file.Sizes, dict[str, dict[str, float]]]:
+) -> tuple[export_format.Sizes, dict[str, dict[str, float]]]:
   """Writes the network, reads it again, and evaluates all three.
 
   Args:
@@ -214,7 +214,7 @@ def write(
 
 
 def table(
-  sizes: export_file.Sizes, accuracies: dict[str, dict[str, float]]
+  sizes: export_format.Sizes, accuracies: dict[str, dict[str, float]]
 ) -> str:
   """The result as a person reads it."""
   rows = [

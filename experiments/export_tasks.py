@@ -9,13 +9,13 @@ import jax
 from experiments import continual_data
 from experiments import continual_problem
 from experiments import continual_progress
-from powerprop_jax import checkpoint
 from powerprop_jax import continual
-from powerprop_jax import datasets
 from powerprop_jax import export
-from powerprop_jax import export_file
-from powerprop_jax import layouts
-from powerprop_jax import masks
+from powerprop_jax.continual import layouts
+from powerprop_jax.data import in_memory
+from powerprop_jax.export import format as export_format
+from powerprop_jax.sparse import masks
+from powerprop_jax.training import checkpoint
 
 
 class Tasks(NamedTuple):
@@ -41,7 +41,7 @@ class Tasks(NamedTuple):
 def load(found: checkpoint.Checkpoint, data_dir: str | None) -> Tasks:
   """The tasks that a run had learnt when it wrote a checkpoint."""
   settings: dict[str, Any] = {**found.config, 'data_parallel': False}
-  data = datasets.load(settings['dataset'], data_dir)
+  data = in_memory.load(settings['dataset'], data_dir)
   benchmark = continual_data.make_benchmark(settings, data, settings['seed'])
   problem = continual_problem.make_problem(
     settings,
@@ -86,7 +86,7 @@ def load(found: checkpoint.Checkpoint, data_dir: str | None) -> Tasks:
 
 def write(
   trained: Tasks, path: pathlib.Path, values: str | None
-) -> tuple[export_file.Sizes, dict[str, dict[str, float]]]:
+) -> tuple[export_format.Sizes, dict[str, dict[str, float]]]:
   """Writes all tasks, reads each of them again, and evaluates both.
 
   Args:

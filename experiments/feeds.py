@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from powerprop_jax import augment
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import devices
-from powerprop_jax import streams
 from powerprop_jax import training
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory as datasets
+from powerprop_jax.data import streams
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
 
 State = training.TrainState
 Metrics = dict[str, np.ndarray]
@@ -49,7 +49,7 @@ def _host_columns(batch_size: int) -> slice:
 
 def _on_host(metrics: list[Any], axis: str | None) -> Metrics:
   """The metrics of steps that were taken one by one, stacked."""
-  found = jax.device_get([devices.first(m, axis) for m in metrics])
+  found = jax.device_get([devices.unreplicate(m, axis) for m in metrics])
   return jax.tree.map(lambda *x: np.stack(x), *found)
 
 
@@ -78,7 +78,7 @@ def compile_steps(
 
     def run_steps(state, data, indices):
       state, metrics = run(state, data, indices)
-      return state, jax.device_get(devices.first(metrics, axis))
+      return state, jax.device_get(devices.unreplicate(metrics, axis))
 
     return run_steps
 
@@ -199,7 +199,7 @@ def _accuracy_on(
       count_correct(theta, model_state, devices.shard(batch, axis))
       for batch in streams.eval_batches(source, **hosts)
     ]
-    return sum(int(devices.first(c, axis)) for c in counts) / source.size
+    return sum(int(devices.unreplicate(c, axis)) for c in counts) / source.size
 
   return accuracy
 

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments import common
-from powerprop_jax import distributions
-from powerprop_jax import flops
-from powerprop_jax import schedules
-from powerprop_jax import top_kast
 from powerprop_jax import training
-from powerprop_jax import updaters
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import flops
+from powerprop_jax.sparse import schedules
+from powerprop_jax.sparse import updaters
 
 METHODS = ('dense', 'static', 'snip', 'set', 'rigl', 'top_kast', 'magnitude')
 _NEVER_UPDATED = ('dense', 'static', 'snip')
@@ -156,11 +155,11 @@ def _make_updater(
   }[regrow]
   return {
     'dense': updaters.dense,
-    'static': lambda: updaters.static(forward),
+    'static': lambda: updaters.random(forward),
     'snip': lambda: updaters.snip(forward, scope),
     'set': lambda: updaters.set_(forward, drop, values, regrow_dropped),
     'rigl': lambda: updaters.rigl(forward, drop, values, regrow_dropped),
-    'top_kast': lambda: top_kast.top_kast(forward, backward),
+    'top_kast': lambda: updaters.top_kast(forward, backward),
     'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
   }[method]()
 
@@ -278,7 +277,9 @@ def make_method(
   counts = forward(theta)  # What is impossible fails here.
   planned = _planned(theta, counts, backward(theta))
   due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
-  penalty = functools.partial(top_kast.penalty, strength=exploration_penalty)
+  penalty = functools.partial(
+    updaters.exploration_penalty, strength=exploration_penalty
+  )
   return Method(
     updater=_make_updater(
       method, cadence, forward, backward, regrow=regrow, **options

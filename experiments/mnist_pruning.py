@@ -27,16 +27,16 @@ from experiments import optimiser_flags
 from experiments import presets
 from experiments import runner
 from powerprop_jax import analysis
-from powerprop_jax import augment
-from powerprop_jax import classification
-from powerprop_jax import datasets
 from powerprop_jax import export
-from powerprop_jax import masks
-from powerprop_jax import networks
-from powerprop_jax import plotting
+from powerprop_jax import plots
 from powerprop_jax import power
-from powerprop_jax import pruning
 from powerprop_jax import training
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import masks
+from powerprop_jax.sparse import pruning
+from powerprop_jax.training import classification
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -146,7 +146,7 @@ def run(
   functions: Functions,
   settings: dict[str, Any],
   weights_path: pathlib.Path,
-  data: tuple[datasets.Split, ...],
+  data: tuple[in_memory.Split, ...],
   report: runner.Report,
 ) -> dict[str, Any]:
   """Trains and prunes one network.
@@ -239,12 +239,12 @@ def summarise(
   }
   weights = {label: rows[0]['weights'] for label, rows in groups.items()}
   figures = {
-    'accuracy.png': plotting.accuracy_against_kept(summary),
-    'overlap.png': plotting.mask_overlap(overlaps),
-    'weights.png': plotting.weight_scatter(weights),
+    'accuracy.png': plots.accuracy_against_kept(summary),
+    'overlap.png': plots.mask_overlap(overlaps),
+    'weights.png': plots.weight_scatter(weights),
   }
   for name, figure in figures.items():
-    plotting.save(figure, out_dir / name)
+    plots.save(figure, out_dir / name)
   print(
     '\nTest accuracy (%) at each percentage of weights kept, mean ± standard'
     f' deviation of {max(map(len, groups.values()))} seeds:\n'
@@ -300,9 +300,9 @@ def read_flags(
   return jobs, settings
 
 
-def load_data(values: flags.FlagValues) -> datasets.Dataset:
+def load_data(values: flags.FlagValues) -> in_memory.Dataset:
   """The data set of the flags, large enough for a batch."""
-  data = datasets.load(values.dataset, values.data_dir)
+  data = in_memory.load(values.dataset, values.data_dir)
   size = len(data.train.labels)
   if values.batch_size > size:
     raise ValueError(

@@ -13,7 +13,7 @@ import optax
 from experiments import common
 from powerprop_jax import leaves
 from powerprop_jax import power
-from powerprop_jax import propagation
+from powerprop_jax import transforms
 
 # Aliases of optax whose first argument is a learning rate and which need no
 # more than gradients and parameters.
@@ -210,10 +210,10 @@ def _make_inner(
     if name not in arguments:
       raise ValueError(f'{optimizer} takes no {name}, got {value}.')
   if 'weight_decay' not in arguments:
-    decay = optax.add_decayed_weights(weight_decay, mask=leaves.weights)
+    decay = optax.add_decayed_weights(weight_decay, mask=leaves.weight_mask)
     return optax.chain(decay, make(rate, **options))
   masks = {'mask', 'weight_decay_mask'} & set(arguments)
-  masks = dict.fromkeys(masks, leaves.weights)
+  masks = dict.fromkeys(masks, leaves.weight_mask)
   return make(rate, weight_decay=weight_decay, **masks, **options)
 
 
@@ -260,10 +260,10 @@ def make_tx(
       ' see. Use phi_decay, or target_propagation.'
     )
   if update_rule == 'target_propagation':
-    tx = propagation.target_propagation(inner, transform)
+    tx = transforms.target_propagation(inner, transform)
   else:
     # The Jacobian comes first: the optimiser sees dL / d phi.
-    tx = optax.chain(propagation.scale_by_power_jacobian(transform), inner)
+    tx = optax.chain(transforms.scale_by_power_jacobian(transform), inner)
   if phi_decay:
     decay = _decay_rate(phi_decay, phi_decay_schedule, steps)
     warmup = 'phi_decay_warmup_steps'

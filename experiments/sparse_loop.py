@@ -22,11 +22,11 @@ import tqdm
 
 from experiments import feeds
 from experiments import sparse_problem
-from powerprop_jax import checkpoint
-from powerprop_jax import devices
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import training
+from powerprop_jax.training import checkpoint
+from powerprop_jax.training import devices
 
 _SEGMENT = 100  # Steps between two looks at the loss, at most.
 
@@ -193,7 +193,7 @@ def _make_update_masks(
     state = mask_step(state, feed.batches(step, gradient_batches))
     ever, kept = observe(ever, state.phi, state.masks.forward)
     # The masks stay where they are: these are a few numbers.
-    kept = jax.device_get(devices.first(kept, problem.axis))
+    kept = jax.device_get(devices.unreplicate(kept, problem.axis))
     check_collapse(kept, on_collapse)
     return state, ever
 
@@ -256,9 +256,9 @@ def train(
       step = end
       write_log(log, step, metrics)
       if step % checkpoint_every == 0:
-        saved = Progress(*devices.first((state, ever), axis))
+        saved = Progress(*devices.unreplicate((state, ever), axis))
         checkpoint.save(manager, step, saved)
-    progress = Progress(*devices.first((state, ever), axis))
+    progress = Progress(*devices.unreplicate((state, ever), axis))
     checkpoint.save(manager, step, progress)  # Unless it is the newest.
     checkpoint.close(manager)
     feed.close()

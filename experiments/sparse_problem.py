@@ -11,15 +11,15 @@ import optax
 from experiments import feeds
 from experiments import methods
 from experiments import optimiser_flags
-from powerprop_jax import augment
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import devices
-from powerprop_jax import flops
-from powerprop_jax import networks
 from powerprop_jax import power
-from powerprop_jax import streams
 from powerprop_jax import training
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory
+from powerprop_jax.data import streams
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import flops
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
 
 _STREAMED = ('imagenet2012', 'folder')
 METHOD_FLAGS = (
@@ -88,7 +88,7 @@ def load(settings: dict[str, Any], data_dir: str | None) -> Any:
     return tuple(
       streams.tfds_source(name, s, data_dir) for s in ('train', 'validation')
     )
-  return datasets.load(name, data_dir)
+  return in_memory.load(name, data_dir)
 
 
 def _make_network(settings: dict[str, Any], num_classes: int, axis: str | None):
@@ -132,7 +132,7 @@ def _feed_maker(
 ) -> Callable[[], feeds.Feed]:
   """What makes the feed of a data set, as of `load`."""
   arguments |= {name: settings[name] for name in ('batch_size', 'seed')}
-  if isinstance(data, datasets.Dataset):
+  if isinstance(data, in_memory.Dataset):
     return functools.partial(feeds.in_memory, data, params=theta, **arguments)
   return functools.partial(
     feeds.streamed,
@@ -161,7 +161,7 @@ def make_problem(
   """
   devices.check_batch_size(settings['batch_size'])
   axis, side = devices.axis_name(), settings['image_size']
-  if isinstance(data, datasets.Dataset):
+  if isinstance(data, in_memory.Dataset):
     shape, num_classes = data.train.images.shape[1:], data.num_classes
   else:
     shape, num_classes = (side, side, 3), data[0].num_classes
@@ -188,7 +188,7 @@ def make_problem(
     network.apply, prepare, settings['label_smoothing']
   )
   step = training.make_train_step(loss_fn, tx, transform, axis, method.penalty)
-  mask_steps = training.make_mask_steps(
+  mask_steps = training.make_mask_updates(
     loss_fn, tx, method.updater, transform, axis
   )
   init_masks, update_masks = (devices.on_devices(f, axis) for f in mask_steps)

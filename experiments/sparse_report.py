@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments import common
-from powerprop_jax import plotting
+from powerprop_jax import plots
 
 Row = dict[str, Any]
 _TITLES = {
@@ -115,7 +115,7 @@ def flops_table(rows: Sequence[Row]) -> str:
 def curves(
   rows: Sequence[Row], distribution: str
 ) -> dict[str, dict[str, list[float]]]:
-  """What `plotting.accuracy_against_sparsity` draws for a distribution."""
+  """What `plots.accuracy_against_sparsity` draws for a distribution."""
   lines: dict[str, dict[str, list[float]]] = {}
   for r in sorted(rows, key=lambda r: r['sparsity']):
     if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:
@@ -135,8 +135,8 @@ def write(
   rows, names = [r for r in rows if r['chosen']], []
   for distribution in distributions:
     names.append(f'accuracy_{distribution}.png')
-    figure = plotting.accuracy_against_sparsity(curves(rows, distribution))
-    plotting.save(figure, out_dir / names[-1])
+    figure = plots.accuracy_against_sparsity(curves(rows, distribution))
+    plots.save(figure, out_dir / names[-1])
   seeds = max(len(r['test_accuracy']) for r in rows)
   spread = f', mean ± standard deviation of {seeds} seeds' if seeds > 1 else ''
   if len(rows) < len(results):

@@ -13,15 +13,15 @@ from experiments import feeds
 from experiments import methods
 from experiments import optimiser_flags
 from experiments import runner
-from powerprop_jax import augment
-from powerprop_jax import classification
-from powerprop_jax import datasets
-from powerprop_jax import flops
-from powerprop_jax import masks as masks_lib
-from powerprop_jax import networks
 from powerprop_jax import power
-from powerprop_jax import top_kast
 from powerprop_jax import training
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import flops
+from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import updaters
+from powerprop_jax.training import classification
 
 
 class Recipe(NamedTuple):
@@ -148,7 +148,7 @@ def make_functions(
 
   # One object, as it is part of the key of the cache.
   penalty = functools.partial(
-    top_kast.penalty, strength=settings['exploration_penalty']
+    updaters.exploration_penalty, strength=settings['exploration_penalty']
   )
 
   def make(job):
@@ -157,7 +157,7 @@ def make_functions(
     made = _make_method(job, settings, shapes[0], fresh)
     init_masks, update_masks = (
       jax.jit(f, donate_argnums=0)
-      for f in training.make_mask_steps(loss_fn, tx, made.updater, transform)
+      for f in training.make_mask_updates(loss_fn, tx, made.updater, transform)
     )
     return Functions(
       init=init,
@@ -176,7 +176,7 @@ def make_functions(
 def _train(
   functions: Functions,
   settings: dict[str, Any],
-  split: datasets.Split,
+  split: in_memory.Split,
   seed: int,
   report: runner.Report,
 ) -> training.TrainState:
@@ -227,7 +227,7 @@ def run(
   job: Job,
   make: Callable[[Job], Functions],
   settings: dict[str, Any],
-  data: tuple[datasets.Split, ...],
+  data: tuple[in_memory.Split, ...],
   report: runner.Report,
 ) -> dict[str, Any]:
   """Trains the networks of a job, one after another.

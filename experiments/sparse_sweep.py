@@ -26,9 +26,9 @@ from experiments import presets
 from experiments import runner
 from experiments import sparse_report
 from experiments import sparse_runs
-from powerprop_jax import datasets
-from powerprop_jax import networks
 from powerprop_jax import power
+from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
       common.apply_preset(values, presets.SPARSE_SWEEP[values.preset])
     jobs = parse_jobs(values)
     settings = {name: values[name].value for name in RUN_FLAGS}
-    data = datasets.load(values.dataset, values.data_dir)
+    data = in_memory.load(values.dataset, values.data_dir)
     # Before JAX makes its devices, which any computation does.
     runner.use_cores(len(jobs))
     make = sparse_runs.make_functions(

@@ -25,12 +25,12 @@ from experiments import methods
 from experiments import optimiser_flags
 from experiments import sparse_loop
 from experiments import sparse_problem
-from powerprop_jax import analysis
-from powerprop_jax import checkpoint
-from powerprop_jax import flops
-from powerprop_jax import networks
 from powerprop_jax import power
 from powerprop_jax import training
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import flops
+from powerprop_jax.sparse import report as report_lib
+from powerprop_jax.training import checkpoint
 
 PRESETS = {
   # ResNet-50 on ImageNet as the field reports it: 100 epochs of batches of
@@ -140,7 +140,7 @@ def fingerprint(state: training.TrainState) -> str:
 
 def _densities(mask: Any, phi: Any, layers: dict[str, float]) -> dict[str, Any]:
   """The density of every layer that has operations."""
-  report = analysis.sparsity_report(mask, phi)
+  report = report_lib.sparsity_report(mask, phi)
   found = {row['path']: row['density'] for row in report['layers']}
   return {path: found.get(path, 1.0) for path in layers}
 
@@ -155,8 +155,8 @@ def summarise(
   """What summary.json holds."""
   state, layers = progress.state, problem.layer_flops
   masks, ever = jax.device_get((state.masks, progress.ever))
-  report = analysis.sparsity_report(masks.forward, state.phi)
-  explored = analysis.sparsity_report(ever, state.phi)
+  report = report_lib.sparsity_report(masks.forward, state.phi)
+  explored = report_lib.sparsity_report(ever, state.phi)
   densities = methods.Densities(
     *(_densities(m, state.phi, layers) for m in (*masks, ever))
   )

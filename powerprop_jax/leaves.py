@@ -123,11 +123,11 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
-def weights(params: Any, is_weight: IsWeight = is_weight) -> Any:
+def weight_mask(params: Any, is_weight: IsWeight = is_weight) -> Any:
   """The tree of params with True at weights and False elsewhere.
 
   Fits the `mask` argument of optax transforms, such as
-  `optax.add_decayed_weights(1e-4, mask=leaves.weights)`.
+  `optax.add_decayed_weights(1e-4, mask=leaves.weight_mask)`.
 
   Args:
     params: a pytree of arrays.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from powerprop_jax import analysis
-from powerprop_jax import masks
+from powerprop_jax.sparse import masks
+from powerprop_jax.sparse import report as report_lib
 
 F, T = False, True
 
@@ -206,7 +207,7 @@ def test_sparsity_report_counts_weights_only():
     'logits': {'w': jnp.array([[T], [F]]), 'b': jnp.array([T])},
   }
   for like in theta, jax.eval_shape(lambda: theta):
-    report = analysis.sparsity_report(mask, like)
+    report = report_lib.sparsity_report(mask, like)
     assert report == {
       'layers': [
         {
@@ -235,12 +236,12 @@ def test_dead_units_of_convolutions_and_of_equinox():
   mask = np.ones([3, 3, 2, 4], bool)
   mask[..., 1] = mask[:, 1, :, 2] = False
   conv = {'conv': {'w': jnp.zeros(mask.shape)}}
-  report = analysis.sparsity_report({'conv': {'w': mask}}, conv)
+  report = report_lib.sparsity_report({'conv': {'w': mask}}, conv)
   assert report['total']['dead'] == 1
   linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))  # [out, in].
   dead = jnp.array([[F, F], [T, F], [F, F]])
   mask = eqx.tree_at(lambda m: m.weight, masks.dense(linear).forward, dead)
-  assert analysis.sparsity_report(mask, linear)['total']['dead'] == 2
+  assert report_lib.sparsity_report(mask, linear)['total']['dead'] == 2
 
 
 def test_summarise_and_table():

@@ -1,4 +1,4 @@
-"""Tests of what may import what."""
+"""Which room of the package may import which: one line for each."""
 
 import ast
 import pathlib
@@ -9,20 +9,28 @@ import pytest
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _PACKAGE = _ROOT / 'powerprop_jax'
-# A module may import those of lower layers only.
-_LAYERS = (
-  {'leaves', 'masks', 'schedules', 'networks', 'prepared', 'augment'}
-  | {'figure_style', 'export_codes', 'task_inference', 'continual_report'},
-  {'checkpoint', 'devices', 'plotting', 'layouts', 'export_file', 'search'}
-  | {'continual_plotting'},
-  {'power', 'datasets', 'streams'},
-  {'reparam', 'propagation', 'distributions', 'updaters', 'flops', 'pruning'}
-  | {'tasks', 'continual', 'export'},
-  {'analysis', 'top_kast'},
-  {'training'},
-  {'classification', 'ewc'},
-  {'__init__'},
-)
+_CORE = {'types', 'leaves', 'power'}
+# What each room may import of the package, beside itself.
+_MAY_IMPORT = {
+  'types': set(),
+  'leaves': {'types'},
+  'power': {'types', 'leaves'},
+  'transforms': _CORE,
+  'reparam': _CORE,
+  'sparse': {*_CORE, 'transforms'},
+  'data': {'types'},
+  'models': {'types'},
+  'plots': {'types'},
+  'training': {*_CORE, 'transforms', 'sparse', 'data'},
+  'continual': {*_CORE, 'transforms', 'sparse', 'data', 'training'},
+  'export': {*_CORE, 'sparse'},
+  'analysis': {*_CORE, 'sparse'},
+}
+
+
+def _room(path):
+  """The room of a file: its folder, or its own name at the top."""
+  return path.relative_to(_PACKAGE).parts[0].removesuffix('.py')
 
 
 def _imports(path):
@@ -34,52 +42,60 @@ def _imports(path):
       yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
-def test_every_module_has_a_layer():
-  layers = sorted(name for layer in _LAYERS for name in layer)
-  assert layers == sorted(path.stem for path in _PACKAGE.glob('*.py'))
+_FILES = [p for p in sorted(_PACKAGE.rglob('*.py')) if _room(p) != '__init__']
+
+
+def test_every_room_has_a_rule():
+  assert {_room(path) for path in _FILES} == set(_MAY_IMPORT)
+
+
+@pytest.mark.parametrize('room', _MAY_IMPORT)
+def test_rooms_import_what_they_may(room):
+  allowed = {room, *_MAY_IMPORT[room]}
+  for path in _FILES:
+    for imported in _imports(path) if _room(path) == room else ():
+      assert not imported.startswith('experiments'), f'{path}: {imported}'
+      if imported.startswith('powerprop_jax.'):
+        assert imported.split('.')[1] in allowed, f'{path}: {imported}'
+
+
+@pytest.mark.parametrize('folder', ['tests', 'examples', 'experiments'])
+def test_only_benchmarks_import_the_experiments(folder):
+  for path in (_ROOT / folder).rglob('*.py'):
+    inside = path.relative_to(_ROOT).parts[:2]
+    for imported in _imports(path):
+      if imported.startswith('experiments'):
+        assert 'experiments' in inside or inside[0] == 'tests', path
 
 
 @pytest.mark.parametrize(
-  'layer', range(len(_LAYERS)), ids=[min(layer) for layer in _LAYERS]
+  ('library', 'rooms'),
+  [
+    ('haiku', {'reparam', 'models'}),
+    ('matplotlib', {'plots'}),
+    ('orbax', {'training'}),
+    ('grain', {'data'}),
+    ('tensorflow_datasets', {'data'}),
+  ],
 )
-def test_modules_import_lower_layers_only(layer):
-  lower = set().union(*_LAYERS[:layer])
-  for name in _LAYERS[layer]:
-    for imported in _imports(_PACKAGE / f'{name}.py'):
-      assert not imported.startswith('experiments'), f'{name}: {imported}'
-      if imported.startswith('powerprop_jax.'):
-        assert imported.split('.')[1] in lower, f'{name}: {imported}'
+def test_libraries_belong_to_their_rooms(library, rooms):
+  users = {
+    _room(path)
+    for path in _FILES
+    if any(name.split('.')[0] == library for name in _imports(path))
+  }
+  assert users == rooms
 
 
 def test_absl_flags_belong_to_the_binaries():
-  users = {
-    path.stem
-    for path in _PACKAGE.glob('*.py')
-    if 'absl.flags' in set(_imports(path))
-  }
+  users = {p.stem for p in _FILES if 'absl.flags' in set(_imports(p))}
   # Grain itself asks for parsed flags where it starts workers.
   assert users == {'streams'}
 
 
-def test_haiku_belongs_to_two_modules():
-  users = {
-    path.stem
-    for path in _PACKAGE.glob('*.py')
-    if any(name.split('.')[0] == 'haiku' for name in _imports(path))
-  }
-  assert users == {'reparam', 'networks'}
-
-
 def test_import_is_light():
-  heavy = (
-    'tensorflow',
-    'tensorflow_datasets',
-    'matplotlib',
-    'grain',
-    'orbax',
-    'mlxtend',
-    'PIL',
-  )
+  heavy = ('tensorflow', 'tensorflow_datasets', 'matplotlib', 'grain', 'orbax')
+  heavy += ('haiku', 'mlxtend', 'PIL', 'scipy.stats', 'tqdm')
   code = (
     f'import sys, powerprop_jax;print([m for m in {heavy} if m in sys.modules])'
   )
@@ -91,3 +107,13 @@ def test_import_is_light():
     check=True,
   )
   assert out.stdout.strip() == '[]'
+
+
+def test_rooms_are_attributes_of_the_package():
+  code = (
+    'import powerprop_jax as p;'
+    'p.sparse.pruning.prune, p.training.checkpoint.save, p.data.in_memory.load,'
+    'p.models.networks.build, p.plots.save, p.continual.learn_task,'
+    'p.export.to_dict, p.analysis.summarise, p.reparameterise'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=_ROOT, check=True)

@@ -21,7 +21,7 @@ import optax
 import pytest
 
 from powerprop_jax import power
-from powerprop_jax import propagation
+from powerprop_jax import transforms
 
 ALPHA = 2.0
 STEPS = 20
@@ -44,7 +44,7 @@ def _inner():
 
 
 def _powerprop():
-  return propagation.powerprop(_inner(), ALPHA)
+  return transforms.powerprop(_inner(), ALPHA)
 
 
 def _arrays(tree):
@@ -256,7 +256,7 @@ def test_phi_form_takes_the_trees_of_every_library(parameters, weight):
   theta = parameters()
   transform = power.power_transform(ALPHA)
   phi = transform.to_phi(theta)
-  tx = propagation.target_propagation(optax.sgd(0.5), transform)
+  tx = transforms.target_propagation(optax.sgd(0.5), transform)
   ones = jax.tree.map(jnp.ones_like, phi)
   updates, _ = tx.update(ones, tx.init(phi), phi)
   assert jax.tree.structure(updates) == jax.tree.structure(theta)

@@ -381,11 +381,13 @@ def test_map_with_path_takes_more_trees():
 
 def test_weights_is_a_tree_of_bools():
   params = {'linear': {'w': X, 'b': X[0]}, 'embed': {'embeddings': X}}
-  assert leaves.weights(params) == {
+  assert leaves.weight_mask(params) == {
     'linear': {'w': True, 'b': False},
     'embed': {'embeddings': False},
   }
-  by_path = leaves.weights(params, lambda path, leaf: path.startswith('embed'))
+  by_path = leaves.weight_mask(
+    params, lambda path, leaf: path.startswith('embed')
+  )
   assert by_path == {
     'linear': {'w': False, 'b': False},
     'embed': {'embeddings': True},
@@ -404,7 +406,7 @@ def test_weight_rows():
 
 def test_weights_is_a_mask_of_optax():
   params = {'linear': {'w': jnp.asarray([2.0]), 'b': jnp.asarray([3.0])}}
-  tx = optax.add_decayed_weights(0.5, mask=leaves.weights)
+  tx = optax.add_decayed_weights(0.5, mask=leaves.weight_mask)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   assert updates == {'linear': {'w': 1.0, 'b': 0.0}}

@@ -20,7 +20,7 @@ import pytest
 
 from powerprop_jax import leaves
 from powerprop_jax import power
-from powerprop_jax import propagation
+from powerprop_jax import transforms
 
 POWERS = {'kernel': 3.0, 'w': 1.5}  # Of the weights; there is a bias too.
 STEPS = 4
@@ -76,7 +76,7 @@ def _transform():
 
 
 def _wrapped(name):
-  return propagation.target_propagation(
+  return transforms.target_propagation(
     optimisers.OPTIMISERS[name](), _transform()
   )
 
@@ -165,7 +165,7 @@ def test_step_is_the_inner_step_at_theta_times_the_jacobian(name):
 @each_optimiser
 def test_drop_in_step_is_the_difference_of_thetas(name):
   inner, extra_args = _inner(name), optimisers.EXTRA_ARGS.get(name, {})
-  tx = propagation.powerprop(inner, _alpha)
+  tx = transforms.powerprop(inner, _alpha)
   for step in _trajectory(name)[0][:2]:
     theta = _theta(step.phi)
     updates, state = _update(tx, step.grads, step.state, theta, **extra_args)
@@ -201,8 +201,8 @@ def test_alpha_one_is_the_inner_optimiser_to_the_last_bit(name):
   step = _trajectory(name)[0][1]
   expected = inner.update(step.grads, step.state, step.phi, **extra_args)
   for tx in (
-    propagation.target_propagation(inner, power.power_transform(1.0)),
-    propagation.powerprop(inner, 1.0),
+    transforms.target_propagation(inner, power.power_transform(1.0)),
+    transforms.powerprop(inner, 1.0),
   ):
     _assert_identical(
       tx.update(step.grads, step.state, step.phi, **extra_args), expected
@@ -235,7 +235,7 @@ def test_bfloat16_is_kept_where_the_inner_optimiser_keeps_it(name):
   inner = optimisers.OPTIMISERS[name]()
   expected = types(inner)
   assert types(_wrapped(name)) == expected
-  assert types(propagation.powerprop(inner, _alpha)) == expected
+  assert types(transforms.powerprop(inner, _alpha)) == expected
   # The rates that inject_hyperparams keeps are float32 and promote the updates.
   if name != 'inject_hyperparams':
     assert {str(x.dtype) for x in jax.tree.leaves(expected[1])} == {'bfloat16'}
@@ -248,7 +248,7 @@ def test_dtypes_of_half_precision_gradients_for_float32_parameters():
   inner = optax.sgd(0.1)
   expected = types(inner)
   assert types(_wrapped('sgd')) == expected
-  assert types(propagation.powerprop(inner, _alpha)) == expected
+  assert types(transforms.powerprop(inner, _alpha)) == expected
   assert {str(x.dtype) for x in jax.tree.leaves(expected[1])} == {'bfloat16'}
 
 
@@ -257,7 +257,7 @@ def test_missing_parameters_raise_the_message_of_optax(name):
   state = _trajectory(name)[0][0].state
   for tx in (
     _wrapped(name),
-    propagation.powerprop(optimisers.OPTIMISERS[name](), _alpha),
+    transforms.powerprop(optimisers.OPTIMISERS[name](), _alpha),
   ):
     with pytest.raises(ValueError) as error:
       tx.update(_random(1), state, **optimisers.EXTRA_ARGS.get(name, {}))
@@ -265,7 +265,7 @@ def test_missing_parameters_raise_the_message_of_optax(name):
 
 
 def test_missing_parameters_of_the_last_link():
-  tx = propagation.scale_by_power_jacobian(_transform())
+  tx = transforms.scale_by_power_jacobian(_transform())
   with pytest.raises(ValueError) as error:
     tx.update(_random(1), tx.init(_random(0)))
   assert str(error.value) == base.NO_PARAMS_MSG
@@ -286,7 +286,7 @@ def test_tree_map_params_maps_what_it_maps_in_the_inner_state(name):
   inner = optimisers.OPTIMISERS[name]()
   expected = mapped(inner)
   _assert_identical(mapped(_wrapped(name)), expected)
-  _assert_identical(mapped(propagation.powerprop(inner, _alpha)), expected)
+  _assert_identical(mapped(transforms.powerprop(inner, _alpha)), expected)
 
 
 @each_optimiser
@@ -340,7 +340,7 @@ def test_moments_of_chosen_weights_can_be_reset():
 
 
 def _weights_only(inner):
-  return optax.masked(inner, leaves.weights)
+  return optax.masked(inner, leaves.weight_mask)
 
 
 @pytest.mark.parametrize('outside', [True, False])
@@ -348,9 +348,9 @@ def test_masked_inside_and_outside(outside):
   """The weights are trained, by the formula, and the biases passed through."""
   inner = optax.adam(0.1)
   if outside:
-    tx = _weights_only(propagation.target_propagation(inner, _transform()))
+    tx = _weights_only(transforms.target_propagation(inner, _transform()))
   else:
-    tx = propagation.target_propagation(_weights_only(inner), _transform())
+    tx = transforms.target_propagation(_weights_only(inner), _transform())
   phi, grads, keep = _parameters(), _gradients('adam', 0), _keep()
   updates, state = _update(tx, grads, tx.init(phi), phi)
   expected, _ = _update(inner, grads, inner.init(phi), phi)
@@ -374,7 +374,7 @@ def test_masked_inside_and_outside(outside):
 def test_each_part_of_a_partition_has_its_own_transform():
   tx = optax.partition(
     {
-      name: propagation.target_propagation(
+      name: transforms.target_propagation(
         optax.adam(0.1), power.power_transform(a)
       )
       for name, a in POWERS.items()
@@ -401,7 +401,7 @@ def test_each_part_of_a_partition_has_its_own_transform():
 def test_wrappers_that_do_not_read_parameters_commute(name, wrap):
   """They do the same around `target_propagation` as inside it."""
   inner = optax.adamw(0.1)
-  tx = wrap(propagation.target_propagation(inner, _transform()))
+  tx = wrap(transforms.target_propagation(inner, _transform()))
   steps, _, _ = _trajectory(name)
   state, update = tx.init(steps[0].phi), jax.jit(tx.update)
   for step in steps:
@@ -417,7 +417,7 @@ def test_powers_by_path():
     'd': {'w': jnp.array([-3.0])},
   }
   alphas = {'a/w': 1.5, 'c/w': 3.0, 'd/w': 1.0}
-  tx = propagation.target_propagation(
+  tx = transforms.target_propagation(
     optax.sgd(0.5), power.power_transform(lambda path, _: alphas[path])
   )
   grads = jax.tree.map(lambda x: -jnp.ones_like(x), phi)
@@ -447,7 +447,7 @@ def test_extra_arguments_reach_the_inner_optimiser():
 
 def test_line_search_evaluates_the_loss_at_theta():
   inner = optax.chain(optax.sgd(4.0), optax.scale_by_backtracking_linesearch(8))
-  tx = propagation.target_propagation(inner, _transform())
+  tx = transforms.target_propagation(inner, _transform())
   target = _random(5)
 
   def loss(theta):
@@ -487,7 +487,7 @@ def test_bfloat16_step_is_the_formula_in_float32_rounded(name):
 
 def test_bfloat16_drop_in_step_is_that_of_float32_rounded():
   """The difference of two powers, which bfloat16 has no digits to take."""
-  tx = propagation.powerprop(optax.sgd(0.1), _alpha)
+  tx = transforms.powerprop(optax.sgd(0.1), _alpha)
   theta, grads = _cast((_random(0), _random(1)), jnp.bfloat16)
   updates, _ = _update(tx, grads, tx.init(theta), theta)
   theta, grads = _cast((theta, grads), jnp.float32)

@@ -36,12 +36,12 @@ OPTIMISERS = {
     learning_rate=optax.linear_schedule(0.1, 0.0, 4), weight_decay=0.1
   ),
   'masked': lambda: optax.chain(
-    optax.masked(optax.scale_by_adam(), leaves.weights),
-    optax.add_decayed_weights(0.1, mask=leaves.weights),
+    optax.masked(optax.scale_by_adam(), leaves.weight_mask),
+    optax.add_decayed_weights(0.1, mask=leaves.weight_mask),
     optax.scale(-0.1),
   ),
   'partition': lambda: optax.partition(
-    {True: optax.adamw(0.1), False: optax.sgd(0.1, 0.9)}, leaves.weights
+    {True: optax.adamw(0.1), False: optax.sgd(0.1, 0.9)}, leaves.weight_mask
   ),
   'chain': lambda: optax.chain(
     optax.clip_by_global_norm(1.0),

@@ -378,4 +378,4 @@ def test_describe_agrees_with_the_weights_of_leaves(capsys):
   tree = _tree()
   rows = power.describe(tree)
   capsys.readouterr()
-  assert [r.weight for r in rows] == jax.tree.leaves(leaves.weights(tree))
+  assert [r.weight for r in rows] == jax.tree.leaves(leaves.weight_mask(tree))

@@ -107,7 +107,7 @@ def test_gradient_at_phi_follows_by_the_chain_rule(with_state):
     slope = a * np.abs(x) ** (a - 1) if weight else 1.0
     np.testing.assert_allclose(at_x, slope * grad, rtol=1e-4, atol=1e-5)
 
-  jax.tree.map(check, leaves.weights(phi), powers, phi, at_phi, at_theta)
+  jax.tree.map(check, leaves.weight_mask(phi), powers, phi, at_phi, at_theta)
   assert at_phi['linear']['w'][0, 0] == 0.0
   assert at_theta['linear']['w'][0, 0] != 0.0
 

@@ -1,0 +1,166 @@
+"""Elastic weight consolidation: earlier tasks as springs on the weights.
+
+The baseline for continual learning by regularisation (section 4 of the paper
+names it). A task that is learned leaves its weights theta_t and how much it
+depends on each, the diagonal of its Fisher information F_t; later tasks add to
+their loss
+
+  sum_t strength / 2 sum_i F_ti (theta_i - theta_ti)^2.
+
+Quadratics add up to a quadratic: sum_t F_t and sum_t F_t theta_t are all its
+gradient takes, so that memory does not grow with the number of tasks.
+
+References:
+  Kirkpatrick et al, `Overcoming catastrophic forgetting in neural networks
+  <https://arxiv.org/abs/1612.00796>`_, 2017.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from powerprop_jax.training import step as step_lib
+
+Params = Any  # A pytree of arrays.
+
+
+class Anchor(NamedTuple):
+  """What all earlier tasks hold the weights to, as two trees like theta.
+
+  Attributes:
+    fisher: sum_t strength F_t.
+    pull: sum_t strength F_t theta_t.
+  """
+
+  fisher: Params
+  pull: Params
+
+
+def no_anchor(theta: Params) -> Anchor:
+  """The anchor of no task, whose penalty is zero."""
+  zeros = lambda: jax.tree.map(jnp.zeros_like, theta)
+  return Anchor(fisher=zeros(), pull=zeros())
+
+
+def fisher(
+  logits: Callable[[Params, jax.Array], jax.Array],
+  theta: Params,
+  images: jax.Array,
+  *,
+  key: jax.Array | None = None,
+  labels: jax.Array | None = None,
+) -> Params:
+  """The diagonal of the Fisher information, averaged over examples.
+
+  F is the mean of the squared gradient of log p(y | x, theta), with y drawn
+  from the network's own prediction. With the labels of the data in place of y
+  it is the 'empirical' Fisher, which many codes take for it; that one goes to
+  zero as the training data are fitted. A few hundred examples will do: each
+  needs a gradient of its own.
+
+  Args:
+    logits: maps (theta, images) to logits [n, classes]. Examples must not
+      influence each other, as they would through the statistics of a batch.
+    theta: the weights, after training.
+    images: what `logits` takes, with one row an example.
+    key: from which y is drawn.
+    labels: int [n], in place of a key; examples of negative labels do not
+      count.
+
+  Returns:
+    A tree like theta, of numbers >= 0.
+
+  Raises:
+    ValueError: if there is a key and labels, or neither, or no example.
+  """
+  if (key is None) == (labels is None):
+    raise ValueError(
+      'Give either a key, to draw labels from the network, or the labels of'
+      f' the data, got key={key} and labels={labels}.'
+    )
+  if not len(images):
+    raise ValueError('There must be examples, got none.')
+  classes: Any = labels
+  if key is not None:
+    classes = jax.random.categorical(key, logits(theta, images))
+
+  @jax.grad
+  def score(theta, image, label):
+    return jax.nn.log_softmax(logits(theta, image[None])[0])[label]
+
+  # One after another: XLA on a CPU takes thirty times as long for the gradients
+  # of several examples at once.
+  def add(total, example):
+    grads = score(theta, *example)
+    counts = example[1] >= 0
+    return jax.tree.map(
+      lambda t, g: t + jnp.where(counts, g * g, 0), total, grads
+    ), None
+
+  zeros = jax.tree.map(jnp.zeros_like, theta)
+  total, _ = jax.lax.scan(add, zeros, (images, classes))
+  count = jnp.maximum(jnp.sum(classes >= 0), 1)
+  return jax.tree.map(lambda x: x / count, total)
+
+
+def add_task(
+  anchor: Anchor,
+  fisher: Params,
+  theta: Params,
+  strength: float | jax.Array = 1.0,
+  held: Any = None,
+) -> Anchor:
+  """Holds later tasks to a task that was just learned.
+
+  Args:
+    anchor: of the tasks before it, or `no_anchor`.
+    fisher: as of the function `fisher`.
+    theta: the weights, after training.
+    strength: how hard to hold them, not negative.
+    held: a pytree of bools: which leaves to hold; None holds all. A head that
+      every task has for itself is not to be held.
+
+  Returns:
+    The anchor of all tasks so far.
+
+  Raises:
+    ValueError: if the strength is negative.
+  """
+  if not isinstance(strength, jax.Array) and not strength >= 0:
+    raise ValueError(f'strength must not be negative, got {strength}.')
+  if held is None:
+    held = jax.tree.map(lambda _: True, theta)
+  weighted = jax.tree.map(
+    lambda h, f: strength * f if h else jnp.zeros_like(f), held, fisher
+  )
+  return Anchor(
+    fisher=jax.tree.map(jnp.add, anchor.fisher, weighted),
+    pull=jax.tree.map(lambda p, f, x: p + f * x, anchor.pull, weighted, theta),
+  )
+
+
+def penalty(fisher: Params, pull: Params) -> step_lib.Penalty:
+  """The gradient of the penalty, for `training.make_train_step`.
+
+  To compile once for all tasks, make the step inside of the compiled function,
+  of which the anchor is an argument:
+
+    def run(state, anchor, data, indices):
+      step = training.make_train_step(..., penalty=ewc.penalty(*anchor))
+      return training.make_run_steps(step)(state, data, indices)
+
+  Args:
+    fisher: of an `Anchor`.
+    pull: of the same.
+
+  Returns:
+    A function of (theta, masks) to a tree like theta: fisher * theta - pull.
+  """
+
+  def gradient(theta, masks):
+    del masks
+    return jax.tree.map(lambda f, x, p: f * x - p, fisher, theta, pull)
+
+  return gradient

@@ -1,0 +1,331 @@
+"""Searches for the density at which a network may be pruned.
+
+EfficientPackNet (section 4 of the paper, lines 6 to 11 of Algorithm 1) prunes a
+trained network to the lowest density at which its performance is still at least
+a target, gamma times that of the dense network. Candidates come from a sorted
+grid. The linear scan tries them from the largest down and stops at the first
+that misses; the binary search halves the grid; and the Taylor estimate predicts
+the loss of every candidate from one set of gradients, and evaluates the one it
+picks. The magnitudes are sorted once: the mask of a candidate is then a
+comparison of positions.
+
+The estimate is the expansion of section 3 of the paper. Pruning moves theta by
+-theta where the mask is False, so that the loss rises by
+
+  -sum g theta + 1/2 sum h theta^2
+
+over pruned weights. The gradient g of a trained network nearly vanishes, hence
+the second term, in which the Fisher information stands for the diagonal of the
+Hessian: h theta^2 = E[(g_x theta)^2], the importance of Molchanov et al.
+(2019); the first term is that of their 2017 paper. E is over batches of b
+examples, whose mean gradients vary b times less than gradients of one example.
+
+References:
+  Schwarz et al, `Powerpropagation: A sparsity inducing weight
+  reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021,
+  sections 3 and 4.
+  Molchanov et al, `Pruning convolutional neural networks for resource efficient
+  inference <https://arxiv.org/abs/1611.06440>`_, ICLR 2017.
+  Molchanov et al, `Importance estimation for neural network pruning
+  <https://arxiv.org/abs/1906.10771>`_, CVPR 2019.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from powerprop_jax.sparse import masks
+
+ByPath = Mapping[str, jax.Array]
+_NEVER = np.iinfo(np.int32).max
+
+
+class Ranking(NamedTuple):
+  """The places of weights when all are sorted by magnitude, largest first.
+
+  Attributes:
+    place: among all weights, from 0, by the path of the leaf.
+    free_place: among free weights; -1 of a weight that an earlier task owns,
+      and beyond every limit of one that may not be chosen.
+  """
+
+  place: dict[str, jax.Array]
+  free_place: dict[str, jax.Array]
+
+
+def rank(
+  weights: ByPath, owners: ByPath, omit: Collection[str] = ()
+) -> Ranking:
+  """Sorts weights by magnitude; ties go to the lower index, NaN comes last.
+
+  Args:
+    weights: theta of the leaves that are ranked together, by path.
+    owners: integers of the same shapes, 0 where a weight is free.
+    omit: paths of leaves of which only free weights may be chosen.
+
+  Returns:
+    A `Ranking`.
+  """
+  paths = list(owners)
+  scores = jnp.concatenate([jnp.abs(weights[p]).ravel() for p in paths])
+  free = jnp.concatenate([(owners[p] == 0).ravel() for p in paths])
+  omitted = ~free & jnp.concatenate(
+    [jnp.full(owners[p].size, p in omit) for p in paths]
+  )
+  # NaN, which sorts as the largest, comes after every magnitude.
+  scores = jnp.where(jnp.isnan(scores), -1.0, scores)
+  scores = jnp.where(omitted, -jnp.inf, scores)
+  order = jnp.argsort(scores, descending=True, stable=True)
+  places = jnp.arange(scores.size, dtype=jnp.int32)
+  place = jnp.zeros_like(places).at[order].set(places)
+  sorted_free = jnp.cumsum(free[order].astype(jnp.int32)) - 1
+  free_place = jnp.where(free, sorted_free[place], -1)
+  free_place = jnp.where(omitted, _NEVER, free_place)
+  ends = np.cumsum([owners[p].size for p in paths])[:-1]
+
+  def split(flat):
+    parts = jnp.split(flat, ends)
+    return {p: x.reshape(owners[p].shape) for p, x in zip(paths, parts)}
+
+  return Ranking(split(place), split(free_place))
+
+
+def select(
+  ranking: Ranking, count: int | jax.Array, max_new: int | jax.Array
+) -> dict[str, jax.Array]:
+  """The mask of the largest weights.
+
+  Args:
+    ranking: as of `rank`.
+    count: how many to keep of all weights, traced or not.
+    max_new: how many of them may be free ones: the largest of these are kept,
+      and the others leave their places empty.
+
+  Returns:
+    Boolean arrays by path.
+  """
+  return {
+    path: (place < count) & (ranking.free_place[path] < max_new)
+    for path, place in ranking.place.items()
+  }
+
+
+def check_densities(
+  densities: Sequence[float], minimum: float = 0.0, maximum: float = 1.0
+) -> list[float]:
+  """The candidates that lie between two bounds.
+
+  Args:
+    densities: fractions of weights to keep, in (0, 1], rising.
+    minimum: the least density that a task may have.
+    maximum: the largest.
+
+  Returns:
+    A list of floats.
+
+  Raises:
+    ValueError: if a density is impossible, they do not rise, or none is left.
+  """
+  found = [masks.check_density(p) for p in densities]
+  if any(a >= b for a, b in itertools.pairwise(found)):
+    raise ValueError(f'densities must rise from one to the next, got {found}.')
+  kept = [p for p in found if minimum <= p <= maximum]
+  if not kept:
+    raise ValueError(
+      f'None of the densities {found} is between {minimum} and {maximum}. Add'
+      ' some, or move the bounds.'
+    )
+  return kept
+
+
+class Found(NamedTuple):
+  """The result of a search, and what it cost.
+
+  Attributes:
+    density: the lowest of which it is known that it meets the target; the
+      largest candidate if none did.
+    met: whether it does.
+    performance: its performance.
+    evaluated: (density, performance) of every evaluation, in order.
+  """
+
+  density: float
+  met: bool
+  performance: float
+  evaluated: list[tuple[float, float]]
+
+
+Evaluate = Callable[[float], float]  # From a density to the performance.
+
+
+def _found(densities, target, evaluated) -> Found:
+  """The lowest density that met the target in an unbroken row from the top."""
+  known = dict(evaluated)
+  chosen = min((p for p in known if known[p] >= target), default=None)
+  if chosen is None:
+    chosen = densities[-1]
+  return Found(chosen, known[chosen] >= target, known[chosen], evaluated)
+
+
+def linear(
+  evaluate: Evaluate, densities: Sequence[float], target: float
+) -> Found:
+  """From the largest density down, until one misses the target.
+
+  Args:
+    evaluate: the performance at a density.
+    densities: rising, as of `check_densities`.
+    target: the performance to be met: reaching it is enough.
+
+  Returns:
+    What was `Found`.
+  """
+  evaluated = []
+  for density in reversed(densities):
+    evaluated.append((density, evaluate(density)))
+    if evaluated[-1][1] < target:
+      break
+  return _found(densities, target, evaluated)
+
+
+def binary(
+  evaluate: Evaluate,
+  densities: Sequence[float],
+  target: float,
+  num_steps: int,
+) -> Found:
+  """Halves the grid a fixed number of times.
+
+  Finds what `linear` does if performance falls with density, and 2^num_steps is
+  at least the number of candidates; with fewer steps, a density above it. The
+  largest is evaluated last, if none of the others met the target.
+
+  Args:
+    evaluate: the performance at a density.
+    densities: rising, as of `check_densities`.
+    target: the performance to be met.
+    num_steps: how many times to halve, with one evaluation each; that of the
+      largest density may come on top.
+
+  Returns:
+    What was `Found`.
+  """
+  evaluated = []
+  # All below `low` miss; `high` meets, or is the largest and not yet known.
+  low, high = 0, len(densities) - 1
+  for _ in range(num_steps):
+    if low == high:
+      break
+    middle = (low + high) // 2
+    evaluated.append((densities[middle], evaluate(densities[middle])))
+    if evaluated[-1][1] >= target:
+      high = middle
+    else:
+      low = middle + 1
+  if high == len(densities) - 1:
+    evaluated.append((densities[-1], evaluate(densities[-1])))
+  return _found(densities, target, evaluated)
+
+
+def taylor(
+  evaluate: Evaluate,
+  densities: Sequence[float],
+  target: float,
+  predicted: Sequence[float],
+  tolerance: float,
+) -> Found:
+  """The lowest density whose predicted rise of the loss is tolerable.
+
+  One evaluation confirms it. If it misses the target, the densities above are
+  tried one after another: a wrong prediction costs time, and no accuracy.
+
+  Args:
+    evaluate: the performance at a density.
+    densities: rising, as of `check_densities`.
+    target: the performance to be met.
+    predicted: the rise of the loss at every density, as of `predicted_rise`.
+    tolerance: the largest rise to accept, as of `loss_tolerance`.
+
+  Returns:
+    What was `Found`.
+  """
+  last = len(densities) - 1
+  # From the top: below the first that is intolerable nothing is trusted.
+  start = last
+  while start and predicted[start - 1] <= tolerance:
+    start -= 1
+  evaluated = []
+  for density in densities[start:]:
+    evaluated.append((density, evaluate(density)))
+    if evaluated[-1][1] >= target:
+      break
+  return _found(densities, target, evaluated)
+
+
+def loss_tolerance(gamma: float) -> float:
+  """The rise of the cross-entropy that stands for a loss of 1 - gamma.
+
+  exp(-loss) is the geometric mean of the probabilities of the right classes; it
+  falls to gamma times itself when the loss rises by -log(gamma).
+  """
+  return -math.log(gamma) if gamma else math.inf
+
+
+def make_saliency(
+  loss: Callable[..., jax.Array],
+) -> Callable[[Any, Any, Any], Any]:
+  """The rise of the loss by pruning each weight, to second order.
+
+  Args:
+    loss: maps (theta, args, batch) to the mean loss of a batch, a tuple of
+      arrays with one row an example.
+
+  Returns:
+    A pure function of (theta, args, batches), where the leading axis of batches
+    is that of the batches, that returns a tree of arrays as theta.
+  """
+
+  def saliency(theta, args, batches):
+    def add(totals, batch):
+      grads = jax.grad(loss)(theta, args, batch)
+      moved = jax.tree.map(jnp.multiply, grads, theta)
+      squares = jax.tree.map(jnp.square, moved)
+      return jax.tree.map(jnp.add, totals, (moved, squares)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (theta, theta))
+    totals, _ = jax.lax.scan(add, zeros, batches)
+    n, size = jax.tree.leaves(batches)[0].shape[:2]
+    return jax.tree.map(lambda a, b: (size * b / 2 - a) / n, *totals)
+
+  return saliency
+
+
+def predicted_rise(
+  saliency: ByPath,
+  ranking: Ranking,
+  counts: jax.Array,
+  max_new: int | jax.Array,
+) -> jax.Array:
+  """The rise of the loss at every candidate, without evaluating any.
+
+  Args:
+    saliency: as of `make_saliency`, by path.
+    ranking: as of `rank`.
+    counts: how many weights each candidate keeps, [n].
+    max_new: as in `select`.
+
+  Returns:
+    Floats [n].
+  """
+
+  def rise(count):
+    mask = select(ranking, count, max_new)
+    pruned = [jnp.where(m, 0, saliency[p]) for p, m in mask.items()]
+    return sum(jnp.sum(x) for x in pruned)
+
+  return jax.lax.map(rise, counts)

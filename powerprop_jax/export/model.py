@@ -1,0 +1,350 @@
+"""Pruned models to take away: files, dictionaries and sparse matrices.
+
+Powerpropagation makes networks that can be pruned hard (section 3 of the
+paper); a file of the pruned network should then be as small as what is left.
+`save_compressed` writes the values of kept weights only, the positions of the
+kept weights in a code that is close to their entropy (`export_codes`), and
+every other leaf as it is. `save_tasks` writes the networks of a sequence of
+tasks (section 4), which share their weights: these once, a mask a task, and
+what each task has for itself.
+
+A file is a safetensors container (`export_file`): reading it executes nothing.
+
+Other libraries take weights as dictionaries of numpy arrays by path, which
+`to_dict` and `from_dict` make of trees and back. `to_sparse` makes matrices
+that compute with the kept weights only.
+"""
+
+from collections.abc import Mapping, Sequence
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import sparse
+import jax.numpy as jnp
+import numpy as np
+
+from powerprop_jax import leaves
+from powerprop_jax import power
+from powerprop_jax.export import format as export_format
+
+Params = Any  # A pytree of arrays.
+Mask = Any  # A pytree of boolean arrays.
+Alpha = float | Mapping[str, float]
+Arrays = dict[str, np.ndarray]
+
+
+class Model(NamedTuple):
+  """A network that was read from a file; `from_dict` makes trees of the dicts.
+
+  Attributes:
+    theta: the leaves by path; pruned weights are zero.
+    masks: the masks by path, ones for every leaf that is not pruned.
+    alpha: the power it was trained with, or a dict of powers by path; None if
+      it was not given.
+  """
+
+  theta: Arrays
+  masks: Arrays
+  alpha: float | dict[str, float] | None
+
+
+def _paths(tree: Any) -> list[str]:
+  paths = jax.tree.leaves(leaves.map_with_path(lambda p, _: str(p), tree))
+  if len(set(paths)) < len(paths):
+    raise ValueError(f'Two leaves have the same path. Rename one of {paths}.')
+  return paths
+
+
+def to_dict(tree: Params, mask: Mask | None = None) -> Arrays:
+  """The leaves of a tree by their path.
+
+  Args:
+    tree: a pytree of arrays: parameters, masks, or the state of BatchNorm.
+    mask: a pytree of boolean arrays with the same paths, or some of them; what
+      it cuts is zero in the result.
+
+  Returns:
+    numpy arrays by '/'-joined path, in the order of the tree.
+
+  Raises:
+    ValueError: if a leaf is no array, two have the same path, or the masks do
+      not fit.
+  """
+  found = map(np.asarray, jax.device_get(jax.tree.leaves(tree)))
+  arrays = dict(zip(_paths(tree), found))
+  for path, x in arrays.items():
+    if x.dtype.kind in 'OSU':
+      raise ValueError(
+        f'{path!r} is no array. Filter the tree first, as with'
+        ' eqx.filter(model, eqx.is_array).'
+      )
+  if mask is None:
+    return arrays
+  masks = _masks_by_path(mask, arrays)
+  return {p: np.where(masks[p], x, x.dtype.type(0)) for p, x in arrays.items()}
+
+
+def from_dict(arrays: Mapping[str, Any], like: Params) -> Params:
+  """The tree of which `to_dict` made a dictionary.
+
+  Args:
+    arrays: arrays by path.
+    like: a tree of that structure, of arrays or of their shapes.
+
+  Returns:
+    A tree of jax arrays of the structure of like.
+
+  Raises:
+    ValueError: if the paths or the shapes are not those of like.
+  """
+  wanted = dict(zip(_paths(like), map(np.shape, jax.tree.leaves(like))))
+  shapes = {path: np.shape(x) for path, x in arrays.items()}
+  if shapes != wanted:
+    differing = [
+      f'{p}: {shapes.get(p, "absent")} in the dictionary,'
+      f' {wanted.get(p, "absent")} in the tree'
+      for p in sorted(shapes.keys() | wanted.keys())
+      if shapes.get(p) != wanted.get(p)
+    ]
+    raise ValueError('The leaves differ. ' + '; '.join(differing))
+  return leaves.map_with_path(lambda p, _: jnp.array(arrays[p]), like)
+
+
+def _masks_by_path(masks: Mask, arrays: Arrays) -> Arrays:
+  """A mask for each leaf, checked."""
+  found = to_dict(masks)
+  for path, mask in found.items():
+    fits = path in arrays and mask.shape == arrays[path].shape
+    if not fits or mask.dtype != bool:
+      shapes = [f'{p} {x.shape}' for p, x in arrays.items()]
+      raise ValueError(
+        f'The mask {path!r} does not fit the parameters: it must be an array of'
+        f' bools of the path and the shape of one of the leaves, {shapes}. Of'
+        ' masks.Masks, give the forward ones.'
+      )
+  ones = {p: np.ones(x.shape, bool) for p, x in arrays.items()}
+  return ones | found
+
+
+def _metadata(alpha: Alpha | None, values: Any) -> dict[str, Any]:
+  """What is written beside the leaves, checked."""
+  if isinstance(alpha, Mapping):
+    alpha = {path: power.check_alpha(a) for path, a in alpha.items()}
+  elif alpha is not None:
+    alpha = power.check_alpha(alpha)
+  if values is not None:
+    values = jnp.dtype(values).name
+  if values not in (None, 'float16', 'bfloat16'):
+    raise ValueError(
+      f'values must be float16, bfloat16 or None, got {values!r}.'
+    )
+  return {'alpha': alpha, 'values': values}
+
+
+def _unless_whole(mask: np.ndarray) -> np.ndarray | None:
+  return None if mask.all() else mask
+
+
+def save_compressed(
+  path: str | os.PathLike[str],
+  theta: Params,
+  masks: Mask,
+  *,
+  alpha: Alpha | None = None,
+  values: jax.typing.DTypeLike | None = None,
+) -> export_format.Sizes:
+  """Writes a pruned network to a file.
+
+  Args:
+    path: the file; one that exists is replaced.
+    theta: the weights, not phi; a pytree of arrays of any dtype. For a network
+      with statistics, {'theta': theta, 'state': state}.
+    masks: a pytree of boolean arrays with the same paths, or some of them, as
+      of `pruning.prune`. Leaves without a mask, or with ones, are kept whole.
+    alpha: the power the network was trained with, or powers by path; written
+      into the metadata.
+    values: float16 or bfloat16, in which to round the values of pruned leaves.
+      None keeps every bit.
+
+  Returns:
+    The sizes.
+
+  Raises:
+    ValueError: if the masks do not fit, alpha or values are impossible, or a
+      value is too large for float16.
+  """
+  metadata, arrays = _metadata(alpha, values), to_dict(theta)
+  found = _masks_by_path(masks, arrays)
+  section = export_format.section(
+    [(p, x, _unless_whole(found[p])) for p, x in arrays.items()],
+    metadata['values'],
+  )
+  dense = sum(x.nbytes for x in arrays.values())
+  return export_format.write(path, {'': section}, metadata, dense)
+
+
+def save_tasks(
+  path: str | os.PathLike[str],
+  theta: Params,
+  masks: Sequence[Mask],
+  private: Sequence[Params],
+  *,
+  alpha: Alpha | None = None,
+  values: jax.typing.DTypeLike | None = None,
+) -> export_format.Sizes:
+  """Writes the networks of a sequence of tasks, which share their weights.
+
+  Weights that any task uses are written once, with their positions; then, for
+  each task, which of those it uses, and its own leaves.
+
+  Args:
+    path: the file; one that exists is replaced.
+    theta: the weights after the last task.
+    masks: for each task the masks of the weights it uses, of all leaves or of
+      some by path, as `masks.unpack` gives them.
+    private: for each task a pytree of the leaves that are its own: head,
+      biases, normalisation and its state. A leaf whose path is one of theta's
+      takes the place of that leaf, and its mask.
+    alpha: as in `save_compressed`.
+    values: as in `save_compressed`.
+
+  Returns:
+    The sizes; `dense` has theta once and all that is private.
+
+  Raises:
+    ValueError: as `save_compressed`, or if there is not one mask and one tree
+      of private leaves for each of at least one task.
+  """
+  if not 0 < len(masks) == len(private):
+    raise ValueError(
+      f'One mask and one tree of private leaves a task, got {len(masks)} masks'
+      f' and {len(private)} trees. A task without any has {{}}.'
+    )
+  metadata, arrays = _metadata(alpha, values), to_dict(theta)
+  found = [_masks_by_path(mask, arrays) for mask in masks]
+  own = [to_dict(tree) for tree in private]
+  union = {
+    p: np.logical_or.reduce([m[p] for m, o in zip(found, own) if p not in o])
+    for p in arrays
+    if any(p not in o for o in own)
+  }
+  shared = [(p, arrays[p], _unless_whole(m)) for p, m in union.items()]
+  sections = {'': export_format.section(shared, metadata['values'])}
+  for t, (mask, alone) in enumerate(zip(found, own)):
+    entries = [
+      (p, x, _unless_whole(mask[p]) if p in mask else None)
+      for p, x in alone.items()
+    ]
+    # Positions among the weights that some task uses.
+    used = {p: mask[p][union[p]] for p in union if p not in alone}
+    entries += [(p, None, m) for p, m in used.items() if not m.all()]
+    sections[f'tasks/{t}/'] = export_format.section(entries, metadata['values'])
+  dense = sum(x.nbytes for tree in (arrays, *own) for x in tree.values())
+  return export_format.write(path, sections, metadata, dense)
+
+
+def _model(
+  metadata: dict[str, Any], found: dict[str, export_format.Found]
+) -> Model:
+  theta, masks = {}, {}
+  for path, (leaf, values, mask) in found.items():
+    x = np.zeros(mask.size, values.dtype)
+    x[mask] = values
+    theta[path], masks[path] = x.reshape(leaf.shape), mask.reshape(leaf.shape)
+  return Model(theta, masks, metadata['alpha'])
+
+
+def load_compressed(path: str | os.PathLike[str]) -> Model:
+  """Reads a network that `save_compressed` wrote.
+
+  Args:
+    path: the file.
+
+  Returns:
+    A `Model`, equal to what was saved bit for bit where a mask keeps it, unless
+    its values were rounded.
+
+  Raises:
+    ValueError: if the file is damaged, cut off or of another kind.
+  """
+  metadata, found, _ = export_format.read(path, None)
+  return _model(metadata, found)
+
+
+def load_task(path: str | os.PathLike[str], task: int) -> Model:
+  """Reads the network of one task that `save_tasks` wrote, and no other.
+
+  Args:
+    path: the file.
+    task: which task, from 0.
+
+  Returns:
+    A `Model` of the shared and the task's own leaves.
+
+  Raises:
+    ValueError: if the file is damaged, cut off or of another kind, or there is
+      no such task.
+  """
+  metadata, found, own = export_format.read(path, task)
+  for name, (leaf, _, used) in own.items():
+    if leaf.dtype is not None:
+      found[name] = own[name]
+      continue
+    shared = found[name]
+    mask = shared.mask.copy()
+    mask[shared.mask] = used
+    found[name] = export_format.Found(shared.leaf, shared.values[used], mask)
+  return _model(metadata, found)
+
+
+def _csr(x: np.ndarray, mask: np.ndarray) -> Any:
+  from scipy import sparse as scipy_sparse
+
+  starts = np.cumsum([0, *mask.sum(axis=1)])
+  return scipy_sparse.csr_array((x[mask], mask.nonzero()[1], starts), x.shape)
+
+
+def _bcoo(x: np.ndarray, mask: np.ndarray) -> sparse.BCOO:
+  data, indices = jnp.asarray(x[mask]), jnp.asarray(np.argwhere(mask))
+  return sparse.BCOO(
+    (data, indices), shape=x.shape, indices_sorted=True, unique_indices=True
+  )
+
+
+def to_sparse(theta: Params, masks: Mask, kind: str = 'csr') -> Params:
+  """The network with a sparse matrix in place of every pruned matrix.
+
+  `x @ w + b` goes on to work. The matrices store all weights that the mask
+  keeps, also those that are zero by chance.
+
+  Args:
+    theta: a pytree of arrays.
+    masks: a pytree of boolean arrays with the same paths, or some of them.
+    kind: 'csr' for scipy's `csr_array`, to compute on a CPU (scipy has to be
+      installed); 'bcoo' for `jax.experimental.sparse.BCOO`, on the default
+      device and under jit.
+
+  Returns:
+    A tree of the structure of theta. Leaves that are not pruned or have other
+    than two dimensions, such as the kernels of convolutions, are arrays, with
+    zeros where they are pruned: of numpy beside 'csr', of jax beside 'bcoo'.
+
+  Raises:
+    ValueError: if there is no such kind, or the masks do not fit.
+  """
+  if kind not in ('csr', 'bcoo'):
+    raise ValueError(f"kind must be 'csr' or 'bcoo', got {kind!r}.")
+  to_array, to_matrix = {
+    'csr': (np.asarray, _csr),
+    'bcoo': (jnp.asarray, _bcoo),
+  }[kind]
+  arrays = to_dict(theta, masks)
+  found = _masks_by_path(masks, arrays)
+
+  def convert(path, _):
+    x, mask = arrays[path], found[path]
+    matrix = x.ndim == 2 and not mask.all()
+    return to_matrix(x, mask) if matrix else to_array(x)
+
+  return leaves.map_with_path(convert, theta)

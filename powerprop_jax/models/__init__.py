@@ -1,0 +1,16 @@
+"""The networks of the experiments, in Haiku."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from powerprop_jax.models import networks
+
+__all__ = ('networks',)
+
+
+def __getattr__(name: str) -> Any:
+  """Imports a module of this room when it is first used."""
+  if name in __all__:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

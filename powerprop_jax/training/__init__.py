@@ -1,0 +1,51 @@
+"""The train step of a masked, reparameterised network, and what runs it."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from powerprop_jax.training.step import LossFn
+from powerprop_jax.training.step import MaskStep
+from powerprop_jax.training.step import Metrics
+from powerprop_jax.training.step import Params
+from powerprop_jax.training.step import Penalty
+from powerprop_jax.training.step import TrainState
+from powerprop_jax.training.step import TrainStep
+from powerprop_jax.training.step import batch_indices
+from powerprop_jax.training.step import init_state
+from powerprop_jax.training.step import make_mask_updates
+from powerprop_jax.training.step import make_run_steps
+from powerprop_jax.training.step import make_train_step
+from powerprop_jax.training.step import masked_theta
+from powerprop_jax.training.step import reset_moments
+
+if TYPE_CHECKING:
+  from powerprop_jax.training import checkpoint
+  from powerprop_jax.training import classification
+  from powerprop_jax.training import devices
+
+__all__ = (
+  'LossFn',
+  'MaskStep',
+  'Metrics',
+  'Params',
+  'Penalty',
+  'TrainState',
+  'TrainStep',
+  'batch_indices',
+  'checkpoint',
+  'classification',
+  'devices',
+  'init_state',
+  'make_mask_updates',
+  'make_run_steps',
+  'make_train_step',
+  'masked_theta',
+  'reset_moments',
+)
+
+
+def __getattr__(name: str) -> Any:
+  """Imports a module of this room when it is first used."""
+  if name in __all__:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

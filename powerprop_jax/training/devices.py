@@ -1,0 +1,103 @@
+"""One compiled step for one device, for many, and for many hosts.
+
+Steps are pure functions that average over the axis they are told of and know
+nothing else of devices. This module alone says how they are compiled: by `jit`
+for one device, by `pmap` for several, over all hosts of `jax.distributed`.
+State and data sets are replicated, batches are sharded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+AXIS = 'devices'
+
+
+def axis_name(num_devices: int | None = None) -> str | None:
+  """The axis to average over: None on a single device, AXIS on several."""
+  count = jax.device_count() if num_devices is None else num_devices
+  return AXIS if count > 1 else None
+
+
+def on_devices(
+  step: Callable[..., Any], axis: str | None, donate: tuple[int, ...] = (0,)
+) -> Callable[..., Any]:
+  """Compiles a step for all devices.
+
+  Args:
+    step: a pure function, made with the same axis name.
+    axis: the name of the axis, as of `axis_name`. None compiles for one device;
+      otherwise every argument has a leading axis of local devices.
+    donate: which arguments may be overwritten.
+
+  Returns:
+    The compiled function.
+  """
+  if axis is None:
+    return jax.jit(step, donate_argnums=donate)
+  return jax.pmap(step, axis_name=axis, donate_argnums=donate)
+
+
+def replicate(tree: Any, axis: str | None) -> Any:
+  """A copy of a tree on every local device."""
+  if axis is None:
+    return jax.tree.map(jnp.asarray, tree)
+  # Compiled, so that each device holds its own copy and none holds all: what
+  # lies on another device is moved by every call, and can not be donated.
+  copy = jax.pmap(lambda _, x: x, axis_name=axis, in_axes=(0, None))
+  return copy(np.arange(jax.local_device_count()), tree)
+
+
+def unreplicate(tree: Any, axis: str | None) -> Any:
+  """The tree of the first local device, of a replicated one."""
+  if axis is None:
+    return tree
+  # x[0] would be a program of all local devices, with an all-reduce for every
+  # leaf; such programs, not waited for, made two hosts wait for one another.
+  return jax.tree.map(
+    lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree
+  )
+
+
+def any_host(flag: bool) -> bool:
+  """Whether a flag is set on any host. All hosts have to ask together."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def check_batch_size(batch_size: int) -> None:
+  """Raises ValueError if a global batch does not divide among all devices."""
+  count = jax.device_count()
+  if batch_size % count:
+    below, above = batch_size - batch_size % count, -(-batch_size // count)
+    nearest = [n for n in (below, above * count) if n]
+    raise ValueError(
+      f'batch_size={batch_size} does not divide among {count} devices. The'
+      f' nearest that do are {" and ".join(map(str, nearest))}.'
+    )
+
+
+def shard(batch: Any, axis: str | None, dim: int = 0) -> Any:
+  """Gives each local device its part of a host's batch.
+
+  Args:
+    batch: a pytree of arrays.
+    axis: as in `on_devices`; None returns the batch.
+    dim: the axis of the arrays that counts examples.
+
+  Returns:
+    Arrays with a leading axis of local devices.
+  """
+  if axis is None:
+    return batch
+  count = jax.local_device_count()
+
+  def split(x):
+    return np.stack(np.split(np.asarray(x), count, axis=dim))
+
+  return jax.tree.map(split, batch)

@@ -1,0 +1,49 @@
+"""The types that cross the boundaries of the package.
+
+Parameters, gradients and masks are pytrees: any nesting of dictionaries, lists,
+tuples and modules whose leaves are arrays. All functions take the trees of
+Haiku, Flax and Equinox alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import chex
+import jax
+import numpy as np
+
+
+class Path(str):
+  """The '/'-joined path of a leaf; `owner` is the class that holds it, if any.
+
+  Haiku and Flax name their leaves by what they are (`w`, `kernel`, `scale`).
+  Equinox calls the weight of a `Linear` and of a `LayerNorm` alike, so the name
+  alone cannot tell them apart and the class has to.
+  """
+
+  owner: type | None = None
+
+
+Params: TypeAlias = chex.ArrayTree
+Updates: TypeAlias = chex.ArrayTree
+# Boolean arrays, of the structure and the shapes of the parameters.
+Mask: TypeAlias = chex.ArrayTree
+# Python integers, of the structure of the parameters.
+Counts: TypeAlias = Any
+ModelState: TypeAlias = chex.ArrayTree
+# Some leaves of a tree, by their '/'-joined paths.
+ByPath: TypeAlias = dict[str, jax.Array]
+IsWeight: TypeAlias = Callable[[Path, Any], bool]
+Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
+
+
+class Split(NamedTuple):
+  """Some examples of a data set.
+
+  Attributes:
+    images: uint8 [n, height, width, channels].
+    labels: int32 [n].
+  """
+
+  images: np.ndarray
+  labels: np.ndarray

@@ -1,0 +1,453 @@
+"""Tests of the binary of continual learning."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import continual_data
+from experiments import continual_inference
+from experiments import continual_learning
+from experiments import continual_problem
+from experiments import continual_run
+from experiments import presets
+from experiments import runner
+from powerprop_jax.continual import benchmarks
+from powerprop_jax.data import in_memory
+from powerprop_jax.training import checkpoint
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_QUICK = {
+  'tasks': 3,
+  'steps_per_task': 40,
+  'retrain_steps': 20,
+  'batch_size': 20,
+  'densities': ['0.1', '0.2', '0.4', '0.7', '1'],
+  'search_steps': 3,
+  'gamma': 0.97,
+  'phi_decay': 0,
+}
+
+
+def _read(**options):
+  values = flags.FlagValues()
+  continual_learning.define_flags(values)
+  arguments = [
+    f'--{k}={",".join(v) if isinstance(v, list) else v}'
+    for k, v in (_QUICK | options).items()
+  ]
+  values(['continual_learning', *arguments])
+  return continual_learning.read_flags(values)
+
+
+@functools.cache
+def _data():
+  """600, 100 and 100 digits of 7 x 7 pixels."""
+  data = in_memory.load('mnist_5k')
+
+  def small(split, n):
+    return in_memory.Split(split.images[:n, 1::4, 1::4], split.labels[:n])
+
+  return small(data.train, 600), small(data.valid, 100), small(data.test, 100)
+
+
+@functools.cache
+def _problem(method, **options):
+  _, settings = _read(**options)
+  return settings, continual_problem.make_problem(
+    settings, method, 2.0, (7, 7, 1), 10
+  )
+
+
+def _run(out_dir, method='epn', data=None, report=None, **options):
+  settings, problem = _problem(method, **options)
+  lines = []
+  result = continual_run.run(
+    continual_problem.Job(method, 2.0, 0),
+    problem,
+    settings,
+    'digits',
+    10,
+    out_dir,
+    data or _data(),
+    report or (lambda *line: lines.append(line)),
+  )
+  return result, lines
+
+
+def _without_seconds(result):
+  """What two runs of one experiment have in common."""
+  if isinstance(result, dict):
+    return {
+      k: _without_seconds(v) for k, v in result.items() if 'seconds' not in k
+    }
+  return (
+    [*map(_without_seconds, result)] if isinstance(result, list) else result
+  )
+
+
+def _arrays(out_dir, method='epn'):
+  name = continual_problem.Job(method, 2.0, 0).name
+  return checkpoint.load(out_dir / 'checkpoints' / name).arrays
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compile_once(tmp_path_factory):
+  """Lets functions that are the same for several methods be compiled once."""
+  names = 'compilation_cache_dir', 'persistent_cache_min_compile_time_secs'
+  values = str(tmp_path_factory.mktemp('compiled')), 0
+  before = [getattr(jax.config, f'jax_{name}') for name in names]
+  for name, value in zip(names, values):
+    jax.config.update(f'jax_{name}', value)
+  yield
+  for name, value in zip(names, before):
+    jax.config.update(f'jax_{name}', value)
+
+
+@pytest.fixture(scope='module')
+def epn(tmp_path_factory):
+  """A run of EPN: its folder, result and reports."""
+  out_dir = tmp_path_factory.mktemp('epn')
+  return out_dir, *_run(out_dir)
+
+
+def test_nothing_is_forgotten_and_something_is_learnt(epn):
+  _, result, _ = epn
+  assert result['forgetting'] == [0.0, 0.0, 0.0]
+  matrix = result['accuracy_matrix']
+  for t in range(3):
+    assert {row[t] for row in matrix[t:]} == {matrix[t][t]}
+    assert matrix[t][t] > 0.3
+    assert matrix[t][t] == result['tasks'][t]['test_accuracy']
+  assert matrix[0][1:] == [None, None]
+  # What is measured at the end is what was measured when it was learnt.
+  learnt = [record['valid_accuracy'] for record in result['tasks']]
+  assert result['valid_accuracy'] == learnt
+
+
+def test_every_task_meets_its_target_on_validation_data(epn):
+  _, result, _ = epn
+  for record in result['tasks']:
+    known = dict(record['evaluated'])
+    assert record['evaluations'] == len(known)
+    assert set(known) <= {0.1, 0.2, 0.4, 0.7, 1.0}
+    assert record['target_met']
+    target = 0.97 * record['dense_valid_accuracy']
+    assert known[record['searched_density']] >= target
+    assert record['pruned_valid_accuracy'] >= target
+    assert all(v < target for p, v in known.items() if p < record['density'])
+
+
+def test_capacity_adds_up(epn):
+  out_dir, result, _ = epn
+  size = 49 * 300 + 300 * 100
+  used = np.cumsum(result['new_weights']) / size
+  np.testing.assert_allclose(result['used'], used)
+  assert result['capacity_used'] == pytest.approx(used[-1])
+  assert result['new_weights'][0] / size == pytest.approx(result['density'][0])
+  arrays = _arrays(out_dir)
+  owners = [v for k, v in arrays.items() if k.startswith('memory/owners/')]
+  counts = np.sum([np.bincount(o.ravel(), minlength=4) for o in owners], axis=0)
+  assert counts[1:].tolist() == result['new_weights']
+  packed = {k: v for k, v in arrays.items() if k.startswith('tasks/packed/')}
+  assert {v.shape for v in packed.values()} == {(3, 1838), (3, 3750)}
+  assert result['bytes_per_task'] == 1838 + 3750 + 4 * (400 + 1000 + 10)
+
+
+def test_a_run_goes_on_at_the_task_where_it_was(epn, tmp_path):
+  _, expected, lines = epn
+
+  def report(step, metrics):
+    if step > 70:  # In the middle of the second task.
+      raise InterruptedError
+
+  with pytest.raises(InterruptedError):
+    _run(tmp_path, report=report)
+  result, resumed = _run(tmp_path)
+  assert _without_seconds(result) == _without_seconds(expected)
+  assert resumed == lines
+  assert [step for step, _ in lines] == [
+    40,
+    60,
+    60,
+    100,
+    120,
+    120,
+    160,
+    180,
+    180,
+  ]
+  # A finished run has nothing left to do.
+  again, _ = _run(tmp_path)
+  assert again == result
+
+
+def test_decisions_do_not_see_test_data(epn, tmp_path):
+  out_dir, _, _ = epn
+  train, valid, test = _data()
+  wrong = test._replace(labels=(test.labels + 1) % 10)
+  result, _ = _run(tmp_path, data=(train, valid, wrong))
+  assert result['average_accuracy'] < 0.4
+  chex.assert_trees_all_equal(_arrays(tmp_path), _arrays(out_dir))
+
+
+@pytest.mark.parametrize(
+  'method', ['packnet', 'finetune', 'independent', 'ewc']
+)
+def test_other_methods_take_the_same_way(method, tmp_path):
+  result, lines = _run(tmp_path, method, evaluate_every=5)
+  assert result['num_tasks'] == 3
+  assert lines[-1][0] == 180  # The same number of steps as with retraining.
+  matrix = result['accuracy_matrix']
+  assert matrix[1][0] is None  # Not evaluated in between.
+  assert all(x > 0.3 for x in matrix[2][2:])
+  if method == 'packnet':
+    size = 49 * 300 + 300 * 100
+    assert result['new_weights'] == [size // 3] * 3
+    assert result['capacity_used'] == 1.0
+  else:
+    assert 'capacity_used' not in result
+  if method in ('packnet', 'independent'):
+    assert result['forgetting'] == [0.0, 0.0, 0.0]
+
+
+def test_a_full_network_stops_and_says_so(tmp_path):
+  result, _ = _run(tmp_path, densities='1', retrain_steps=0)
+  assert 'no weight is free for task 1' in result['stopped']
+  assert result['num_tasks'] == 1
+  assert result['capacity_used'] == 1.0
+  assert result['average_accuracy'] > 0.4
+
+
+def test_a_cap_limits_new_weights(tmp_path):
+  options = {'retrain_steps': 0, 'search': 'taylor', 'infer_tasks': '2'}
+  result, _ = _run(tmp_path, cap='0.05', **options)
+  assert result['task_inference'].keys() == {'2'}
+  shares = result['task_inference']['2']['entropy']
+  assert shares.keys() == {'1', '10', '100'}
+  assert 0 < shares['1'] < 1
+  assert all(n <= 0.05 * 44_700 for n in result['new_weights'])
+  assert result['new_weights'][0] == int(0.05 * 44_700)
+
+
+def test_a_diverging_loss_is_reported(tmp_path):
+  with pytest.raises(runner.Diverged, match='in step .* of task 0'):
+    _run(tmp_path, clip_norm=0, learning_rate=1e9, momentum=0, retrain_steps=0)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'gamma': 1.5}, r'--gamma=1.5 must be in \[0, 1\]'),
+    ({'gamma': -0.1}, r'--gamma=-0.1 must be in \[0, 1\]'),
+    ({'densities': ['0.5', '0.2']}, '--densities.*must rise'),
+    ({'densities': ['0', '0.2']}, '--densities.*must be in'),
+    ({'densities': ['0.2', '1.2']}, '--densities.*must be in'),
+    ({'densities': ['0.2', 'x']}, '--densities.*x'),
+    ({'min_density': 0.5, 'max_density': 0.6}, '--densities.*None of'),
+    ({'method': 'replay'}, "--method must be among .*'replay'"),
+    ({'alpha': '0.5'}, '--alpha=0.5.*>= 1'),
+    ({'alpha': '2,x'}, '--alpha=2,x'),
+    ({'infer_tasks': ['4']}, r'--infer_tasks=4 must be .* to --tasks=3'),
+    ({'infer_tasks': ['1.5']}, r'--infer_tasks=1.5 must be a whole number'),
+  ],
+)
+def test_impossible_flags(options, message):
+  with pytest.raises(ValueError, match=message):
+    _read(**options)
+
+
+def test_lists_of_flags_make_runs():
+  jobs, _ = _read(method='epn,packnet', alpha='1,2', seeds=2)
+  assert len(jobs) == len({job.name for job in jobs}) == 8
+  assert jobs[0].name == 'epn-alpha=1.0-seed=0'
+
+
+@pytest.mark.parametrize('name', presets.CONTINUAL_LEARNING)
+def test_presets_set_flags_that_exist(name):
+  values = flags.FlagValues()
+  continual_learning.define_flags(values)
+  values(['continual_learning', f'--preset={name}', '--seeds=1'])
+  jobs, settings = continual_learning.read_flags(values)
+  preset = presets.CONTINUAL_LEARNING[name]
+  assert [job.method for job in jobs] == preset['method']
+  assert settings['infer_tasks'] == [
+    int(n) for n in preset.get('infer_tasks', [])
+  ]
+  for flag in preset.keys() - {'method', 'alpha', 'seeds', 'infer_tasks'}:
+    assert settings[flag] == preset[flag], flag
+
+
+def test_more_tasks_than_classes():
+  train, valid, test = _data()
+  data = in_memory.Dataset('digits', train, valid, test, 10)
+  _, settings = _read(benchmark='split', tasks=6)
+  with pytest.raises(ValueError, match='--tasks=6: digits has 5 tasks'):
+    continual_data.make_benchmark(settings, data, 0)
+
+
+def test_parts_of_split_tasks_have_one_shape():
+  train, valid, test = _data()
+  benchmark = benchmarks.split(
+    in_memory.Dataset('digits', train, valid, test, 10)
+  )
+  part = continual_data.make_part(benchmark, 5)
+  sizes = [len(benchmark.part(t, 'train').labels) for t in range(5)]
+  for t, size in enumerate(sizes):
+    images, labels = part(t, 'train')
+    assert images.shape == (max(sizes), 7, 7, 1)
+    assert np.all(labels[size:] == -1)
+    assert np.all(labels[:size] == benchmark.part(t, 'train').labels)
+
+
+def test_tasks_that_do_not_fit():
+  images = np.zeros((2, 7, 7, 1), np.uint8)
+  split = in_memory.Split(images, np.array([0, 4], np.int32))
+  continual_data.check_part(split, 5, (7, 7, 1))
+  with pytest.raises(
+    ValueError, match='the label 4, and the network 4 outputs'
+  ):
+    continual_data.check_part(split, 4, (7, 7, 1))
+  with pytest.raises(ValueError, match=r'\(7, 7, 1\), and the network takes'):
+    continual_data.check_part(split, 5, (8, 8, 1))
+
+
+def test_task_inference_finds_sure_networks():
+  # The network of task t is sure of images of t, and of no other.
+  thetas = {'w': 9.0 * jnp.eye(3)}
+
+  def logits(theta, state, images):
+    del state
+    return (images * theta['w'][None]) @ jnp.array([[1.0, -1.0]] * 3)
+
+  found = continual_inference.evaluate(
+    logits, (thetas, {}), lambda t: jnp.eye(3)[jnp.full(20, t)], 3, (1, 10)
+  )
+  for rule in ('entropy', 'entropy_halving', 'logsumexp'):
+    assert found[rule] == {'1': 1.0, '10': 1.0}
+  assert set(found) >= {'one_shot', 'one_shot_normalised'}
+
+
+def _start(tmp_path, *arguments, devices=1):
+  cache = tmp_path.parent / 'compiled'
+  environment = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
+  quick = [
+    f'--{k}={",".join(v) if isinstance(v, list) else v}'
+    for k, v in (_QUICK | {'batch_size': 40}).items()
+  ]
+  command = [sys.executable, '-W', 'error', '-m']
+  return subprocess.Popen(
+    [*command, 'experiments.continual_learning', *quick, *arguments],
+    cwd=_ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _finish(process):
+  out, err = process.communicate(timeout=600)
+  return process.returncode, out, err
+
+
+def _killed(process, path):
+  """Kills a process at once when there is a path."""
+  deadline = time.time() + 500
+  while not path.exists() and time.time() < deadline:
+    time.sleep(0.01)
+  process.kill()
+  process.communicate()
+  assert path.exists()
+
+
+def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  code, out, err = _finish(_start(tmp_path, f'--out_dir={whole}'))
+  assert code == 0, err
+  assert 'epn' in out and 'forgotten (%): 0.00' in out
+  (name,) = ('epn-alpha=2.0-seed=0',)
+  run = json.loads((whole / 'summary.json').read_text())['runs'][name]
+  for key in (
+    'accuracy_matrix',
+    'average_accuracy',
+    'forgetting',
+    'capacity_used',
+    'density',
+    'seconds',
+  ):
+    assert key in run
+  for figure in ('accuracy', 'capacity', 'matrix-2.0-epn', 'overlap-2.0-epn'):
+    assert (whole / f'{figure}.png').read_bytes()[1:4] == b'PNG'
+  config = json.loads((whole / 'config.json').read_text())
+  assert config['settings']['gamma'] == 0.97
+
+  arguments = f'--out_dir={killed}'
+  first = killed / 'checkpoints' / name / '1'
+  _killed(_start(tmp_path, arguments), first)
+  code, _, err = _finish(_start(tmp_path, arguments))
+  assert code == 0, err
+  found, expected = (
+    _without_seconds(json.loads((path / 'runs' / f'{name}.json').read_text()))
+    for path in (killed, whole)
+  )
+  assert found == expected
+  lines = [
+    (path / 'metrics.jsonl').read_text().splitlines()
+    for path in (killed, whole)
+  ]
+  assert lines[0] == lines[1]
+
+  code, _, err = _finish(_start(tmp_path, arguments, '--gamma=0.9'))
+  assert code == 2
+  assert 'gamma: 0.97 there, 0.9 now' in err
+
+
+def test_eight_devices_learn_what_one_does(tmp_path):
+  one, eight = tmp_path / 'one', tmp_path / 'eight'
+  options = (
+    '--data_parallel',
+    '--tasks=2',
+    '--densities=0.3',
+    '--retrain_steps=0',
+  )
+  processes = [
+    _start(tmp_path, *options, f'--out_dir={out}', devices=count)
+    for out, count in ((one, 1), (eight, 8))
+  ]
+  for process in processes:
+    code, _, err = _finish(process)
+    assert code == 0, err
+  runs = [
+    json.loads((out / 'summary.json').read_text())['runs'].popitem()[1]
+    for out in (one, eight)
+  ]
+  assert runs[0]['density'] == runs[1]['density']
+  assert runs[0]['forgetting'] == runs[1]['forgetting'] == [0.0, 0.0]
+  np.testing.assert_allclose(
+    runs[0]['accuracy_matrix'][1], runs[1]['accuracy_matrix'][1], atol=0.02
+  )
+  masks = [
+    {k: v for k, v in _arrays(out).items() if k.startswith('tasks/packed/')}
+    for out in (one, eight)
+  ]
+  for path, packed in masks[0].items():
+    bits = [np.unpackbits(m[path], axis=1) for m in masks]
+    # Sums over a batch differ in their last bit.
+    assert np.mean(bits[0] != bits[1]) < 0.01
+    assert packed.any()

@@ -1,0 +1,226 @@
+"""Tests of the feeds, on one and on eight devices of one process.
+
+`check` runs in a process of its own, which has eight devices from its start.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from experiments import feeds
+from powerprop_jax import power
+from powerprop_jax import training
+from powerprop_jax import transforms
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory
+from powerprop_jax.data import streams
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import updaters
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
+
+_SIDE = 8
+_PER_CLASS = (10, 7, 4)
+
+
+def _tiny(images, is_training, num_classes, cross_replica_axis=None):
+  """A network with BatchNorm."""
+  x = hk.Conv2D(4, 3, with_bias=False, name='initial_conv')(images)
+  norm = hk.BatchNorm(True, True, 0.9, cross_replica_axis=cross_replica_axis)
+  x = hk.Flatten()(jax.nn.relu(norm(x, is_training)))
+  return hk.Linear(num_classes, name='logits')(x)
+
+
+def _random_split(n):
+  rng = np.random.default_rng(n)
+  images = rng.integers(256, size=[n, _SIDE, _SIDE, 3], dtype=np.uint8)
+  return in_memory.Split(images, np.arange(n, dtype=np.int32) % 3)
+
+
+def _write_photographs(root):
+  """A folder data set of pieces of real photographs, 21 in each split."""
+  import matplotlib
+
+  path = pathlib.Path(matplotlib.get_data_path(), 'sample_data')
+  image = Image.open(path / 'grace_hopper.jpg')
+  for split in ('train', 'val'):
+    for label, count in enumerate(_PER_CLASS):
+      folder = root / split / f'class_{label}'
+      folder.mkdir(parents=True)
+      for i in range(count):
+        corner = (20 * i, 100 * label, 20 * i + 60, 100 * label + 60)
+        image.crop(corner).save(folder / f'{i}.jpeg')
+
+
+def _make(axis) -> tuple[Any, ...]:
+  """A network and its steps, of RigL at alpha = 2."""
+  network = networks.build('tiny', 3, cross_replica_axis=axis)
+  transform = power.power_transform(2.0)
+  tx = transforms.target_propagation(optax.sgd(0.1, 0.9), transform)
+
+  def init():
+    key, images = jax.random.key(0), jnp.zeros([1, _SIDE, _SIDE, 3])
+    theta, model_state = network.init(key, images, True)
+    return training.init_state(key, theta, model_state, tx, transform)
+
+  prepare = augment.crop_and_flip(axis_name=axis)
+  loss_fn = classification.make_loss(network.apply, prepare)
+  updater = updaters.rigl(
+    distributions.erdos_renyi(0.5), lambda step: jnp.asarray(0.3), None
+  )
+  step = training.make_train_step(loss_fn, tx, transform, axis)
+  mask_steps = training.make_mask_updates(loss_fn, tx, updater, transform, axis)
+  return (
+    network.apply,
+    init,
+    step,
+    *(devices.on_devices(f, axis) for f in mask_steps),
+  )
+
+
+def _train(axis, data, source):
+  """Trains from memory and then from a stream; the state and the metrics."""
+  apply, init, step, init_masks, update_masks = _make(axis)
+  options = {'batch_size': 16, 'seed': 0, 'axis': axis}
+  memory = feeds.in_memory(
+    data, step, apply, augment.scale, params=init().phi, **options
+  )
+  stream = feeds.streamed(
+    source,
+    source,
+    step,
+    apply,
+    augment.scale,
+    image_size=_SIDE,
+    num_workers=0,
+    **options,
+  )
+  state = devices.replicate(init(), axis)
+  state = init_masks(state, memory.batches(0, 2))
+  state, first = memory.advance(state, 0, 4)
+  state = update_masks(state, memory.batches(4, 2))
+  state, second = memory.advance(state, 4, 6)
+  state, third = stream.advance(state, 6, 8)
+  state = update_masks(state, stream.batches(8, 2))
+  stream.close()
+  return devices.unreplicate(state, axis), [first, second, third]
+
+
+def _evaluate(axis, source, data):
+  """The accuracies of networks that know one class each."""
+
+  def apply(theta, model_state, key, images, is_training):
+    del key, is_training
+    return jnp.tile(theta, [len(images), 1]), model_state
+
+  options = {'batch_size': 16, 'seed': 0, 'axis': axis}
+  stream = feeds.streamed(
+    source,
+    source,
+    lambda state, batch: (state, {}),
+    apply,
+    augment.scale,
+    image_size=_SIDE,
+    num_workers=0,
+    **options,
+  )
+  memory = feeds.in_memory(
+    data,
+    lambda state, batch: (state, {}),
+    apply,
+    augment.scale,
+    params={},
+    **options,
+  )
+  for label, count in enumerate(_PER_CLASS):
+    theta = jax.nn.one_hot(label, 3)
+    accuracy = stream.accuracy(theta, {})
+    # 21 images are a batch of 16 and one of 5, on eight devices.
+    np.testing.assert_allclose(accuracy['test_accuracy'], count / 21)
+    accuracy = memory.accuracy(theta, {})
+    np.testing.assert_allclose(accuracy['valid_accuracy'], 7 / 21)
+    expected = 8 / 22 if label == 0 else 7 / 22
+    np.testing.assert_allclose(accuracy['test_accuracy'], expected)
+
+
+def check(root: pathlib.Path) -> None:
+  """One and eight devices see the same examples and do the same with them."""
+  networks.NETWORKS['tiny'] = _tiny
+  _write_photographs(root)
+  data = in_memory.Dataset(
+    'random', _random_split(40), _random_split(21), _random_split(22), 3
+  )
+  source = streams.folder_source(root, 'train')
+  if jax.device_count() != 8:
+    raise RuntimeError(f'{jax.device_count()} devices')
+  (one, one_metrics), (eight, metrics) = (
+    _train(axis, data, source) for axis in (None, devices.AXIS)
+  )
+  close = {'rtol': 0, 'atol': 1e-5}
+  for a, b in zip(one_metrics, metrics):
+    np.testing.assert_allclose(a['loss'], b['loss'], **close)
+    np.testing.assert_allclose(a['accuracy'], b['accuracy'], **close)
+  for name in ('phi', 'model_state', 'opt_state'):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, **close),
+      getattr(one, name),
+      getattr(eight, name),
+    )
+  jax.tree.map(np.testing.assert_array_equal, one.masks, eight.masks)
+  # There is something to compare: statistics that moved, and weights cut.
+  assert max(np.abs(x).max() for x in jax.tree.leaves(one.model_state)) > 0.1
+  assert not all(m.all() for m in jax.tree.leaves(one.masks))
+  for axis in (None, devices.AXIS):
+    _evaluate(axis, source, data)
+
+
+def test_a_loop_of_python_is_one_of_xla(monkeypatch):
+  """Networks with convolutions take the former on a CPU."""
+  monkeypatch.setitem(networks.NETWORKS, 'tiny', _tiny)
+  _, init, step, *_ = _make(None)
+  data = _random_split(40)
+  indices = np.arange(48).reshape(3, 16) % 40
+  (a, first), (b, second) = (
+    feeds.compile_steps(step, None, params)(init(), data, indices)
+    for params in (init().phi, {})
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, a.phi, b.phi)
+  assert int(a.step) == int(b.step) == 3
+  assert first.keys() == second.keys() == {'loss', 'accuracy'}
+  for name, values in first.items():
+    assert values.shape == (3,)
+    close(values, second[name])
+  assert len(set(first['loss'])) == 3
+
+
+def test_eight_devices_do_what_one_does(tmp_path):
+  environment = os.environ | {
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8'
+    ' --xla_backend_optimization_level=0',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': os.fspath(pathlib.Path(__file__).parents[2]),
+  }
+  done = subprocess.run(
+    [sys.executable, '-W', 'error', __file__, tmp_path],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+
+
+if __name__ == '__main__':
+  check(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,626 @@
+"""Tests of the sparse training binary: its methods, devices and restarts."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl import flags
+import haiku as hk
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import numpy as np
+import pytest
+
+from experiments import common
+from experiments import methods
+from experiments import optimiser_flags
+from experiments import sparse_loop
+from experiments import sparse_problem
+from experiments import sparse_training
+from powerprop_jax import leaves
+from powerprop_jax import power
+from powerprop_jax.data import in_memory
+from powerprop_jax.data import streams
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import report as report_lib
+from powerprop_jax.training import checkpoint
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_QUICK = (
+  '--steps=40',
+  '--update_every=10',
+  '--update_stop=30',
+  '--batch_size=80',
+  '--checkpoint_every=10',
+)
+_SIZE = 784 * 300 + 300 * 100 + 100 * 10
+
+
+@pytest.fixture(scope='module')
+def data():
+  return in_memory.load('mnist_5k')
+
+
+@pytest.fixture
+def small_data(monkeypatch):
+  """Random images, and a network `tiny` for them, with BatchNorm."""
+
+  def tiny(images, is_training, num_classes, cross_replica_axis=None):
+    x = hk.Conv2D(4, 3, with_bias=False, name='initial_conv')(images)
+    norm = hk.BatchNorm(True, True, 0.9, cross_replica_axis=cross_replica_axis)
+    x = hk.Flatten()(jax.nn.relu(norm(x, is_training)))
+    return hk.Linear(num_classes, name='logits')(x)
+
+  monkeypatch.setitem(networks.NETWORKS, 'tiny', tiny)
+  rng = np.random.default_rng(0)
+  images = rng.integers(256, size=[48, 6, 6, 1], dtype=np.uint8)
+  split = in_memory.Split(images, np.arange(48, dtype=np.int32) % 10)
+  return in_memory.Dataset('small', split, split, split, 10)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _cache(tmp_path_factory):
+  """Compiles in half the time, and nothing twice in all processes."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  before['jax_disable_most_optimizations'] = False
+  options['jax_disable_most_optimizations'] = True
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield {name.upper(): str(value) for name, value in options.items()}
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope='module')
+def start(_cache):
+  """Starts the binary."""
+
+  def start(*args, count=1):
+    options = f'--xla_force_host_platform_device_count={count}'
+    module = 'experiments.sparse_training'
+    return subprocess.Popen(
+      [sys.executable, '-W', 'error', '-m', module, *args],
+      cwd=_ROOT,
+      env=os.environ | _cache | {'XLA_FLAGS': options},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+def settings_of(*args):
+  values = flags.FlagValues()
+  sparse_training.define_flags(values)
+  values(['test', *args])
+  if values.preset:
+    common.apply_preset(values, sparse_training.PRESETS[values.preset])
+  names = sparse_training._RUN_FLAGS
+  return sparse_problem.stretched({name: values[name].value for name in names})
+
+
+def prepare(data, *args):
+  settings = settings_of(*args)
+  return settings, sparse_problem.make_problem(settings, data, 0)
+
+
+def train(data, out_dir, *args, on_collapse='error'):
+  """Trains in this process; returns the progress and the summary."""
+  settings, problem = prepare(data, *args)
+  feed = problem.make_feed()
+  out_dir.mkdir(exist_ok=True)
+  result = sparse_loop.train(
+    problem,
+    feed,
+    checkpoint.open_manager(out_dir / 'checkpoints', settings),
+    out_dir,
+    settings,
+    checkpoint_every=1000,
+    on_collapse=on_collapse,
+  )
+  assert result is not None
+  progress, speed = result
+  summary = sparse_training.summarise(
+    problem, progress, {'test_accuracy': 0.5}, speed, settings['steps']
+  )
+  return progress, json.loads(json.dumps(summary))
+
+
+def kept(state, which='forward'):
+  mask = getattr(state.masks, which)
+  return int(masks_lib.count(mask, leaves.weight_mask(state.phi))[0])
+
+
+def losses(out_dir):
+  lines = (out_dir / 'metrics.jsonl').read_text().splitlines()
+  return [(line['step'], line['loss']) for line in map(json.loads, lines)]
+
+
+def arrays(out_dir):
+  """phi and the masks of the last checkpoint, by path."""
+  found = checkpoint.load(out_dir / 'checkpoints').arrays
+  return {
+    k: np.asarray(x)
+    for k, x in found.items()
+    if k.startswith(('state/phi', 'state/masks', 'ever'))
+  }
+
+
+def summary_of(out_dir):
+  return json.loads((out_dir / 'summary.json').read_text())
+
+
+# --- methods ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('method', methods.METHODS)
+def test_every_method_trains(data, tmp_path, method):
+  args = (f'--method={method}', '--sparsity=0.95', *_QUICK)
+  progress, summary = train(data, tmp_path, *args)
+  state = progress.state
+  wanted = _SIZE if method == 'dense' else round(0.05 * _SIZE)
+  assert kept(state) == wanted
+  assert summary['sparsity']['total'] == pytest.approx(1 - wanted / _SIZE)
+  wide = round(0.15 * _SIZE) if method == 'top_kast' else wanted
+  assert kept(state, 'backward') == wide
+  for a, b in zip(*map(jax.tree.leaves, state.masks)):
+    assert not (a & ~b).any()  # A is inside B.
+  explored = round(summary['explored'] * _SIZE)
+  if method in ('set', 'rigl'):
+    assert wanted < explored < 2 * wanted
+  elif method == 'magnitude':
+    assert explored == _SIZE  # It starts dense.
+  elif method != 'top_kast':
+    assert explored == wanted
+  inference = summary['inference_flops']
+  assert inference['relative'] == pytest.approx(wanted / _SIZE, abs=0.01)
+  training_flops = summary['training_flops']['relative']
+  _, problem = prepare(data, *args)
+  planned = problem.method.training_flops(problem.layer_flops)
+  assert summary['training_flops']['absolute'] == pytest.approx(40 * planned)
+  assert inference['relative'] <= training_flops * (1 + 1e-9) <= 1 + 1e-9
+  found = losses(tmp_path)
+  assert [step for step, _ in found][-1] == state.step == 40
+  assert np.isfinite([loss for _, loss in found]).all()
+  assert len(summary['fingerprint']) == 64
+
+
+def test_a_sparse_checkpoint_keeps_its_mask(data, tmp_path):
+  args = ('--method=static', '--sparsity=0.95', *_QUICK[2:], '--steps=2')
+  before, _ = train(data, tmp_path / 'a', *args)
+  args = (*args, f'--init_from={tmp_path / "a" / "checkpoints"}', '--alpha=3')
+  settings, problem = prepare(data, *args)
+  manager = checkpoint.open_manager(tmp_path / 'b', settings)
+  step, progress, choose = sparse_loop.begin(
+    problem, manager, settings['init_from']
+  )
+  checkpoint.close(manager)
+  assert (step, int(progress.state.step), choose) == (0, 0, False)
+  jax.tree.map(
+    np.testing.assert_array_equal, progress.state.masks, before.state.masks
+  )
+  # The weights are the same, of another phi.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
+    problem.transform.to_theta(progress.state.phi),
+    power.power_transform(2.0).to_theta(before.state.phi),
+  )
+
+
+_TINY = ('--network=tiny', '--batch_size=8', '--steps=12', '--update_every=4')
+
+
+@pytest.mark.parametrize('method', ['set', 'rigl', 'top_kast'])
+def test_layers_keep_their_numbers_of_weights(small_data, tmp_path, method):
+  # Two of the three densities are not those that the flags ask for.
+  args = (*_TINY, '--method=static', '--distribution=conv=0.5,logits=0.9')
+  before, source = train(small_data, tmp_path / 'a', *args)
+  args = (*_TINY, f'--method={method}', '--sparsity=0.4', '--distribution=erk')
+  source = f'--init_from={tmp_path / "a" / "checkpoints"}'
+  after, summary = train(small_data, tmp_path / 'b', *args, source)
+  old, new = (
+    report_lib.sparsity_report(p.state.masks.forward, p.state.phi)['layers']
+    for p in (before, after)
+  )
+  assert [r['kept'] for r in new] == [r['kept'] for r in old] == [18, 144]
+  changed = [
+    (a != b).any()
+    for a, b in zip(
+      jax.tree.leaves(before.state.masks), jax.tree.leaves(after.state.masks)
+    )
+  ]
+  assert any(changed)
+  # The convolution has 36 weights for 36 places, the outputs 1440: half of
+  # the former and a tenth of the latter are in use.
+  sparse = 2 * (36 * 18 + 144)
+  dense = 2 * (36 * 36 + 1440)
+  wanted = {
+    'set': 3 * sparse,
+    'rigl': (3 * 4 * sparse + 2 * sparse + dense) / 5,
+    # 0.7 of the 1476 weights are updated, 36 of them in the convolution.
+    'top_kast': 2 * sparse + 2 * (36 * 36 + round(0.7 * 1476) - 36),
+  }[method]
+  assert summary['training_flops']['relative'] == pytest.approx(
+    wanted / (3 * dense)
+  )
+
+
+def test_gradual_pruning_of_a_sparse_network_costs_less():
+  theta = {'a': {'w': np.ones([30, 30])}, 'b': {'w': np.ones([10, 10])}}
+  settings = settings_of('--steps=12', '--update_every=4', '--scope=layer')
+  method = methods.make_method(
+    'magnitude',
+    theta,
+    alpha=2.0,
+    steps=12,
+    fresh=lambda key: theta,
+    **{name: settings[name] for name in sparse_problem.METHOD_FLAGS},
+  )
+  end = {'a/w': 0.1, 'b/w': 0.4}
+  densities = methods.Densities(end, end, {'a/w': 0.5, 'b/w': 1.0})
+  # Pruned at 4 and 8 of 12 steps; 7/8 of it is done at 4, from a dense network.
+  a = (0.5 + (1 - 7 / 8 * 0.9) + 0.1) / 3
+  b = (1.0 + (1 - 7 / 8 * 0.6) + 0.4) / 3
+  found = method.training_flops({'a/w': 100.0, 'b/w': 10.0}, densities)
+  assert found == pytest.approx(3 * (100 * a + 10 * b))
+
+
+def test_statistics_come_with_the_weights(small_data, tmp_path):
+  settings, problem = prepare(small_data, *_TINY)
+  state = problem.init()
+  assert jax.tree.leaves(state.model_state)
+  state = state._replace(
+    model_state=jax.tree.map(lambda x: x + 3, state.model_state)
+  )
+  manager = checkpoint.open_manager(tmp_path / 'a', settings)
+  progress = sparse_loop.Progress(state, state.masks.forward)
+  checkpoint.save(manager, 7, progress)
+  checkpoint.close(manager)
+  manager = checkpoint.open_manager(tmp_path / 'b', settings)
+  _, found, _ = sparse_loop.begin(problem, manager, str(tmp_path / 'a'))
+  checkpoint.close(manager)
+  jax.tree.map(
+    np.testing.assert_array_equal, found.state.model_state, state.model_state
+  )
+
+
+def test_a_dense_checkpoint_is_made_sparse(data, tmp_path):
+  args = ('--sparsity=0.95', *_QUICK[2:], '--steps=2')
+  train(data, tmp_path / 'a', '--method=dense', *args)
+  source = f'--init_from={tmp_path / "a" / "checkpoints"}'
+  settings, problem = prepare(data, '--method=snip', source, *args)
+  manager = checkpoint.open_manager(tmp_path / 'b', settings)
+  _, progress, choose = sparse_loop.begin(
+    problem, manager, settings['init_from']
+  )
+  checkpoint.close(manager)
+  assert choose
+  found = arrays(tmp_path / 'a')['state/phi/linear_1/w']
+  np.testing.assert_array_equal(progress.state.phi['linear_1']['w'], found)
+
+
+def test_bfloat16_activations_leave_the_parameters_alone(small_data, tmp_path):
+  args = (*_TINY, '--method=static', '--momentum=0.9')
+  train(small_data, tmp_path / 'full', *args)
+  half, _ = train(small_data, tmp_path / 'half', *args, '--bfloat16')
+  types = {x.dtype.name for x in jax.tree.leaves(half.state.phi)}
+  assert types == {'float32'}
+  (_, expected), (_, loss) = losses(tmp_path / 'full') + losses(
+    tmp_path / 'half'
+  )
+  assert loss == pytest.approx(expected, rel=0.01)
+  assert loss != expected
+
+
+# --- presets ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('multiplier', [1, 2])
+def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
+  settings = settings_of(
+    '--preset=imagenet', f'--steps_multiplier={multiplier}'
+  )
+  steps, warm = settings['steps'], settings['warmup_steps']
+  rate = optimiser_flags._learning_rate(
+    settings['learning_rate'], settings['schedule'], steps
+  )
+  rate = optimiser_flags._warmed(rate, warm, steps, 'warmup_steps')
+  epoch = 1_281_167 / settings['batch_size'] * multiplier
+  assert steps == pytest.approx(100 * epoch, rel=1e-3)
+  assert warm == pytest.approx(5 * epoch, rel=1e-3)
+  assert rate(0) == pytest.approx(1.6 / warm)
+  assert rate(warm // 2 - 1) == pytest.approx(0.8, rel=1e-3)
+  assert rate(warm - 1) == rate(warm) == pytest.approx(1.6)
+  for drops, end in enumerate((9_375, 18_750, 25_000)):
+    before, after = rate(end * multiplier - 1), rate(end * multiplier)
+    assert before == pytest.approx(1.6 * 0.1**drops)
+    assert after == pytest.approx(1.6 * 0.1 ** (drops + 1))
+  assert rate(settings['steps'] - 1) == pytest.approx(1.6e-3)
+
+
+def test_the_imagenet_preset_builds():
+  source = streams.Source(lambda i: streams.Example(b'', 0, ''), 1000, 1000)
+  # What is given on the command line comes before the preset.
+  settings = settings_of('--preset=imagenet', '--learning_rate=0.8')
+  assert settings['learning_rate'] == 0.8
+  assert settings['nesterov']
+  problem = sparse_problem.make_problem(settings, (source, source), 0)
+  layers = problem.layer_flops
+  dense = sum(layers.values())
+  assert dense == pytest.approx(8.2e9, rel=0.01)
+  # The published 0.24 of ERK at 90 %, and the gradients of all weights.
+  relative = problem.method.training_flops(layers) / (3 * dense)
+  assert relative == pytest.approx(0.24, abs=0.01)
+
+
+# --- errors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (('--regrow=zero',), 'regrow=zero with alpha = 2: a weight at zero never'),
+    (('--sparsity=1',), r'sparsity must be in \[0, 1\), got 1'),
+    (('--sparsity=0.999999',), 'The largest possible sparsity is 0.99998'),
+    (
+      ('--method=top_kast', '--sparsity=0.8', '--backward_sparsity=0.9'),
+      'backward_sparsity=0.9 must not be above --sparsity=0.8',
+    ),
+    (('--steps=40',), 'masks can not be updated from step 100 to step 30'),
+    (('--distribution=even',), "pattern=sparsity,..., got 'even'"),
+    (('--distribution=conv=0.5',), "pattern 'conv' matches no weight"),
+  ],
+)
+def test_errors_come_before_training(data, args, message):
+  with pytest.raises(ValueError, match=message):
+    prepare(data, *args)
+
+
+@pytest.mark.parametrize(
+  'args',
+  [
+    ('--method=dense', '--sparsity=1'),
+    ('--method=dense', '--sparsity=0.999999', '--distribution=erk'),
+    ('--method=set', '--sparsity=0.8', '--backward_sparsity=0.9'),
+    ('--method=static', '--regrow=zero'),
+  ],
+)
+def test_flags_that_a_method_does_not_use_are_not_checked(data, args):
+  _, problem = prepare(data, *args)
+  if 'dense' in args[0]:
+    assert sum(jax.tree.leaves(problem.method.counts)) == _SIZE + 410
+
+
+def test_a_batch_that_does_not_divide(data, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  with pytest.raises(ValueError, match='that do are 96 and 104'):
+    prepare(data, '--batch_size=100')
+
+
+def test_a_lost_layer_is_an_error_or_a_warning(small_data, tmp_path, caplog):
+  # The largest hundredth of all weights lies in the convolution.
+  args = (*_TINY, '--method=magnitude', '--scope=global', '--sparsity=0.99')
+  args = (*args, '--update_start=4', '--update_stop=5', '--learning_rate=0')
+  with pytest.raises(sparse_loop.Failed, match='left in logits/w: nothing can'):
+    train(small_data, tmp_path / 'a', *args)
+  train(small_data, tmp_path / 'b', *args, on_collapse='warn')
+  assert 'No weight is left in logits/w' in caplog.text
+
+
+def test_a_run_that_diverges_says_where(small_data, tmp_path):
+  args = (*_TINY, '--method=dense', '--learning_rate=1e20')
+  with pytest.raises(
+    sparse_loop.Failed, match=r'became \w+ at step \d+, with a'
+  ):
+    train(small_data, tmp_path, *args)
+
+
+@pytest.mark.parametrize(
+  ('start', 'due', 'every', 'wanted'),
+  [
+    (0, (), 1000, [100, 200, 250]),
+    (0, (30, 60), 1000, [30, 60, 100, 200, 250]),
+    (0, (), 70, [70, 100, 140, 200, 210, 250]),
+    (140, (), 70, [200, 210, 250]),  # As if it had not been stopped.
+  ],
+)
+def test_segments_end_at_the_same_steps(start, due, every, wanted):
+  found = []
+  while start < 250:
+    start = sparse_loop.next_stop(start, 250, lambda s: s in due, every)
+    found.append(start)
+  assert found == wanted
+
+
+def test_a_run_that_diverges_exits_with_1(start, tmp_path):
+  args = ('--method=dense', '--steps=10', '--batch_size=80')
+  process = start(*args, '--learning_rate=1e20', f'--out_dir={tmp_path}')
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 1, err
+  assert 'error: the loss became nan at step ' in err
+  assert 'with alpha = 2 and learning_rate = 1e+20. Lower' in err
+  assert 'Traceback' not in err
+
+
+# --- restarts -----------------------------------------------------------------
+
+_RESTARTED = (
+  '--method=rigl',
+  '--sparsity=0.8',
+  '--dense_layers=linear_1,logits',  # To compile less.
+  '--steps=60',
+  '--update_every=20',
+  '--batch_size=80',
+  '--momentum=0.9',
+  '--checkpoint_every=5',
+)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(start, tmp_path_factory):
+  out_dir = tmp_path_factory.mktemp('uninterrupted')
+  out, err = start(*_RESTARTED, f'--out_dir={out_dir}').communicate(timeout=600)
+  assert 'fingerprint' in out, err
+  return out_dir
+
+
+def saved(out_dir):
+  """The steps of which there are checkpoints, and whether one is written."""
+  names = [x.name for x in out_dir.glob('checkpoints/*')]
+  steps = [int(name) for name in names if name.isdigit()]
+  return max(steps, default=0), any('tmp' in name for name in names)
+
+
+def wait_until(process, condition):
+  deadline = time.time() + 120
+  while process.poll() is None and not condition():
+    assert time.time() < deadline
+    time.sleep(0.0005)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(
+  start, uninterrupted, tmp_path
+):
+  args = (*_RESTARTED, f'--out_dir={tmp_path}')
+  rng, killed, writing = random.Random(0), 0, 0
+  for i in range(10):
+    before, _ = saved(tmp_path)
+    process = start(*args)
+    if i % 2:  # While a checkpoint is being written.
+      wait_until(process, lambda: saved(tmp_path)[1])
+    else:
+      wait_until(process, lambda b=before: saved(tmp_path)[0] > b)
+      time.sleep(0.05 * rng.random())
+    writing += saved(tmp_path)[1]
+    process.kill()
+    process.communicate()
+    killed += process.returncode == -signal.SIGKILL
+  assert killed >= 8
+  assert writing >= 3
+  process = start(*args)
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 0, err
+  found, wanted = summary_of(tmp_path), summary_of(uninterrupted)
+  for name in ('fingerprint', 'test_accuracy', 'explored', 'sparsity'):
+    assert found[name] == wanted[name]
+  # No step is missing in the log, and none is there twice.
+  assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_a_stopped_run_goes_on(start, uninterrupted, tmp_path):
+  args = (*_RESTARTED, f'--out_dir={tmp_path}')
+  process = start(*args)
+  wait_until(process, lambda: saved(tmp_path)[0] > 0 or saved(tmp_path)[1])
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130, err
+  assert 'Interrupted. The same command goes on.' in err
+  assert 0 < saved(tmp_path)[0] < 60
+  assert not saved(tmp_path)[1]
+  assert not (tmp_path / 'summary.json').exists()
+
+  process = start(*args, '--alpha=3', '--sparsity=0.7')
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 2
+  assert 'alpha: 2.0 there, 3.0 now; sparsity: 0.8 there, 0.7 now' in err
+  assert 'Traceback' not in err
+
+  process = start(*args)
+  _, err = process.communicate(timeout=600)
+  assert process.returncode == 0, err
+  assert 'Interrupted' not in err
+  wanted = summary_of(uninterrupted)['fingerprint']
+  assert summary_of(tmp_path)['fingerprint'] == wanted
+
+
+def test_a_signal_before_the_first_step_is_heeded(small_data, tmp_path):
+  settings, problem = prepare(small_data, *_TINY, '--method=static')
+  handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+  def init():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return problem.init()
+
+  def run(problem, name):
+    (tmp_path / name).mkdir(exist_ok=True)
+    return sparse_loop.train(
+      problem,
+      problem.make_feed(),
+      checkpoint.open_manager(tmp_path / name / 'checkpoints', settings),
+      tmp_path / name,
+      settings,
+      checkpoint_every=1000,
+      on_collapse='error',
+    )
+
+  assert run(problem._replace(init=init), 'a') is None
+  found = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+  assert found == handlers
+  assert saved(tmp_path / 'a') == (0, False)
+  resumed, whole = run(problem, 'a'), run(problem, 'b')
+  assert resumed is not None
+  assert whole is not None
+  jax.tree.map(
+    np.testing.assert_array_equal, resumed[0].state.phi, whole[0].state.phi
+  )
+
+
+# --- devices ------------------------------------------------------------------
+
+
+def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
+  eight, two = tmp_path / 'eight', tmp_path / 'two'
+  args = ('--num_processes=2', f'--out_dir={two}')
+
+  def start_hosts():
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      host = f'--coordinator=localhost:{s.getsockname()[1]}'
+    return [
+      start(*_RESTARTED, *args, host, f'--process_index={i}', count=2)
+      for i in range(2)
+    ]
+
+  # One of two hosts is asked to stop, whereupon both do.
+  hosts = start_hosts()
+  wait_until(hosts[1], lambda: saved(two)[0] > 0)
+  hosts[1].send_signal(signal.SIGTERM)
+  for process in hosts:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 130, err
+    assert 'Interrupted. The same command goes on.' in err
+  assert 0 < saved(two)[0] < 60
+
+  processes = [start(*_RESTARTED, f'--out_dir={eight}', count=8)]
+  for process in [*processes, *start_hosts()]:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+  wanted = arrays(uninterrupted)
+  for out_dir in (eight, two):
+    assert [x[0] for x in losses(out_dir)] == [
+      x[0] for x in losses(uninterrupted)
+    ]
+    np.testing.assert_allclose(
+      losses(out_dir), losses(uninterrupted), rtol=0, atol=1e-5
+    )
+    found = arrays(out_dir)
+    assert found.keys() == wanted.keys()
+    for path, x in found.items():
+      if path.startswith('state/phi'):
+        np.testing.assert_allclose(x, wanted[path], rtol=0, atol=1e-5)
+      else:
+        np.testing.assert_array_equal(x, wanted[path], path)

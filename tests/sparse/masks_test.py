@@ -1,0 +1,474 @@
+"""Tests of masks: exact, against hand-worked tables and a stable sort."""
+
+import contextlib
+import fractions
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from powerprop_jax.sparse import masks
+
+INF, NAN = np.inf, np.nan
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+# Around the blocks of 1024 in which ties are counted.
+SIZES = (1, 1023, 1024, 1025, 2048, 2600)
+
+
+def _x64_for(dtype):
+  return (
+    jax.enable_x64(True) if dtype == 'float64' else contextlib.nullcontext()
+  )
+
+
+def _by_sorting(scores, count):
+  """The mask from a stable sort, in which NaN comes last and -0 equals 0."""
+  flat = np.asarray(scores).astype(np.float64).ravel()
+  missing = np.isnan(flat)
+  order = np.lexsort((-np.where(missing, 0.0, flat), missing))
+  mask = np.zeros(flat.size, bool)
+  mask[order[:count]] = True
+  return mask.reshape(np.shape(scores))
+
+
+def _scores(kind, size):
+  rng = np.random.default_rng(size)
+  normal = rng.standard_normal(size)
+  return {
+    'normal': normal,
+    'magnitudes': np.abs(normal),
+    'tied': np.round(2 * normal),
+    'zeros': np.zeros(size),
+    'zeros of both signs': np.where(normal > 0, 0.0, -0.0),
+    'equal': np.full(size, -1.5),
+    'wide': normal * 10.0 ** rng.integers(-30, 30, size),
+    'odd': rng.choice([NAN, -NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0], size),
+    'missing': np.full(size, NAN),
+  }[kind]
+
+
+KINDS = (
+  'normal',
+  'magnitudes',
+  'tied',
+  'zeros',
+  'zeros of both signs',
+  'equal',
+  'wide',
+  'odd',
+  'missing',
+)
+_traced = jax.jit(masks.top_count_mask)
+_static = jax.jit(masks.top_count_mask, static_argnums=1)
+
+
+# Scores, count, mask.
+TABLE = [
+  ([3, 1, 2], 0, [0, 0, 0]),
+  ([3, 1, 2], 1, [1, 0, 0]),
+  ([3, 1, 2], 2, [1, 0, 1]),
+  ([3, 1, 2], 3, [1, 1, 1]),
+  ([1, 1, 1, 1], 2, [1, 1, 0, 0]),
+  ([1, 2, 1, 2, 1], 3, [1, 1, 0, 1, 0]),
+  ([0, 0, 5, 0], 2, [1, 0, 1, 0]),
+  ([0.0, 0.0, 0.0], 1, [1, 0, 0]),
+  ([-1, -3, -2], 1, [1, 0, 0]),
+  ([-1, -3, -2], 2, [1, 0, 1]),
+  ([-1, 0, 1], 2, [0, 1, 1]),
+  ([-0.0, 0.0, -1], 1, [1, 0, 0]),
+  ([-1, 0.0, -0.0], 2, [0, 1, 1]),
+  ([0.0, -0.0, 0.0], 2, [1, 1, 0]),
+  ([INF, 1, INF], 1, [1, 0, 0]),
+  ([-INF, INF, 0], 2, [0, 1, 1]),
+  ([NAN, -INF, 1], 2, [0, 1, 1]),
+  ([NAN, -INF, NAN], 2, [1, 1, 0]),
+  ([-NAN, NAN, INF], 2, [1, 0, 1]),
+  ([1e-45, 0, 3e-45], 1, [0, 0, 1]),
+  ([0, 1e-45, 0, 3e-45], 2, [0, 1, 0, 1]),
+  ([-1e-45, 0, -3e-45], 2, [1, 1, 0]),
+  ([1, 1 + 2**-23, 1], 1, [0, 1, 0]),
+]
+
+
+@pytest.mark.parametrize('scores, count, mask', TABLE)
+def test_hand_worked(scores, count, mask):
+  scores = jnp.asarray(scores, jnp.float32)
+  expected = np.asarray(mask, bool)
+  np.testing.assert_array_equal(_traced(scores, count), expected)
+  np.testing.assert_array_equal(_by_sorting(scores, count), expected)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('size', SIZES)
+def test_equals_a_stable_sort(size, kind):
+  scores = _scores(kind, size).astype(np.float32)
+  for count in {0, 1, size // 3, size - 1, size}:
+    mask = _traced(scores, count)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, _by_sorting(scores, count))
+
+
+@pytest.mark.parametrize(
+  'dtype, kind',
+  [
+    (dtype, kind)
+    for dtype in DTYPES
+    for kind in KINDS
+    if (dtype, kind) != ('float16', 'wide')  # It does not reach that far.
+  ],
+)
+def test_equals_a_stable_sort_in_every_dtype(dtype, kind):
+  with _x64_for(dtype):
+    scores = jnp.asarray(_scores(kind, 1500), dtype)
+    for count in (0, 1, 500, 1499, 1500):
+      expected = _by_sorting(scores, count)
+      np.testing.assert_array_equal(_traced(scores, count), expected)
+
+
+def test_float64_is_ranked_in_full():
+  with jax.enable_x64(True):
+    scores = jnp.asarray([1.0, 1.0 + 2**-52, 1.0])
+    np.testing.assert_array_equal(_traced(scores, 1), [False, True, False])
+
+
+def test_small_float16_is_ranked():
+  # Subnormal numbers of float16, of bfloat16 and of float32.
+  for dtype, unit in (
+    ('float16', 2.0**-24),
+    ('bfloat16', 2.0**-133),
+    ('float32', 2.0**-149),
+  ):
+    scores = jnp.asarray(np.asarray([0, 2, 1, 3]) * unit, dtype)
+    np.testing.assert_array_equal(
+      _traced(scores, 2), [False, True, False, True], err_msg=dtype
+    )
+
+
+@pytest.mark.parametrize('count', (0, 7, 2100))
+def test_static_count(count):
+  scores = _scores('tied', 2100).astype(np.float32).reshape(30, 70)
+  expected = _by_sorting(scores, count)
+  mask = _static(scores, count)
+  assert mask.shape == (30, 70)
+  np.testing.assert_array_equal(mask, expected)
+
+
+def test_arguments_of_numpy():
+  # Of float64, as numpy makes them, while JAX computes in float32.
+  scores: Any = np.asarray([0.25, 2.0, 1.0])
+  count: Any = np.int64(2)
+  for mask in (
+    masks.topk_mask(scores, 0.7),
+    masks.top_count_mask(scores, count),
+  ):
+    np.testing.assert_array_equal(mask, [False, True, True])
+
+
+@pytest.mark.parametrize('shape', [(), (2, 3, 5), (1200, 3)])
+def test_shapes(shape):
+  size = math.prod(shape)
+  scores = _scores('tied', size).astype(np.float32).reshape(shape)
+  for count in {0, (size + 1) // 2, size}:
+    np.testing.assert_array_equal(
+      _traced(scores, count), _by_sorting(scores, count)
+    )
+
+
+def test_vmap():
+  size = 1030
+  scores = np.stack(
+    [_scores(k, size).astype(np.float32) for k in ('normal', 'tied', 'zeros')]
+  )
+  counts = np.asarray([size // 2, 1, size - 2])
+  both = jax.jit(jax.vmap(masks.top_count_mask))(scores, counts)
+  many = jax.jit(jax.vmap(masks.top_count_mask, (None, 0)))(scores[1], counts)
+  for i, count in enumerate(counts):
+    np.testing.assert_array_equal(both[i], _by_sorting(scores[i], count))
+    np.testing.assert_array_equal(many[i], _by_sorting(scores[1], count))
+
+
+@pytest.mark.parametrize('count', (-1, 4, np.int64(-1), np.int32(4)))
+def test_bad_count_is_an_error(count):
+  with pytest.raises(
+    ValueError, match=rf'count must be in \[0, 3\], .*{count}'
+  ):
+    masks.top_count_mask(jnp.ones(3), count)
+
+
+@pytest.mark.parametrize('dtype', ('int32', 'bool'))
+def test_scores_that_are_no_floats_are_an_error(dtype):
+  with pytest.raises(ValueError, match=f'floating point, got {dtype}'):
+    masks.top_count_mask(jnp.ones(3, dtype), 1)
+
+
+# Size, density, how many are kept.
+COUNTS = [
+  (10, 0.3, 3),
+  (10, 0.7, 7),
+  (3, 0.5, 1),
+  (3, 1.0, 3),
+  (3, 1e-9, 0),
+  (266_200, 0.01, 2662),
+  # As floats of 32 bits these would be 16777216 and 1073741824.
+  (2**24 + 1, 1.0, 2**24 + 1),
+  (2**31 - 1, 0.5, 2**30 - 1),
+  (2**31 - 1, 1.0, 2**31 - 1),
+]
+
+
+@pytest.mark.parametrize('size, density, kept', COUNTS)
+def test_num_kept(size, density, kept):
+  count = masks.num_kept(density, size)
+  assert isinstance(count, int)
+  assert count == kept
+
+
+BIG_SIZES = (2**24 - 1, 2**24 + 1, 25_500_000, 2**30, 2**31 - 2, 2**31 - 1)
+
+
+@pytest.mark.parametrize('size', (1, 3, 255, 256, 2**16 + 1, *BIG_SIZES))
+def test_traced_num_kept_is_exact(size):
+  rng = np.random.default_rng(size)
+  densities = rng.uniform(0, 1, 300) ** rng.integers(1, 12, 300)
+  # The nearest to k / size from below and above, where rounding shows.
+  k = rng.integers(0, size, 100) / size
+  edges = [np.nextafter(np.float32(k), np.float32(d)) for d in (0, 1)]
+  special = [0.0, 1.0, 1 - 2**-24, 0.5, 2**-24, 2**-31, 2**-32, 1e-30, 1e-40]
+  densities = np.concatenate([densities, k, *edges, special])
+  densities = densities.astype(np.float32)
+  found = jax.jit(jax.vmap(lambda d: masks.num_kept(d, size)))(densities)
+  assert found.dtype == np.int32
+  expected = [
+    math.floor(fractions.Fraction(float(d)) * size) for d in densities
+  ]
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_num_kept_of_an_array_is_that_of_a_traced_one():
+  traced = jax.jit(masks.num_kept, static_argnums=1)
+  for density in (0.7, 0.25, 0.001, 1.0):
+    kept = masks.num_kept(jnp.asarray(density), 1000)
+    assert isinstance(kept, jax.Array)
+    assert kept.dtype == np.int32
+    assert (
+      kept == traced(density, 1000) == int(float(np.float32(density)) * 1000)
+    )
+
+
+def test_floor_multiply():
+  assert masks.floor_multiply(0.0, 5) == 0
+  assert masks.floor_multiply(0.5, 5) == 2
+  assert masks.floor_multiply(1.0, 2**31 - 1) == 2**31 - 1
+  numpy_one: Any = np.float32(1.0)
+  assert masks.floor_multiply(numpy_one, 2**24 + 1) == 2**24 + 1
+  assert masks.floor_multiply(jnp.float32(0.5), 5) == 2
+
+
+def test_traced_fraction_out_of_range_is_clipped():
+  f = jax.jit(masks.floor_multiply, static_argnums=1)
+  for density, kept in [
+    *((-0.5, 0), (-0.0, 0), (-INF, 0), (NAN, 0)),
+    *((1.5, 1000), (300.0, 1000), (3e38, 1000), (INF, 1000)),
+  ]:
+    assert f(jnp.float32(density), 1000) == kept, density
+
+
+@pytest.mark.parametrize('density', (0.0, -0.1, 1.0001, NAN, INF))
+def test_bad_density_is_an_error(density):
+  for f in (
+    masks.check_density,
+    lambda d: masks.num_kept(d, 3),
+    lambda d: masks.topk_mask(jnp.ones(3), d),
+  ):
+    with pytest.raises(ValueError, match=r'density must be in \(0, 1\], got'):
+      f(density)
+
+
+def test_topk_mask():
+  scores = jnp.asarray([[1.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
+  table = [
+    (0.1, [[0, 0, 0], [0, 0, 0]]),
+    (0.2, [[0, 1, 0], [0, 0, 0]]),
+    (0.34, [[0, 1, 0], [1, 0, 0]]),
+    (0.5, [[1, 1, 0], [1, 0, 0]]),
+    (0.99, [[1, 1, 1], [1, 0, 1]]),
+    (1.0, [[1, 1, 1], [1, 1, 1]]),
+  ]
+  traced = jax.jit(masks.topk_mask)
+  for density, mask in table:
+    for f in (masks.topk_mask, traced):
+      np.testing.assert_array_equal(f(scores, density), np.asarray(mask, bool))
+  static = jax.jit(masks.topk_mask, static_argnums=1)
+  np.testing.assert_array_equal(static(scores, 0.34), traced(scores, 0.34))
+
+
+def test_topk_mask_does_not_compile_again_for_another_traced_density():
+  traces = []
+
+  @jax.jit
+  def f(scores, density):
+    traces.append(density)
+    return masks.topk_mask(scores, density)
+
+  for density in (0.1, 0.5, 1.0):
+    assert f(jnp.arange(100.0), density).sum() == round(100 * density)
+  assert len(traces) == 1
+
+
+def _tree():
+  return {
+    'linear': {
+      'w': jnp.asarray([[0.1, 0.4], [0.3, 0.2]]),
+      'b': jnp.asarray([9.0, 9.0]),
+    },
+    'out': {'w': jnp.asarray([0.5, 0.0, 0.3, 0.3])},
+  }
+
+
+WEIGHTS = {'linear': {'w': True, 'b': False}, 'out': {'w': True}}
+
+
+def _assert_masks(found, expected):
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    assert a.dtype == bool
+    np.testing.assert_array_equal(a, b)
+
+
+def _mask(linear_w, linear_b, out_w):
+  return {
+    'linear': {
+      'w': np.asarray(linear_w, bool),
+      'b': np.asarray(linear_b, bool),
+    },
+    'out': {'w': np.asarray(out_w, bool)},
+  }
+
+
+def test_layerwise():
+  counts = {'linear': {'w': 1, 'b': None}, 'out': {'w': 2}}
+  expected = _mask([[0, 1], [0, 0]], [1, 1], [1, 0, 1, 0])
+  _assert_masks(masks.layerwise_topk(_tree(), counts), expected)
+  traced = jax.jit(
+    lambda s, n: masks.layerwise_topk(
+      s, {'linear': {'w': n, 'b': None}, 'out': {'w': 2 * n}}
+    )
+  )
+  _assert_masks(traced(_tree(), 1), expected)
+  counts = {'linear': {'w': None, 'b': 0}, 'out': {'w': 3}}
+  expected = _mask([[1, 1], [1, 1]], [0, 0], [1, 0, 1, 1])
+  _assert_masks(masks.layerwise_topk(_tree(), counts), expected)
+
+
+def test_layerwise_passes_over_missing_leaves():
+  # As where Equinox filters out what is no array, or a layer has no bias.
+  scores = {'linear': {'w': jnp.asarray([1.0, 2.0, 0.0]), 'b': None}}
+  mask = masks.layerwise_topk(scores, {'linear': {'w': 1, 'b': None}})
+  assert mask['linear']['b'] is None
+  np.testing.assert_array_equal(mask['linear']['w'], [False, True, False])
+
+
+_globally = jax.jit(lambda s, n: masks.global_topk(s, n, WEIGHTS))
+
+
+@pytest.mark.parametrize(
+  'count, expected',
+  [
+    (0, _mask([[0, 0], [0, 0]], [1, 1], [0, 0, 0, 0])),
+    (1, _mask([[0, 0], [0, 0]], [1, 1], [1, 0, 0, 0])),
+    (2, _mask([[0, 1], [0, 0]], [1, 1], [1, 0, 0, 0])),
+    # Of three equal scores the one of the first leaf wins.
+    (3, _mask([[0, 1], [1, 0]], [1, 1], [1, 0, 0, 0])),
+    (4, _mask([[0, 1], [1, 0]], [1, 1], [1, 0, 1, 0])),
+    (8, _mask([[1, 1], [1, 1]], [1, 1], [1, 1, 1, 1])),
+  ],
+)
+def test_globally(count, expected):
+  _assert_masks(masks.global_topk(_tree(), count, WEIGHTS), expected)
+  _assert_masks(_globally(_tree(), count), expected)
+
+
+@pytest.mark.parametrize('count', (-1, 9))
+def test_globally_of_a_bad_count_is_an_error(count):
+  with pytest.raises(ValueError, match=r'count must be in \[0, 8\]'):
+    masks.global_topk(_tree(), count, WEIGHTS)
+
+
+def test_count_and_density_are_of_weights_only():
+  mask = _mask([[0, 1], [0, 1]], [0, 0], [1, 0, 0, 0])
+  kept, size = masks.count(mask, WEIGHTS)
+  assert (int(kept), size) == (3, 8)
+  assert isinstance(size, int)
+  assert masks.density(mask, WEIGHTS) == 0.375
+  biases_too = jax.tree.map(lambda _: True, WEIGHTS)
+  assert tuple(map(int, masks.count(mask, biases_too))) == (3, 10)
+  only_biases = {'linear': {'w': False, 'b': True}, 'out': {'w': False}}
+  assert tuple(map(int, masks.count(mask, only_biases))) == (0, 2)
+  assert jax.jit(lambda m: masks.density(m, WEIGHTS))(mask) == 0.375
+
+
+def test_overlap():
+  a = _mask([[0, 1], [0, 1]], [1, 1], [1, 1, 0, 0])
+  b = _mask([[0, 1], [1, 0]], [1, 1], [0, 0, 0, 0])
+  empty = _mask([[0, 0], [0, 0]], [1, 1], [0, 0, 0, 0])
+  # Kept by a: 4 weights, by b: 2, by both: 1.
+  assert masks.overlap(a, b, WEIGHTS) == 0.25
+  assert masks.overlap(b, a, WEIGHTS) == 0.5
+  assert masks.overlap(a, a, WEIGHTS) == 1.0
+  assert masks.overlap(a, empty, WEIGHTS) == 0.0
+  assert np.isnan(masks.overlap(empty, a, WEIGHTS))
+
+
+def test_overlap_of_random_masks_is_their_density():
+  rng = np.random.default_rng(0)
+  a, b = ({'w': rng.uniform(size=100_000) < 0.3} for _ in range(2))
+  assert abs(masks.overlap(a, b, {'w': True}) - 0.3) < 0.01
+
+
+def test_pack_and_unpack():
+  mask = _mask([[0, 1], [1, 1]], [0, 1], [1, 0, 0, 0])
+  mask |= {'long': np.arange(17) % 3 == 0, 'scalar': np.asarray(True)}
+  packed = masks.pack(mask)
+  np.testing.assert_array_equal(packed['linear']['w'], [0b01110000])
+  assert [x.dtype for x in jax.tree.leaves(packed)] == [np.uint8] * 5
+  assert [x.shape for x in jax.tree.leaves(packed)] == [
+    *((1,), (1,), (3,), (1,), (1,))
+  ]
+  like = jax.tree.map(lambda m: np.zeros(m.shape), mask)
+  _assert_masks(masks.unpack(packed, like), mask)
+  _assert_masks(jax.jit(masks.unpack)(jax.jit(masks.pack)(mask), like), mask)
+
+
+def test_dense():
+  tree = _tree() | {'scalar': 2.0}
+  both = masks.dense(tree)
+  assert both == masks.Masks(both.forward, both.backward)
+  for mask in both:
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+    for m, x in zip(jax.tree.leaves(mask), jax.tree.leaves(tree)):
+      assert (m.dtype, m.shape) == (bool, np.shape(x))
+      assert jnp.all(m)
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16', 'int32'))
+def test_apply_mask(dtype):
+  tree = {'w': jnp.asarray([[1, -2], [3, 4]], dtype), 'b': jnp.ones(1, dtype)}
+  mask = {'w': np.asarray([[0, 1], [1, 0]], bool), 'b': np.asarray([True])}
+  out = masks.apply_mask(tree, mask)
+  assert out['w'].dtype == dtype
+  np.testing.assert_array_equal(
+    np.asarray(out['w'], float), [[0.0, -2.0], [3.0, 0.0]]
+  )
+  np.testing.assert_array_equal(np.asarray(out['b'], float), [1.0])
+
+
+def test_apply_mask_stops_nan():
+  update = {'w': jnp.asarray([NAN, INF, -INF, NAN])}
+  mask = {'w': jnp.asarray([False, False, False, True])}
+  out = masks.apply_mask(update, mask)['w']
+  np.testing.assert_array_equal(out, [0.0, 0.0, 0.0, NAN])
+  grad = jax.grad(lambda u: jnp.sum(masks.apply_mask({'w': u}, mask)['w']))
+  np.testing.assert_array_equal(grad(update['w']), [0.0, 0.0, 0.0, 1.0])

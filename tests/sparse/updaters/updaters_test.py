@@ -1,0 +1,245 @@
+"""Tests of the sparse training methods, against tables worked by hand."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from powerprop_jax import leaves
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import masks
+from powerprop_jax.sparse import schedules
+from powerprop_jax.sparse import updaters
+
+KEY = jax.random.key(0)
+
+
+def _tree(w, b=(0.0, 0.0)):
+  return {'linear': {'w': jnp.asarray(w), 'b': jnp.asarray(b)}}
+
+
+def _counts(n):
+  return lambda theta: {'linear': {'w': n, 'b': theta['linear']['b'].size}}
+
+
+def _bits(mask):
+  return mask['linear']['w'].astype(int).tolist()
+
+
+def _masks(bits):
+  mask = _tree(np.array(bits, bool), np.ones(2, bool))
+  return masks.Masks(forward=mask, backward=mask)
+
+
+def _drop(fraction):
+  return lambda step: jnp.asarray(fraction)
+
+
+THETA = _tree([0.5, -0.1, 0.3, 9.0, -8.0, 7.0])
+GRADS = _tree([9.0, 8.0, 7.0, 0.2, -0.4, 0.1])
+
+
+def test_dense_is_all_ones():
+  made = updaters.dense().init(KEY, THETA, GRADS)
+  assert _bits(made.forward) == [1] * 6
+  theta, same = updaters.dense().update(KEY, 0, THETA, made, GRADS)
+  chex.assert_trees_all_equal((theta, same), (THETA, made))
+
+
+def test_fixed_keeps_a_mask():
+  mask = _masks([1, 0, 0, 1, 0, 0]).forward
+  made = updaters.given(mask).init(KEY, THETA, GRADS)
+  assert _bits(made.forward) == _bits(made.backward) == [1, 0, 0, 1, 0, 0]
+
+
+def test_static_is_random_and_exact():
+  updater = updaters.random(_counts(2))
+  made = [
+    updater.init(jax.random.key(i), THETA, GRADS).forward for i in range(40)
+  ]
+  bits = np.array([_bits(m) for m in made])
+  assert (bits.sum(axis=1) == 2).all()
+  assert (bits.sum(axis=0) > 3).all()  # Every weight has its turn.
+  assert all(m['linear']['b'].all() for m in made)
+
+
+def test_snip_ranks_theta_times_gradient():
+  # |theta g| = 4.5, 0.8, 2.1, 1.8, 3.2, 0.7.
+  made = updaters.snip(_counts(3)).init(KEY, THETA, GRADS)
+  assert _bits(made.forward) == [1, 0, 1, 0, 1, 0]
+  assert _bits(made.backward) == _bits(made.forward)
+
+
+def test_snip_ranks_all_layers_together():
+  theta = {'a': {'w': jnp.array([1.0, 2.0])}, 'b': {'w': jnp.array([3.0, 4.0])}}
+  grads = jax.tree.map(jnp.ones_like, theta)
+  counts = lambda _: {'a': {'w': 1}, 'b': {'w': 1}}
+  both = updaters.snip(counts).init(KEY, theta, grads).forward
+  assert not both['a']['w'].any()
+  assert both['b']['w'].all()
+  each = updaters.snip(counts, 'layer').init(KEY, theta, grads).forward
+  assert each['a']['w'].tolist() == each['b']['w'].tolist() == [False, True]
+
+
+@pytest.mark.parametrize('make', [updaters.snip, updaters.magnitude])
+def test_scopes_are_checked(make):
+  with pytest.raises(ValueError, match="got 'row'"):
+    make(_counts(1), scope='row')
+
+
+@pytest.mark.parametrize(
+  ('fraction', 'after'),
+  [
+    # Active are 0.5, 0.1 and 0.3; a third of three is one: 0.1 goes, and the
+    # largest gradient of those not active, 0.4, is grown.
+    (1 / 3 + 1e-6, [1, 0, 1, 0, 1, 0]),
+    # Two go, 0.1 and 0.3; two are grown, 0.4 and 0.2.
+    (2 / 3 + 1e-6, [1, 0, 0, 1, 1, 0]),
+    (1.0, [0, 0, 0, 1, 1, 1]),
+    (0.0, [1, 1, 1, 0, 0, 0]),
+    (0.3, [1, 1, 1, 0, 0, 0]),  # floor(0.9) = 0.
+  ],
+)
+def test_rigl_by_hand(fraction, after):
+  fresh = lambda key: _tree(jnp.full(6, 0.25))
+  updater = updaters.rigl(_counts(3), _drop(fraction), fresh)
+  before = _masks([1, 1, 1, 0, 0, 0])
+  theta, made = jax.jit(updater.update)(KEY, 0, THETA, before, GRADS)
+  assert _bits(made.forward) == _bits(made.backward) == after
+  grown = np.array(after) > np.array([1, 1, 1, 0, 0, 0])
+  np.testing.assert_array_equal(
+    theta['linear']['w'], np.where(grown, 0.25, THETA['linear']['w'])
+  )
+  np.testing.assert_array_equal(theta['linear']['b'], THETA['linear']['b'])
+
+
+def test_regrow_keep_leaves_the_values():
+  updater = updaters.rigl(_counts(3), _drop(1.0), None)
+  theta, made = updater.update(KEY, 0, THETA, _masks([1, 1, 1, 0, 0, 0]), GRADS)
+  assert _bits(made.forward) == [0, 0, 0, 1, 1, 1]
+  chex.assert_trees_all_equal(theta, THETA)
+
+
+def test_a_dropped_weight_comes_back_only_if_it_may():
+  # 0.1 is dropped, and has the largest gradient but those still active.
+  before = _masks([1, 1, 1, 0, 0, 0])
+  for may, after in ((True, [1, 1, 1, 0, 0, 0]), (False, [1, 0, 1, 0, 1, 0])):
+    updater = updaters.rigl(_counts(3), _drop(0.34), None, regrow_dropped=may)
+    _, made = updater.update(KEY, 0, THETA, before, GRADS)
+    assert _bits(made.forward) == after
+
+
+def test_dropped_weights_come_back_if_there_are_no_others():
+  # Five of six are active and five are to be traded: one other is free.
+  updater = updaters.rigl(_counts(5), _drop(1.0), None)
+  _, made = updater.update(KEY, 0, THETA, _masks([1, 1, 1, 1, 1, 0]), GRADS)
+  # One is traded: the smallest, 0.1, for the last.
+  assert _bits(made.forward) == [1, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_the_number_of_active_weights_survives_bad_gradients(bad):
+  grads = _tree([bad, bad, 1.0, bad, -0.4, bad])
+  updater = updaters.rigl(_counts(3), _drop(0.7), None)
+  _, made = updater.update(KEY, 0, THETA, _masks([1, 1, 1, 0, 0, 0]), grads)
+  assert sum(_bits(made.forward)) == 3
+
+
+@pytest.mark.parametrize('make', [updaters.set_, updaters.rigl])
+def test_the_number_of_active_weights_never_changes(make):
+  rng = np.random.default_rng(0)
+  params = _tree(rng.normal(size=(40, 30)).astype(np.float32), np.zeros(2))
+  counts = distributions.erdos_renyi(0.9)
+  drop = schedules.drop_fraction(0.5, 30)
+  fresh = lambda key: jax.tree.map(
+    lambda x: jax.random.normal(key, x.shape), params
+  )
+  updater = make(counts, drop, fresh)
+  made = updater.init(KEY, params, params)
+  total = counts(params)['linear']['w']
+  assert int(made.forward['linear']['w'].sum()) == total
+  update, seen = jax.jit(updater.update), made.forward['linear']['w']
+  for step in range(35):
+    grads = _tree(rng.normal(size=(40, 30)).astype(np.float32), np.zeros(2))
+    params, made = update(jax.random.key(step), step, params, made, grads)
+    assert int(made.forward['linear']['w'].sum()) == total
+    seen |= made.forward['linear']['w']
+  assert int(seen.sum()) > 2 * total  # It explored.
+
+
+@pytest.mark.parametrize('make', [updaters.set_, updaters.rigl])
+@pytest.mark.parametrize('active', [1, 2, 5, 6])
+def test_a_mask_of_another_number_of_weights_keeps_it(make, active):
+  updater = make(_counts(3), _drop(0.5), None)
+  before = _masks([1] * active + [0] * (6 - active))
+  _, made = jax.jit(updater.update)(KEY, 0, THETA, before, GRADS)
+  assert sum(_bits(made.forward)) == sum(_bits(made.backward)) == active
+  # Half of them are traded, if there are so many others.
+  changed = np.sum(np.array(_bits(made.forward)) != _bits(before.forward))
+  assert changed == 2 * min(active // 2, 6 - active)
+
+
+def test_set_grows_at_random():
+  updater = updaters.set_(_counts(3), _drop(1 / 3 + 1e-6), None)
+  grown = set()
+  for seed in range(30):
+    _, made = updater.update(
+      jax.random.key(seed), 0, THETA, _masks([1, 1, 1, 0, 0, 0]), GRADS
+    )
+    bits = _bits(made.forward)
+    assert bits[:3] == [1, 0, 1]
+    grown.add(bits.index(1, 3))
+  assert grown == {3, 4, 5}
+
+
+@pytest.mark.parametrize('scope', ['layer', 'global'])
+def test_magnitude_prunes_gradually_and_for_good(scope):
+  progress = schedules.cubic(0, 4)
+  updater = updaters.magnitude(_counts(2), progress, scope)
+  theta, made = THETA, updater.init(KEY, THETA, GRADS)
+  assert _bits(made.forward) == [1] * 6
+  # 4 are to go: floor(4 * 37 / 64) = 2, then floor(4 * 7 / 8) = 3, then 4.
+  kept = []
+  for step in (1, 2, 4):
+    theta, made = updater.update(KEY, step, theta, made, GRADS)
+    kept.append(_bits(made.forward))
+    # What is pruned stays so, however small the others become.
+    theta = _tree(
+      jnp.where(made.forward['linear']['w'], 1e-3, 1.0)
+      * jnp.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    )
+  assert kept[0] == [1, 0, 0, 1, 1, 1]
+  assert kept[1] == [1, 0, 0, 1, 1, 0]
+  assert kept[2] == [1, 0, 0, 1, 0, 0]
+
+
+def test_magnitude_at_once():
+  updater = updaters.magnitude(_counts(2))
+  _, made = updater.update(KEY, 0, THETA, masks.dense(THETA), GRADS)
+  assert _bits(made.forward) == [0, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize('scope', ['layer', 'global'])
+def test_magnitude_grows_nothing_in_a_network_that_is_sparser(scope):
+  updater = updaters.magnitude(_counts(3), scope=scope)
+  _, made = updater.update(KEY, 0, THETA, _masks([1, 0, 0, 0, 1, 0]), GRADS)
+  assert _bits(made.forward) == [1, 0, 0, 0, 1, 0]
+
+
+def test_leaves_that_are_not_weights_stay_whole():
+  theta = _tree(jnp.arange(6.0), jnp.arange(2.0))
+  counts = distributions.uniform(0.5)
+  for updater in (
+    updaters.random(counts),
+    updaters.snip(counts),
+    updaters.magnitude(counts),
+    updaters.top_kast(counts, counts),
+    updaters.set_(counts, _drop(0.5), None),
+    updaters.rigl(counts, _drop(0.5), None),
+  ):
+    made = updater.init(KEY, theta, theta)
+    _, made = updater.update(KEY, 0, theta, made, theta)
+    assert made.forward['linear']['b'].all()
+    assert made.backward['linear']['b'].all()
+    assert int(masks.count(made.forward, leaves.weight_mask(theta))[0]) == 3

@@ -1,0 +1,436 @@
+"""What the updates do: equalities on a small network for the iris flowers."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from mlxtend import data
+import numpy as np
+import optax
+import pytest
+
+from powerprop_jax import leaves
+from powerprop_jax import power
+from powerprop_jax import transforms
+
+ALPHAS = (1.5, 2.0, 3.25)
+OPTIMISERS = {
+  'sgd': lambda: optax.sgd(0.1),
+  'adam': lambda: optax.adam(0.01),
+  'adamw': lambda: optax.adamw(0.01, weight_decay=0.1),
+}
+
+
+@functools.cache
+def _flowers():
+  features, labels = data.iris_data()
+  features = (features - features.mean(0)) / features.std(0)
+  return features.astype(np.float32), labels
+
+
+def _init():
+  rng = np.random.default_rng(0)
+
+  def normal(scale, *shape):
+    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+  return {
+    'hidden': {'w': normal(0.5, 4, 8), 'b': normal(0.5, 8)},
+    'output': {'w': normal(0.35, 8, 3), 'b': normal(0.35, 3)},
+  }
+
+
+def _loss(theta):
+  x, labels = _flowers()
+  x = jnp.tanh(x @ theta['hidden']['w'] + theta['hidden']['b'])
+  logits = x @ theta['output']['w'] + theta['output']['b']
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+_gradient = jax.jit(jax.grad(_loss))
+
+
+def _train(tx, params, grad, steps=50):
+  """The parameters after steps of tx, in one compiled loop."""
+
+  def step(carry, _):
+    params, state = carry
+    updates, state = tx.update(grad(params), state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  @jax.jit
+  def run(params):
+    return jax.lax.scan(step, (params, tx.init(params)), length=steps)[0][0]
+
+  return run(params)
+
+
+def _first_updates(tx, grads, params) -> Any:
+  return tx.update(grads, tx.init(params), params)[0]
+
+
+def _max_difference(tree, other):
+  differences = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), tree, other)
+  return max(jax.tree.leaves(differences))
+
+
+def _assert_close(actual, desired, rtol=1e-6, atol=1e-7):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
+    actual,
+    desired,
+  )
+
+
+def _assert_identical(actual, desired):
+  jax.tree.map(np.testing.assert_array_equal, actual, desired)
+
+
+def _weights(params):
+  return {layer: leaf['w'] for layer, leaf in params.items()}
+
+
+# The three forms against plain optax.
+
+
+@pytest.mark.parametrize('alphas', [(1.25, 3.5), (3.0, 2.0)])
+def test_sgd_is_gradient_descent_through_psi(alphas):
+  """Equation (1): the chain rule, left here to autodiff."""
+  powers: dict[str, float] = dict(zip(('hidden/w', 'output/w'), alphas))
+
+  def loss_of_phi(phi):
+    theta = {layer: dict(leaf) for layer, leaf in phi.items()}
+    for path, alpha in powers.items():
+      x = phi[path[:-2]]['w']
+      theta[path[:-2]]['w'] = jnp.sign(x) * jnp.abs(x) ** alpha
+    return _loss(theta)
+
+  transform = power.power_transform(lambda path, _: powers[path])
+  phi = transform.to_phi(_init())
+  tx = transforms.target_propagation(optax.sgd(0.1), transform)
+  _assert_close(
+    _train(tx, phi, lambda x: _gradient(transform.to_theta(x)), 20),
+    _train(optax.sgd(0.1), phi, jax.grad(loss_of_phi), 20),
+    rtol=0,
+    atol=1e-6,
+  )
+
+
+@pytest.mark.parametrize('alpha', ALPHAS)
+def test_last_link_is_the_wrapper_for_adam(alpha):
+  transform = power.power_transform(alpha)
+  wrapper = transforms.target_propagation(optax.adam(0.1), transform)
+  link = transforms.scale_by_power_jacobian(transform)
+  chain = optax.chain(optax.adam(0.1), link)
+  phi = transform.to_phi(_init())
+  grads = _gradient(transform.to_theta(phi))
+  _assert_identical(
+    _first_updates(chain, grads, phi),
+    _first_updates(wrapper, grads, phi),
+  )
+
+
+@pytest.mark.parametrize('alpha', ALPHAS)
+def test_last_link_differs_for_adamw_by_what_it_decays(alpha):
+  """The decay of the chain reads phi, that of the wrapper theta."""
+  inner = optax.adamw(0.1, weight_decay=0.5)
+  transform = power.power_transform(alpha)
+  wrapper = transforms.target_propagation(inner, transform)
+  link = transforms.scale_by_power_jacobian(transform)
+  chain = optax.chain(inner, link)
+  phi = transform.to_phi(_init())
+  theta = transform.to_theta(phi)
+  grads = _gradient(theta)
+  difference = jax.tree.map(
+    jnp.subtract,
+    _first_updates(chain, grads, phi),
+    _first_updates(wrapper, grads, phi),
+  )
+  for layer in phi:
+    x, y = phi[layer]['w'], theta[layer]['w']
+    expected = -0.1 * 0.5 * (x - y) * alpha * np.abs(x) ** (alpha - 1)
+    np.testing.assert_allclose(difference[layer]['w'], expected, atol=1e-7)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_array_equal(difference[layer]['b'], 0)
+
+
+@pytest.mark.parametrize(
+  ('name', 'alphas'),
+  [('sgd', (1.5, 3.25)), ('adam', (3.25, 1.5)), ('adamw', (2.0, 3.0))],
+)
+def test_drop_in_follows_the_trajectory_of_phi(name, alphas):
+  theta, inner = _init(), OPTIMISERS[name]()
+  powers: dict[str, float] = dict(zip(('hidden/w', 'output/w'), alphas))
+
+  def alpha(path, leaf):
+    del leaf
+    return powers[path]
+
+  transform = power.power_transform(alpha)
+  phi = _train(
+    transforms.target_propagation(inner, transform),
+    transform.to_phi(theta),
+    lambda phi: _gradient(transform.to_theta(phi)),
+  )
+  drop_in = _train(transforms.powerprop(inner, alpha), theta, _gradient)
+  assert _max_difference(drop_in, transform.to_theta(phi)) < 1e-5
+  assert _max_difference(drop_in, theta) > 0.1  # It did go somewhere.
+  assert _loss(drop_in) < 0.75 * _loss(theta)
+
+
+def test_alpha_one_is_plain_training_to_the_last_bit():
+  inner, theta = optax.adamw(0.01, weight_decay=0.1), _init()
+  expected = _train(inner, theta, _gradient)
+  transform = power.power_transform(1.0)
+  for tx in (
+    transforms.powerprop(inner, 1.0),
+    transforms.target_propagation(inner, transform),
+    optax.chain(inner, transforms.scale_by_power_jacobian(transform)),
+  ):
+    _assert_identical(_train(tx, theta, _gradient), expected)
+
+
+# Fixed points and descent (section 2 of the paper).
+
+
+@pytest.mark.parametrize('alpha', [1.0, 1.25, 2.0, 3.0])
+@pytest.mark.parametrize('name', OPTIMISERS)
+def test_zero_is_a_fixed_point_unless_alpha_is_one(name, alpha):
+  theta = _init()
+  dead = theta['hidden']['w'] < 0
+  theta['hidden']['w'] = jnp.where(dead, 0.0, theta['hidden']['w'])
+  transform = power.power_transform(alpha)
+  inner = OPTIMISERS[name]()
+  forms = {
+    'drop-in': transforms.powerprop(inner, alpha),
+    'phi': transforms.target_propagation(inner, transform),
+  }
+  grads = _gradient(theta)
+  assert np.all(grads['hidden']['w'])
+  for form, tx in forms.items():
+    params = theta if form == 'drop-in' else transform.to_phi(theta)
+    updates = _first_updates(tx, grads, params)
+    moved = np.asarray(updates['hidden']['w'] != 0)
+    np.testing.assert_array_equal(moved, ~dead if alpha > 1 else True)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('alpha', ALPHAS)
+def test_drop_in_without_gradient_does_not_move(alpha, dtype):
+  """Mapping to phi and back rounds; none of that may reach the weights."""
+  theta = jax.tree.map(lambda x: x.astype(dtype), _init())
+  tx = transforms.powerprop(optax.sgd(0.1), alpha)
+  zeros = jax.tree.map(jnp.zeros_like, theta)
+  updates, _ = jax.jit(tx.update)(zeros, tx.init(theta), theta)
+  _assert_identical(updates, zeros)
+
+
+@pytest.mark.parametrize('alpha', ALPHAS)
+@pytest.mark.parametrize(
+  'inner',
+  [optax.sgd(0.1), optax.adam(0.01), optax.sign_sgd(0.01)],
+  ids=['sgd', 'adam', 'sign_sgd'],
+)
+def test_first_step_descends(inner, alpha):
+  """<delta phi, dL / d phi> < 0, and every coordinate adds to it."""
+  transform = power.power_transform(alpha)
+  tx = transforms.target_propagation(inner, transform)
+  phi = transform.to_phi(_init())
+  grads = _gradient(transform.to_theta(phi))
+  updates = _first_updates(tx, grads, phi)
+  for layer, leaf in phi.items():
+    slope = alpha * np.abs(leaf['w']) ** (alpha - 1) * grads[layer]['w']
+    assert np.all(updates[layer]['w'] * slope < 0)
+    assert np.all(updates[layer]['b'] * grads[layer]['b'] < 0)
+
+
+def test_descent_on_theta_is_not_enough():
+  """A step that trades one weight against another can ascend on phi."""
+  step, grads = jnp.array([-1.0, 0.5]), jnp.array([1.0, 1.0])
+  assert jnp.vdot(step, grads) < 0
+  tx = transforms.target_propagation(
+    optax.stateless(lambda updates, params: {'w': step}),
+    power.power_transform(2.0),
+  )
+  updates = _first_updates(tx, {'w': grads}, {'w': jnp.array([0.125, 1.0])})
+  np.testing.assert_array_equal(updates['w'], [-0.25, 1.0])
+  slope = 2 * jnp.array([0.125, 1.0]) * grads
+  assert jnp.vdot(updates['w'], slope) > 0
+
+
+@pytest.mark.parametrize('alpha', ALPHAS)
+def test_drop_in_adds_up_no_rounding(alpha):
+  """As exact after 1,000 noisy steps as phi, against float64 by hand."""
+  rng = np.random.default_rng(0)
+  theta = rng.standard_normal(200).astype(np.float32) / 16
+  noise = rng.standard_normal((1000, 200)).astype(np.float32)
+  tx = transforms.powerprop(optax.sgd(0.004), alpha)
+
+  @jax.jit
+  def run(params):
+    def step(params, grads):
+      updates, _ = tx.update({'w': grads}, tx.init(params), params)
+      return optax.apply_updates(params, updates), None
+
+    return jax.lax.scan(step, params, noise)[0]
+
+  phi = np.sign(theta) * np.abs(theta.astype(np.float64)) ** (1 / alpha)
+  for grads in noise:
+    phi -= 0.004 * grads * alpha * np.abs(phi) ** (alpha - 1)
+  expected = np.sign(phi) * np.abs(phi) ** alpha
+  actual = run({'w': theta})['w']
+  assert np.abs(expected - theta).max() > 0.1
+  np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+# Weight decay, inside and outside.
+
+
+@pytest.mark.parametrize('alpha', [1.0, 2.0, 3.25])
+def test_decay_outside_multiplies_phi(alpha):
+  """phi by 1 - d and theta by (1 - d)^alpha a step, without a gradient."""
+  transform = power.power_transform(alpha)
+  tx = optax.chain(
+    transforms.target_propagation(optax.adam(0.1), transform),
+    optax.add_decayed_weights(-0.125, mask=leaves.weight_mask),
+  )
+  phi = transform.to_phi(_init())
+  no_grads = jax.tree.map(jnp.zeros_like, phi)
+  decayed = _train(tx, phi, lambda _: no_grads, steps=3)
+  before, after = transform.to_theta(phi), transform.to_theta(decayed)
+  for layer in phi:
+    np.testing.assert_allclose(
+      decayed[layer]['w'], 0.875**3 * phi[layer]['w'], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+      after[layer]['w'], 0.875 ** (3 * alpha) * before[layer]['w'], rtol=1e-5
+    )
+    np.testing.assert_array_equal(decayed[layer]['b'], phi[layer]['b'])
+
+
+@pytest.mark.parametrize('alpha', [1.0, *ALPHAS])
+def test_decay_inside_pulls_theta_and_goes_through_the_jacobian(alpha):
+  transform = power.power_transform(alpha)
+  tx = transforms.target_propagation(
+    optax.adamw(0.5, weight_decay=0.25, mask=leaves.weight_mask), transform
+  )
+  phi = transform.to_phi(_init())
+  no_grads = jax.tree.map(jnp.zeros_like, phi)
+  updates = _first_updates(tx, no_grads, phi)
+  for layer in phi:
+    x = np.asarray(phi[layer]['w'])
+    theta = x * np.abs(x) ** (alpha - 1)
+    np.testing.assert_allclose(
+      updates[layer]['w'],
+      -0.5 * 0.25 * theta * alpha * np.abs(x) ** (alpha - 1),
+      rtol=1e-5,
+    )
+    np.testing.assert_array_equal(updates[layer]['b'], 0)
+
+
+# With the rest of optax and JAX.
+
+
+def test_drop_in_among_the_links_of_a_chain():
+  clip, adam = optax.clip_by_global_norm(0.1), optax.adam(0.01)
+  whole = transforms.powerprop(optax.chain(clip, adam), 2.0)
+  link = transforms.powerprop(adam, 2.0)
+  chain = optax.chain(clip, link, optax.scale(0.5))
+  theta = _init()
+  grads = _gradient(theta)
+  updates = _first_updates(chain, grads, theta)
+  expected = _first_updates(whole, grads, theta)
+  _assert_identical(updates, jax.tree.map(lambda u: 0.5 * u, expected))
+
+
+def test_drop_in_takes_powers_by_path_and_a_choice_of_weights():
+  theta = _init()
+  tx = transforms.powerprop(
+    optax.sgd(0.1),
+    lambda path, _: {'hidden/w': 2.0, 'output/b': 3.0}[path],
+    is_weight=lambda path, _: path in ('hidden/w', 'output/b'),
+  )
+  grads = _gradient(theta)
+  updates = _first_updates(tx, grads, theta)
+  for path, alpha in (('hidden/w', 2.0), ('output/b', 3.0)):
+    layer, name = path.split('/')
+    x = np.asarray(theta[layer][name], np.float64)
+    phi = np.sign(x) * np.abs(x) ** (1 / alpha)
+    phi -= 0.1 * grads[layer][name] * alpha * np.abs(phi) ** (alpha - 1)
+    np.testing.assert_allclose(
+      x + updates[layer][name],
+      np.sign(phi) * np.abs(phi) ** alpha,
+      rtol=1e-5,
+      atol=1e-7,
+    )
+  for layer, name in (('hidden', 'b'), ('output', 'w')):
+    np.testing.assert_array_equal(
+      updates[layer][name], -0.1 * grads[layer][name]
+    )
+
+
+@pytest.mark.parametrize('alpha', [0.5, -1.0, 0.0, float('nan'), float('inf')])
+def test_impossible_powers_are_refused_at_construction(alpha):
+  with pytest.raises(ValueError, match=f'>= 1, got {alpha}'):
+    transforms.powerprop(optax.sgd(0.1), alpha)
+  # A function cannot be checked before its first use.
+  tx = transforms.powerprop(optax.sgd(0.1), lambda *_: alpha)
+  with pytest.raises(ValueError, match=f'>= 1, got {alpha}'):
+    tx.update(_init(), tx.init(_init()), _init())
+
+
+@pytest.mark.parametrize('form', ['drop-in', 'phi'])
+def test_arguments_can_be_donated(form):
+  inner = optax.adamw(0.01)
+  tx = {
+    'drop-in': transforms.powerprop(inner, 2.0),
+    'phi': transforms.target_propagation(inner, power.power_transform(2.0)),
+  }[form]
+  grads = _gradient(_init())
+
+  def step(state, params):
+    updates, state = tx.update(grads, state, params)
+    return state, optax.apply_updates(params, updates)
+
+  results = []
+  for donated in ((), (0, 1)):
+    new = tx.init(_init()), _init()
+    compiled = jax.jit(step, donate_argnums=donated)
+    for _ in range(2):
+      old, new = new, compiled(*new)
+      for x in jax.tree.leaves(old):
+        assert x.is_deleted() == bool(donated)
+    results.append(new)
+  _assert_identical(results[1], results[0])
+
+
+def test_sharded_parameters_stay_sharded():
+  """Under jit with every device there is, with one the same code."""
+  mesh = jax.make_mesh((jax.device_count(),), ('model',))
+  spec = jax.sharding.PartitionSpec
+  tx = transforms.powerprop(optax.adam(0.01), 2.0)
+  theta = {'linear': {'w': jax.random.normal(jax.random.key(0), (840, 2))}}
+  grads = {'linear': {'w': jax.random.normal(jax.random.key(1), (840, 2))}}
+  expected, _ = jax.jit(tx.update)(grads, tx.init(theta), theta)
+
+  sharding = jax.sharding.NamedSharding(mesh, spec('model'))
+  theta, grads = jax.device_put((theta, grads), sharding)
+  updates, state = jax.jit(tx.update)(grads, tx.init(theta), theta)
+  for x in (updates, optax.tree_utils.tree_get(state, 'mu')):
+    assert x['linear']['w'].sharding.is_equivalent_to(sharding, 2)
+  _assert_close(updates, expected, rtol=1e-5)
+
+
+def test_drop_in_refuses_parameters_without_names():
+  params = [(jnp.ones((2, 2)), jnp.zeros(2))]
+  with pytest.raises(ValueError, match='There is no weight among the leaves'):
+    transforms.powerprop(optax.sgd(0.1), 2.0).init(params)
+
+
+def test_drop_in_checks_alpha_at_init():
+  tx = transforms.powerprop(optax.sgd(0.1), lambda path, leaf: 0.5)
+  with pytest.raises(ValueError, match='got 0.5'):
+    tx.init({'w': jnp.ones(2)})
+  with pytest.raises(ValueError, match='static_args'):
+    jax.jit(lambda a: power.check_alpha(a))(2.0)
