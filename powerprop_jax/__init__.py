@@ -7,6 +7,7 @@ from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import sparse
 from powerprop_jax import transforms
+from powerprop_jax import types
 from powerprop_jax.leaves import is_weight
 from powerprop_jax.leaves import weight_mask
 from powerprop_jax.power import PowerTransform
@@ -70,6 +71,7 @@ __all__ = (
   'topk_mask',
   'training',
   'transforms',
+  'types',
   'weight_mask',
 )
 

@@ -9,24 +9,17 @@ of Haiku, Flax and Equinox. Pass a function of (path, leaf) of your own wherever
 
 from collections.abc import Callable
 import functools
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from powerprop_jax import types
 
-class Path(str):
-  """The '/'-joined path of a leaf; `owner` is the class that holds it, if any.
-
-  Haiku and Flax name their leaves by what they are (`w`, `kernel`, `scale`).
-  Equinox calls the weight of a `Linear` and of a `LayerNorm` alike, so the name
-  alone cannot tell them apart and the class has to.
-  """
-
-  owner: type | None = None
-
-
-IsWeight = Callable[[Path, Any], bool]
+Path = types.Path
+IsWeight = types.IsWeight
 
 # Leaves are weights if the last part of their path is one of these names ...
 _WEIGHT_NAMES = {
@@ -80,11 +73,134 @@ def is_weight(path: str, leaf: Any, *, embeddings: bool = False) -> bool:
   return decide(path, leaf, embeddings)[0]
 
 
-def _path(tree: Any, key_path: tuple[Any, ...]) -> Path:
+# The layers whose kernels have a fixed number of dimensions, so that any in
+# front of these are of a stack: the classes of Flax and Equinox ...
+_RANKS = {'Dense': 2, 'Linear': 2, 'GRUCell': 2, 'LSTMCell': 2, 'Embedding': 2}
+_RANKS |= {f'Conv{n}d': n + 2 for n in (1, 2, 3)}
+_RANKS |= {f'ConvTranspose{n}d': n + 2 for n in (1, 2, 3)}
+# ... and the modules of Haiku, by the names that they give themselves.
+_HAIKU_LINEAR = re.compile(r'(linear|query|key|value)(_\d+)?')
+_HAIKU_CONV = re.compile(r'(depthwise_)?conv([123])_d(_transpose)?(_\d+)?')
+# Flax names a lifted module after its transformations: `ScanCheckpointBlock_0`.
+_LIFTED = re.compile(r'(Scan|Vmap|Remat_scan|Checkpoint|Jit)(?=_?[A-Z])')
+
+
+def _stacks(path: str) -> tuple[int, str]:
+  """The stack axes that the path tells of, and the path without them."""
+  count, modules = 0, []
+  for module in path.split('/'):
+    count += module.startswith('__layer_stack')
+    while lifted := _LIFTED.match(module):
+      count += lifted[1] in ('Scan', 'Vmap')
+      module = module[lifted.end() :]
+    modules.append(module)
+  return count, '/'.join(modules)
+
+
+def _rank(path: str, classes: list[str], rank: int) -> int | None:
+  """The dimensions of one layer's kernel, if its name or its class tells.
+
+  Args:
+    path: the path, without the names of lifted transformations.
+    classes: the classes of the module that holds the leaf.
+    rank: the dimensions that are left without the stack axes in the path.
+  """
+  parent, module, name = ['', '', *path.split('/')][-3:]
+  if name in ('w_i', 'w_h', *_EMBEDDING_NAMES):
+    return 2
+  if name == 'w':
+    conv = _HAIKU_CONV.fullmatch(module)
+    if conv:
+      return int(conv[2]) + 2
+    return 2 if _HAIKU_LINEAR.fullmatch(module) else None
+  if name == 'kernel' and module in ('query', 'key', 'value', 'out'):
+    attention = re.search('att|mha', parent, re.IGNORECASE)
+    return 3 if rank == 3 or (rank > 3 and attention) else None
+  classes = [*classes, re.sub(r'_\d+$', '', module)]
+  return next((_RANKS[c] for c in classes if c in _RANKS), None)
+
+
+def axes(
+  path: types.Path | str, leaf: Any, *, stacked: str | None = None
+) -> types.Axes:
+  """Which dimensions of a weight are layers of a stack, inputs and outputs.
+
+  The number of dimensions does not tell: linear layers stacked by a scan, the
+  kernels of an attention with heads, and convolutions look alike. Names and
+  classes tell more, and this function knows
+
+  * Haiku: linear layers, convolutions [taps, inputs, outputs] (grouped and
+    depthwise ones have the inputs of one group), transposed convolutions
+    [taps, outputs, inputs] as long as 'transpose' is in the module's name, and
+    recurrent cores; `layer_stack`.
+  * Flax, linen and nnx: `Dense`, `Conv`, `ConvTranspose`, `DenseGeneral` of one
+    input dimension, recurrent cells; in an attention the `query`, `key` and
+    `value` [inputs, heads, size] and `out` [heads, size, outputs]; modules
+    lifted by `nn.scan` and `nn.vmap`, under the names that Flax gives them.
+  * Equinox: `Linear` [outputs, inputs], convolutions of both kinds [outputs,
+    inputs, taps], recurrent cells; the kernels of `filter_vmap` where the class
+    has a fixed number of dimensions (not the general `Conv`).
+
+  What it cannot see, and takes for the taps of a convolution: layers that are
+  stacked under a name of the user's (`nn.scan(...)(name='layers')`,
+  `nnx.vmap`, `layer_stack(name='blocks')`), unless they are `Dense_0` or
+  `linear`. Say so by `functools.partial(axes, stacked='^layers/')`. For others
+  (`transpose_kernel=True` in Flax, `variable_axes={'params': 1}`, `Einsum`,
+  `DenseGeneral` of several input dimensions, `remat_scan` of convolutions)
+  pass a function of your own.
+
+  Args:
+    path: the '/'-joined path of the leaf.
+    leaf: the array, or anything with a shape.
+    stacked: a regular expression for paths of leaves with one leading stack
+      dimension. It counts before what the names say.
+
+  Returns:
+    The `Axes`, by non-negative numbers. Those of a leaf of one dimension are
+    outputs.
+
+  >>> import jax.numpy as jnp
+  >>> axes('conv2_d_transpose/w', jnp.ones((2, 2, 8, 3)))
+  Axes(stack=(), inputs=(3,), outputs=(2,))
+  >>> axes('ScanBlock_0/Attention_0/query/kernel', jnp.ones((6, 32, 4, 8)))
+  Axes(stack=(0,), inputs=(1,), outputs=(2, 3))
+  """
+  ndim = len(np.shape(leaf))
+  count, plain = _stacks(path)
+  owner = getattr(path, 'owner', None)
+  classes = [c.__name__ for c in owner.__mro__] if owner else []
+  if stacked is not None and re.search(stacked, path):
+    count = 1
+  else:
+    rank = _rank(plain, classes, ndim - count)
+    count = count if rank is None else ndim - rank
+  first = min(max(count, 0), ndim)
+  rest = range(first, ndim)
+
+  module, name = ['', *plain.split('/')][-2:]
+  equinox = name in _OWNED_NAMES and owner and 'Embedding' not in classes
+  projects = name == 'kernel' and module in ('query', 'key', 'value')
+  general = module.startswith('DenseGeneral') or 'LinearGeneral' in classes
+  if len(rest) < 2:
+    inputs, outputs = rest[:0], rest
+  elif equinox:
+    inputs, outputs = rest[1:2], rest[:1]
+  elif name == 'w' and 'transpose' in module:
+    inputs, outputs = rest[-1:], rest[-2:-1]
+  elif name == 'kernel' and module == 'out' and len(rest) == 3:
+    inputs, outputs = rest[:2], rest[2:]
+  elif general or (projects and len(rest) == 3):
+    inputs, outputs = rest[:1], rest[1:]
+  else:
+    inputs, outputs = rest[-2:-1], rest[-1:]
+  return types.Axes(tuple(range(first)), tuple(inputs), tuple(outputs))
+
+
+def _path(tree: Any, key_path: tuple[Any, ...]) -> types.Path:
   # Flax nnx hides each array in the `value` of a variable.
   if key_path and key_path[-1] == jax.tree_util.GetAttrKey('value'):
     key_path = key_path[:-1]
-  path = Path(jax.tree_util.keystr(key_path, simple=True, separator='/'))
+  path = types.Path(jax.tree_util.keystr(key_path, simple=True, separator='/'))
   if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
     node = tree
     for key in key_path[:-1]:
@@ -123,7 +239,7 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
-def weight_mask(params: Any, is_weight: IsWeight = is_weight) -> Any:
+def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
   """The tree of params with True at weights and False elsewhere.
 
   Fits the `mask` argument of optax transforms, such as
@@ -140,7 +256,7 @@ def weight_mask(params: Any, is_weight: IsWeight = is_weight) -> Any:
 
 
 def weight_rows(
-  params: Any, is_weight: IsWeight, *rest: Any
+  params: Any, is_weight: types.IsWeight, *rest: Any
 ) -> list[tuple[Any, ...]]:
   """(path, leaf, leaves of rest) of every weight, in the order of the tree."""
   paths = jax.tree.leaves(map_with_path(lambda p, _: p, params))

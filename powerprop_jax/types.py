@@ -37,6 +37,27 @@ IsWeight: TypeAlias = Callable[[Path, Any], bool]
 Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
 
 
+class Axes(NamedTuple):
+  """What the dimensions of a weight mean; those not named are kernel taps.
+
+  A unit of the layer is one index of all `outputs` together, and each layer of
+  a stack stands by itself.
+
+  Attributes:
+    stack: the dimensions along which whole layers are stacked.
+    inputs: the dimensions of the inputs of one unit. In a grouped or depthwise
+      convolution these are the inputs of one group.
+    outputs: the dimensions of the units.
+  """
+
+  stack: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+
+AxesOf: TypeAlias = Callable[[Path, Any], Axes]
+
+
 class Split(NamedTuple):
   """Some examples of a data set.
 

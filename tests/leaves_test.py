@@ -410,3 +410,422 @@ def test_weights_is_a_mask_of_optax():
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   assert updates == {'linear': {'w': 1.0, 'b': 0.0}}
+
+
+# Axes: the layouts of the installed libraries. Inputs are 7 (or 2 where the
+# module says so), units are 3, kernels 2, stacks 4, heads 5 and their size 6.
+
+_IMAGE = np.ones((1, 5, 5, 7), np.float32)
+_X7 = np.ones((2, 6, 7), np.float32)
+
+
+def _axes(params, **options):
+  """The sizes of (stack, inputs, outputs) of every weight, by path."""
+  found = {}
+
+  def add(path, leaf):
+    if leaves.is_weight(path, leaf):
+      axes = leaves.axes(path, leaf, **options)
+      found[str(path)] = tuple(
+        tuple(leaf.shape[i] for i in dims) for dims in axes
+      )
+
+  leaves.map_with_path(add, params)
+  return found
+
+
+def _stacked(make, **options):
+  def f(x):
+    # Haiku's scan calls its body with the output of the body before.
+    return hk.experimental.layer_stack(4, **options)(lambda x: make()(x))(x)
+
+  return f
+
+
+def _attention_7(x):
+  init = hk.initializers.Constant(0.0)
+  return hk.MultiHeadAttention(5, 6, model_size=3, w_init=init)(x, x, x)
+
+
+AXES_HAIKU = {
+  'Linear': (_haiku(lambda: hk.Linear(3)), _X7, {'linear/w': ((), (7,), (3,))}),
+  'Conv1D': (
+    _haiku(lambda: hk.Conv1D(3, 2)),
+    _X7,
+    {'conv1_d/w': ((), (7,), (3,))},
+  ),
+  'Conv2D': (
+    _haiku(lambda: hk.Conv2D(3, 2)),
+    _IMAGE,
+    {'conv2_d/w': ((), (7,), (3,))},
+  ),
+  'Conv2D, NCHW': (
+    _haiku(lambda: hk.Conv2D(3, 2, data_format='NCHW')),
+    np.ones((1, 7, 5, 5)),
+    {'conv2_d/w': ((), (7,), (3,))},
+  ),
+  'Conv2D of groups': (
+    _haiku(lambda: hk.Conv2D(14, 2, feature_group_count=7)),
+    _IMAGE,
+    {'conv2_d/w': ((), (1,), (14,))},
+  ),
+  'DepthwiseConv2D': (
+    _haiku(lambda: hk.DepthwiseConv2D(3, 2)),
+    _IMAGE,
+    {'depthwise_conv2_d/w': ((), (1,), (21,))},
+  ),
+  'Conv1DTranspose': (
+    _haiku(lambda: hk.Conv1DTranspose(3, 2)),
+    _X7,
+    {'conv1_d_transpose/w': ((), (7,), (3,))},
+  ),
+  'Conv2DTranspose': (
+    _haiku(lambda: hk.Conv2DTranspose(3, 2, name='my_transposed')),
+    _IMAGE,
+    {'my_transposed/w': ((), (7,), (3,))},
+  ),
+  'MultiHeadAttention': (
+    _attention_7,
+    _X7,
+    {
+      'multi_head_attention/key/w': ((), (7,), (30,)),
+      'multi_head_attention/query/w': ((), (7,), (30,)),
+      'multi_head_attention/value/w': ((), (7,), (30,)),
+      'multi_head_attention/linear/w': ((), (30,), (3,)),
+    },
+  ),
+  'GRU': (
+    _core(lambda: hk.GRU(3)),
+    np.ones((2, 7)),
+    {'gru/w_i': ((), (7,), (9,)), 'gru/w_h': ((), (3,), (9,))},
+  ),
+  'LSTM': (
+    _core(lambda: hk.LSTM(3)),
+    np.ones((2, 7)),
+    {'lstm/linear/w': ((), (10,), (12,))},
+  ),
+  'Conv2DLSTM': (
+    _core(lambda: hk.Conv2DLSTM((5, 5), 3, 2)),
+    _IMAGE,
+    {
+      'conv2_dlstm/input_to_hidden/w': ((), (7,), (12,)),
+      'conv2_dlstm/hidden_to_hidden/w': ((), (3,), (12,)),
+    },
+  ),
+  'layer_stack': (
+    _stacked(lambda: hk.Linear(7, name='mine')),
+    _X7,
+    {'__layer_stack_no_per_layer/mine/w': ((4,), (7,), (7,))},
+  ),
+  'layer_stack of convolutions': (
+    _stacked(lambda: hk.Conv2D(7, 2, name='mine')),
+    _IMAGE,
+    {'__layer_stack_no_per_layer/mine/w': ((4,), (7,), (7,))},
+  ),
+  'layer_stack in a layer_stack': (
+    _stacked(lambda: _stacked(lambda: hk.Linear(7))),
+    _X7,
+    {
+      '__layer_stack_no_per_layer/__layer_stack_no_per_layer/linear/w': (
+        (4, 4),
+        (7,),
+        (7,),
+      )
+    },
+  ),
+  'layer_stack under a name': (
+    _stacked(lambda: hk.Linear(7), name='blocks'),
+    _X7,
+    {'blocks/linear/w': ((4,), (7,), (7,))},
+  ),
+  'layer_stack of convolutions under a name': (
+    _stacked(lambda: hk.Conv1D(7, 2), name='blocks'),
+    _X7,
+    {'blocks/conv1_d/w': ((4,), (7,), (7,))},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', AXES_HAIKU)
+def test_axes_of_haiku(name):
+  f, x, expected = AXES_HAIKU[name]
+  params, _ = jax.eval_shape(hk.transform_with_state(f).init, KEY, x)
+  assert _axes(params) == expected
+
+
+class ScanDense(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(7)(x)
+
+
+class _Dense(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    return nn.Dense(7)(x), None
+
+
+class _Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    x = nn.Conv(7, (2,))(x)
+    x = nn.MultiHeadDotProductAttention(5, qkv_features=30)(x)
+    return nn.Dense(7)(x), None
+
+
+class _Lifted(nn.Module):
+  """A block that is lifted by `lift` when it is called."""
+
+  lift: Any
+
+  @nn.compact
+  def __call__(self, x):
+    y = self.lift()(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+_OF_LAYERS: dict[str, Any] = {
+  'variable_axes': {'params': 0},
+  'split_rngs': {'params': True},
+}
+
+
+def _block(prefix, *stack):
+  attention = f'{prefix}/MultiHeadDotProductAttention_0'
+  return {
+    f'{prefix}/Conv_0/kernel': (stack, (7,), (7,)),
+    f'{prefix}/Dense_0/kernel': (stack, (7,), (7,)),
+    f'{attention}/query/kernel': (stack, (7,), (5, 6)),
+    f'{attention}/key/kernel': (stack, (7,), (5, 6)),
+    f'{attention}/value/kernel': (stack, (7,), (5, 6)),
+    f'{attention}/out/kernel': (stack, (5, 6), (7,)),
+  }
+
+
+AXES_LINEN = {
+  'Dense': (nn.Dense(3), (_X7,), {'kernel': ((), (7,), (3,))}),
+  'Conv': (nn.Conv(3, (2, 2)), (_IMAGE,), {'kernel': ((), (7,), (3,))}),
+  'Conv of groups': (
+    nn.Conv(14, (2, 2), feature_group_count=7),
+    (_IMAGE,),
+    {'kernel': ((), (1,), (14,))},
+  ),
+  'ConvTranspose': (
+    nn.ConvTranspose(3, (2, 2)),
+    (_IMAGE,),
+    {'kernel': ((), (7,), (3,))},
+  ),
+  'DenseGeneral': (
+    _Lifted(lambda: nn.DenseGeneral((5, 6))),
+    (_X7,),
+    {'DenseGeneral_0/kernel': ((), (7,), (5, 6))},
+  ),
+  'attention': (
+    nn.MultiHeadDotProductAttention(5, qkv_features=30, out_features=3),
+    (_X7,),
+    {
+      'query/kernel': ((), (7,), (5, 6)),
+      'key/kernel': ((), (7,), (5, 6)),
+      'value/kernel': ((), (7,), (5, 6)),
+      'out/kernel': ((), (5, 6), (3,)),
+    },
+  ),
+  'LSTMCell': (
+    nn.OptimizedLSTMCell(3),
+    ((np.ones((2, 3)), np.ones((2, 3))), np.ones((2, 7))),
+    {f'i{g}/kernel': ((), (7,), (3,)) for g in 'ifgo'}
+    | {f'h{g}/kernel': ((), (3,), (3,)) for g in 'ifgo'},
+  ),
+  'scan': (
+    _Lifted(nn.scan(_Block, length=4, **_OF_LAYERS)),
+    (_X7,),
+    _block('Scan_Block_0', 4),
+  ),
+  'scan of remat': (
+    _Lifted(nn.scan(nn.remat(_Block), length=4, **_OF_LAYERS)),
+    (_X7,),
+    _block('ScanCheckpoint_Block_0', 4),
+  ),
+  'jit': (_Lifted(nn.jit(_Block)), (_X7,), _block('Jit_Block_0')),
+  'vmap': (
+    _Lifted(
+      functools.partial(
+        nn.vmap(nn.Conv, in_axes=None, axis_size=4, **_OF_LAYERS), 3, (2, 2)
+      )
+    ),
+    (_IMAGE,),
+    {'VmapConv_0/kernel': ((4,), (7,), (3,))},
+  ),
+  # Of the names that users give, those of Flax inside tell enough for these:
+  'scan of Dense under a name': (
+    _Lifted(lambda: nn.scan(_Dense, length=4, **_OF_LAYERS)(name='layers')),
+    (_X7,),
+    {'layers/Dense_0/kernel': ((4,), (7,), (7,))},
+  ),
+  'remat_scan of Dense': (
+    _Lifted(lambda: nn.remat_scan(nn.Dense, lengths=(2, 3))(7)),
+    (_X7,),
+    {'Remat_scanDense_0/kernel': ((2, 3), (7,), (7,))},
+  ),
+  'class whose name looks lifted': (
+    ScanDense(),
+    (_X7,),
+    {'Dense_0/kernel': ((), (7,), (7,))},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', AXES_LINEN)
+def test_axes_of_flax_linen(name):
+  module, inputs, expected = AXES_LINEN[name]
+  params = jax.eval_shape(module.init, KEY, *inputs)['params']
+  assert _axes(params) == expected
+
+
+def test_axes_of_layers_stacked_under_a_name():
+  """A name of the user's says nothing; `stacked` does."""
+  module = _Lifted(
+    lambda: nn.scan(_Block, length=4, **_OF_LAYERS)(name='layers')
+  )
+  params = jax.eval_shape(module.init, KEY, _X7)['params']
+  assert _axes(params, stacked='^layers/') == _block('layers', 4)
+  # The attention and Dense_0 are told by their names, the convolution is not.
+  known = _block('layers', 4) | {'layers/Conv_0/kernel': ((), (7,), (7,))}
+  assert _axes(params) == known
+
+
+AXES_NNX = {
+  'Linear': (
+    lambda r: nnx.Linear(7, 3, rngs=r),
+    {'kernel': ((), (7,), (3,))},
+  ),
+  'Conv': (
+    lambda r: nnx.Conv(7, 3, (2, 2), rngs=r),
+    {'kernel': ((), (7,), (3,))},
+  ),
+  'ConvTranspose': (
+    lambda r: nnx.ConvTranspose(7, 3, (2, 2), rngs=r),
+    {'kernel': ((), (7,), (3,))},
+  ),
+  'MultiHeadAttention': (
+    lambda r: nnx.MultiHeadAttention(
+      5, 7, qkv_features=30, out_features=3, rngs=r
+    ),
+    {
+      'query/kernel': ((), (7,), (5, 6)),
+      'key/kernel': ((), (7,), (5, 6)),
+      'value/kernel': ((), (7,), (5, 6)),
+      'out/kernel': ((), (5, 6), (3,)),
+    },
+  ),
+  'convolution with the name of a projection': (
+    lambda r: nnx.Dict(out=nnx.Conv(7, 3, (2, 2), rngs=r)),
+    {'out/kernel': ((), (7,), (3,))},
+  ),
+  'GRUCell': (
+    lambda r: nnx.GRUCell(7, 3, rngs=r),
+    {'dense_i/kernel': ((), (7,), (9,)), 'dense_h/kernel': ((), (3,), (9,))},
+  ),
+}
+
+
+@pytest.mark.parametrize('name', AXES_NNX)
+def test_axes_of_flax_nnx(name):
+  make, expected = AXES_NNX[name]
+  module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+  state = nnx.state(module, nnx.Param)
+  assert _axes(state) == expected
+  assert _axes(nnx.to_pure_dict(state)) == expected
+  assert _axes(module) == expected
+
+
+def test_axes_of_stacked_flax_nnx():
+  make = nnx.vmap(lambda key: nnx.Linear(7, 3, rngs=nnx.Rngs(key)))
+  module = make(jax.random.split(KEY, 4))
+  expected = {'kernel': ((4,), (7,), (3,))}
+  assert _axes(module) == expected  # By its class, which a state has not:
+  assert _axes(nnx.state(module, nnx.Param), stacked='') == expected
+
+
+AXES_EQUINOX = {
+  'Linear': (
+    lambda k: eqx.nn.Linear(7, 3, key=k),
+    {'weight': ((), (7,), (3,))},
+  ),
+  'Conv1d': (
+    lambda k: eqx.nn.Conv1d(7, 3, 2, key=k),
+    {'weight': ((), (7,), (3,))},
+  ),
+  'Conv2d of groups': (
+    lambda k: eqx.nn.Conv2d(14, 4, 2, groups=2, key=k),
+    {'weight': ((), (7,), (4,))},
+  ),
+  'ConvTranspose2d': (
+    lambda k: eqx.nn.ConvTranspose2d(7, 3, 2, key=k),
+    {'weight': ((), (7,), (3,))},
+  ),
+  'LSTMCell': (
+    lambda k: eqx.nn.LSTMCell(7, 3, key=k),
+    {'weight_ih': ((), (7,), (12,)), 'weight_hh': ((), (3,), (12,))},
+  ),
+  'GRUCell': (
+    lambda k: eqx.nn.GRUCell(7, 3, key=k),
+    {'weight_ih': ((), (7,), (9,)), 'weight_hh': ((), (3,), (9,))},
+  ),
+  'MultiheadAttention': (
+    lambda k: eqx.nn.MultiheadAttention(
+      num_heads=2,
+      query_size=6,
+      key_size=5,
+      value_size=7,
+      output_size=9,
+      key=k,
+    ),
+    {
+      'query_proj/weight': ((), (6,), (6,)),
+      'key_proj/weight': ((), (5,), (6,)),
+      'value_proj/weight': ((), (7,), (6,)),
+      'output_proj/weight': ((), (6,), (9,)),
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('name', AXES_EQUINOX)
+def test_axes_of_equinox(name):
+  make, expected = AXES_EQUINOX[name]
+  assert _axes(eqx.filter_eval_shape(make, KEY)) == expected
+  # An ensemble, of which the classes tell.
+  ensemble = eqx.filter_eval_shape(
+    eqx.filter_vmap(make), jax.random.split(KEY, 4)
+  )
+  assert _axes(ensemble) == {
+    path: ((4,), inputs, outputs)
+    for path, (_, inputs, outputs) in expected.items()
+  }
+
+
+def test_axes_of_the_general_convolution_of_equinox():
+  conv = eqx.filter_eval_shape(lambda: eqx.nn.Conv(2, 7, 3, 2, key=KEY))
+  assert _axes(conv) == {'weight': ((), (7,), (3,))}
+
+
+def test_axes_of_other_leaves():
+  tables = {
+    'embed': {'embeddings': np.ones((5, 3))},
+    'scan': {'embedding': np.ones((4, 5, 3))},
+    'equinox': eqx.nn.Embedding(5, 3, key=KEY),
+  }
+  with_embeddings = functools.partial(leaves.is_weight, embeddings=True)
+  found = leaves.map_with_path(leaves.axes, tables)
+  assert leaves.weight_mask(tables, with_embeddings)['embed']['embeddings']
+  assert found['embed']['embeddings'] == ((), (0,), (1,))
+  assert found['scan']['embedding'] == ((0,), (1,), (2,))
+  assert found['equinox'].weight == ((), (0,), (1,))
+  # Biases and scalars, for those whose is_weight takes them.
+  assert leaves.axes('linear/b', np.ones(3)) == ((), (), (0,))
+  assert leaves.axes('linear/w', np.ones(3)) == ((), (), (0,))
+  assert leaves.axes('__layer_stack/linear/b', np.ones((4, 3))) == (
+    *((0,), (), (1,)),
+  )
+  assert leaves.axes('temperature', np.ones(())) == ((), (), ())
