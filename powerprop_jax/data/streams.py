@@ -12,6 +12,7 @@ central 7/8 of the shorter side: 224 pixels of an image resized to 256.
 
 from collections.abc import Callable, Sequence
 import functools
+import hashlib
 import io
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ import pathlib
 import signal
 import threading
 from typing import NamedTuple
+import zlib
 
 from absl import flags
 import grain
@@ -41,11 +43,48 @@ class Example(NamedTuple):
 
 
 class Source(NamedTuple):
-  """A set of encoded images with random access."""
+  """A set of encoded images with random access.
 
-  read: Callable[[int], Example]  # It is pickled and sent to the workers.
+  Attributes:
+    read: gives the example of an index; it is pickled and sent to the workers.
+    size: the number of examples.
+    num_classes: the number of classes.
+    identity: what is known of all examples without reading them, such as their
+      names and labels; a part of `fingerprint`.
+  """
+
+  read: Callable[[int], Example]
   size: int
   num_classes: int
+  identity: str = ''
+
+
+def fingerprint(source: Source) -> str:
+  """A short text that tells one source from another.
+
+  It is made of the size, the number of classes, what is known of all examples
+  without reading them (`Source.identity`), and the bytes and labels of up to 64
+  examples spread over the source. It belongs among the settings of an
+  experiment, as `in_memory.fingerprint` does.
+
+  Args:
+    source: the source.
+
+  Returns:
+    16 hexadecimal digits, which do not depend on where the files lie.
+
+  >>> source = Source(lambda i: Example(b'png', i % 2, f'{i}.png'), 100, 2)
+  >>> fingerprint(source) == fingerprint(source._replace(size=99))
+  False
+  """
+  digest = hashlib.sha256(
+    repr((source.size, source.num_classes, source.identity)).encode()
+  )
+  for i in range(min(source.size, 64)):
+    example = source.read(i * source.size // min(source.size, 64))
+    checksum = zlib.crc32(example.data)
+    digest.update(f'{len(example.data)} {checksum} {example.label};'.encode())
+  return digest.hexdigest()[:16]
 
 
 def folder_source(root: str | os.PathLike[str], split: str) -> Source:
@@ -85,7 +124,8 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
   # As bytes in one array, the million paths of ImageNet are 40 MB to pickle.
   table = np.asarray(paths), np.asarray(labels, np.int32)
   read = functools.partial(_read_file, os.fspath(folder / split), *table)
-  return Source(read, len(paths), len(classes))
+  identity = hashlib.sha256(b'\0'.join(paths) + table[1].tobytes()).hexdigest()
+  return Source(read, len(paths), len(classes), identity)
 
 
 def _class_names(root: pathlib.Path, split: str) -> list[str]:
@@ -134,7 +174,9 @@ def tfds_source(
   except Exception as error:  # Whatever TFDS and array_record raise.
     raise ValueError(f'{directory}: cannot read {split!r}: {error}') from error
   read = functools.partial(_read_row, rows, f'{directory} {split}')
-  return Source(read, size, num_classes)
+  counts = {k: tuple(v.shard_lengths) for k, v in builder.info.splits.items()}
+  identity = repr((builder.info.full_name, split, sorted(counts.items())))
+  return Source(read, size, num_classes, identity)
 
 
 def _read_row(rows, title, index):

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from powerprop_jax.data import in_memory
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TFDS_DIR = ROOT.parent / 'shared' / 'tfds'
 IDX_NAMES = {
   'train-images': 'train-images-idx3-ubyte',
@@ -83,6 +84,28 @@ def test_mnist_5k_split_never_changes(mnist_5k):
     '56a7245dfe1927a2',
     '76b6fbece876a531',
   ]
+
+
+def test_fingerprint_follows_sizes_pixels_labels_and_classes(mnist_5k):
+  first = in_memory.fingerprint(mnist_5k)
+  assert re.fullmatch('[0-9a-f]{16}', first)
+  # The same bytes everywhere and always.
+  assert first == 'cd1d495e54e7192b'
+  assert in_memory.fingerprint(mnist_5k._replace(name='another')) == first
+  images, labels = mnist_5k.valid
+  pixel, label = images.copy(), labels.copy()
+  pixel[-1, -1, -1] ^= 1
+  label[0] = (label[0] + 1) % 10
+  others = [
+    mnist_5k._replace(num_classes=11),
+    mnist_5k._replace(valid=mnist_5k.test, test=mnist_5k.valid),
+    mnist_5k._replace(valid=in_memory.Split(images[:-1], labels[:-1])),
+    mnist_5k._replace(valid=in_memory.Split(images[::-1], labels)),
+    mnist_5k._replace(valid=in_memory.Split(pixel, labels)),
+    mnist_5k._replace(valid=in_memory.Split(images, label)),
+  ]
+  found = {in_memory.fingerprint(other) for other in others}
+  assert len(found - {first}) == len(others)
 
 
 # --- idx ----------------------------------------------------------------------

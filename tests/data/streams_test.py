@@ -153,6 +153,51 @@ def test_folder_source_says_what_is_wrong(tmp_path, files, split, message):
     streams.folder_source(tmp_path / 'set', split)
 
 
+def test_fingerprint_follows_the_files_and_not_their_place(tmp_path, folder):
+  def fingerprint(root):
+    return streams.fingerprint(streams.folder_source(root, 'train'))
+
+  first = fingerprint(folder)
+  assert re.fullmatch('[0-9a-f]{16}', first)
+  copy = shutil.copytree(folder, tmp_path / 'copy')
+  assert fingerprint(copy) == first
+  path = copy / 'train' / 'a' / 'a_0.JPEG'
+  data = path.read_bytes()
+  path.write_bytes(data[:-1] + b'\0')
+  found = {first, fingerprint(copy)}
+  path.write_bytes(data)
+  path.rename(path.with_name('a_9.JPEG'))
+  found.add(fingerprint(copy))
+  path.with_name('a_9.JPEG').rename(copy / 'train' / 'b' / 'a_0.JPEG')
+  found.add(fingerprint(copy))
+  (copy / 'train' / 'b' / 'a_0.JPEG').unlink()
+  found.add(fingerprint(copy))
+  (copy / 'train' / 'd').mkdir()
+  path.with_name('a_1.jpg').rename(copy / 'train' / 'd' / 'a_1.jpg')
+  found.add(fingerprint(copy))
+  assert len(found) == 6
+
+
+def test_fingerprint_sees_a_label_of_many(tmp_path):
+  # Not one of the 64 that are read.
+  for name in ('a', 'b'):
+    (tmp_path / 'train' / name).mkdir(parents=True)
+    for i in range(100):
+      (tmp_path / 'train' / name / f'{i:03}.png').write_bytes(b'a')
+  first = streams.fingerprint(streams.folder_source(tmp_path, 'train'))
+  moved = tmp_path / 'train' / 'a' / '099.png'
+  moved.rename(tmp_path / 'train' / 'b' / '099_.png')
+  assert streams.fingerprint(streams.folder_source(tmp_path, 'train')) != first
+
+
+def test_fingerprint_of_a_tfds_set(tfds_dir):
+  found = {
+    streams.fingerprint(streams.tfds_source('mnist', split, tfds_dir))
+    for split in ('train', 'test', 'train[:10000]', 'train[:10000]')
+  }
+  assert len(found) == 3
+
+
 @pytest.mark.parametrize('part', [0, 0.2, 0.7])
 def test_an_unreadable_image_is_named(tmp_path, folder, part):
   shutil.copytree(folder, tmp_path / 'set')
@@ -451,7 +496,7 @@ def is_running(pid):
 def test_workers_end_when_training_is_killed(tmp_path, folder):
   script = tmp_path / 'orphans.py'
   script.write_text(ORPHANS)
-  root = pathlib.Path(streams.__file__).parents[1]
+  root = pathlib.Path(streams.__file__).parents[2]
   # To files: a worker left over would keep pipes open.
   output, errors = tmp_path / 'output', tmp_path / 'errors'
   with output.open('w') as stdout, errors.open('w') as stderr:
