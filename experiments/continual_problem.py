@@ -216,12 +216,7 @@ def _make_functions(
 
     return classification.make_loss(apply, prepare)
 
-  plain = classification.make_accuracy(network_apply, prepare)
-
-  def accuracy(theta, model_state, images, labels):
-    # Labels of padding are -1, and never right.
-    share = len(labels) / jnp.sum(labels >= 0)
-    return plain(theta, model_state, images, labels) * share
+  accuracy = classification.make_accuracy(network_apply, prepare)
 
   def logits(theta, model_state, images):
     return network_apply(

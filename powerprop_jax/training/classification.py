@@ -1,4 +1,12 @@
-"""What a network that classifies images minimises, and how it is judged."""
+"""The loss and the accuracy of networks that classify images.
+
+The experiments of section 4 of the paper minimise the softmax cross-entropy of
+a classifier and report its accuracy. Both functions here check what they are
+given as far as it can be seen: labels whose shape does not fit the logits would
+broadcast into a loss that trains a wrong network without a word, so they are an
+error when the function is traced; labels that name no class are only known when
+the program runs, and give NaN, as they do in optax.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +15,32 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from powerprop_jax import types
 from powerprop_jax.data import augment
 from powerprop_jax.training import step as step_lib
 
-Params = Any
-ModelState = Any
+# The label of examples that only fill up a batch. `make_accuracy` leaves them
+# out; for a loss it is a label out of range.
+PADDING = -1
+
+
+def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
+  """Raises ValueError where labels do not belong to the logits."""
+  shape = jnp.shape(labels)
+  if shape != logits.shape[:-1]:
+    raise ValueError(
+      f'Logits of shape {list(logits.shape)} need labels of shape'
+      f' {list(logits.shape[:-1])}, got {list(shape)}. Labels are class'
+      ' indices, one integer per example: squeeze a trailing axis of size 1,'
+      ' and take the argmax of one-hot labels.'
+    )
+  _check_integers(labels)
+
+
+def _check_integers(labels: jax.Array) -> None:
+  dtype = jnp.result_type(labels)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise ValueError(f'Labels must be integers (class indices), got {dtype}.')
 
 
 def make_loss(
@@ -19,18 +48,29 @@ def make_loss(
   prepare: augment.Prepare = augment.scale,
   label_smoothing: float = 0.0,
 ) -> step_lib.LossFn:
-  """Mean softmax cross-entropy of a network over (images, labels).
+  """The mean softmax cross-entropy of a network over (images, labels).
+
+  >>> import jax, jax.numpy as jnp
+  >>> apply = lambda theta, state, key, x, training: (x @ theta, state)
+  >>> loss_fn = make_loss(apply, prepare=lambda key, x, training: x)
+  >>> batch = jnp.eye(2), jnp.array([0, 1])
+  >>> loss, (_, metrics) = loss_fn(jnp.eye(2), {}, jax.random.key(0), batch)
+  >>> print(f'{loss:.3f} {metrics["accuracy"]:.1f}')
+  0.313 1.0
 
   Args:
     apply: maps (theta, model_state, key, images, is_training) to (logits,
-      model_state), as `networks.build` makes it.
-    prepare: maps (key, images, is_training) to what the network sees; images
-      are uint8.
+      model_state), as `networks.build` makes it. Logits have the shape
+      [batch, classes].
+    prepare: maps (key, images, is_training) to what the network sees. Images
+      are uint8 arrays [batch, height, width, channels].
     label_smoothing: the weight of the uniform distribution in the targets.
 
   Returns:
     A loss function for `training.make_train_step`, over batches (images,
-    labels), whose metrics hold the accuracy.
+    labels) with integer labels [batch], whose metrics hold the accuracy. The
+    loss is NaN if a label is not in [0, classes). The function raises
+    ValueError if the labels have another shape or are not integers.
   """
 
   def loss_fn(theta, model_state, key, batch):
@@ -39,9 +79,15 @@ def make_loss(
     logits, model_state = apply(
       theta, model_state, network_key, prepare(data_key, images, True), True
     )
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    _check_labels(logits, labels)
+    classes = logits.shape[-1]
+    targets = jax.nn.one_hot(labels, classes, dtype=logits.dtype)
     targets = optax.smooth_labels(targets, label_smoothing)
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    losses = optax.softmax_cross_entropy(logits, targets)
+    # The targets of a label out of range are all zero, and so would be its
+    # loss.
+    known = (labels >= 0) & (labels < classes)
+    loss = jnp.mean(jnp.where(known, losses, jnp.nan))
     correct = jnp.argmax(logits, axis=-1) == labels
     return loss, (model_state, {'accuracy': jnp.mean(correct)})
 
@@ -52,10 +98,19 @@ def make_accuracy(
   apply: Callable[..., Any],
   prepare: augment.Prepare = augment.scale,
   batch_size: int = 1000,
-) -> Callable[[Params, ModelState, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[types.Params, types.ModelState, Any, Any], jax.Array]:
   """The accuracy of a network over a data set on the device.
 
-  Every example counts exactly once, also when the last batch is short.
+  Every example counts exactly once, also when the last batch is short. Examples
+  of the label `PADDING` do not count at all, so that data sets of different
+  sizes can be filled up to one shape and share a compiled function.
+
+  >>> import jax.numpy as jnp
+  >>> apply = lambda theta, state, key, x, training: (x @ theta, state)
+  >>> accuracy = make_accuracy(apply, prepare=lambda key, x, training: x)
+  >>> labels = jnp.array([0, 0, PADDING])
+  >>> print(accuracy(jnp.eye(3), {}, jnp.eye(3), labels))
+  0.5
 
   Args:
     apply: as in `make_loss`.
@@ -63,28 +118,50 @@ def make_accuracy(
     batch_size: how many examples go through the network at once.
 
   Returns:
-    A pure function of (theta, model_state, images, labels), with uint8 images,
-    that returns the fraction of correct predictions as a float32 scalar.
+    A pure function of (theta, model_state, images, labels), with uint8 images
+    [n, height, width, channels] and integer labels [n], that returns the
+    fraction of correct predictions as a float32 scalar. It is NaN if a label is
+    neither `PADDING` nor in [0, classes), or if no example counts. The function
+    raises ValueError if the labels have another shape or are not integers, or
+    if there are no examples.
   """
 
   def accuracy(theta, model_state, images, labels):
+    if jnp.shape(labels) != jnp.shape(images)[:1]:
+      raise ValueError(
+        f'{len(images)} images need labels of shape [{len(images)}], got'
+        f' {list(jnp.shape(labels))}. Labels are class indices, one integer per'
+        ' example.'
+      )
+    _check_integers(labels)
+    if not len(labels):
+      raise ValueError('The accuracy over no examples is not defined.')
     rows = min(batch_size, len(labels))
     padding = -len(labels) % rows
     images = jnp.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
-    # Padded labels are -1, which no prediction equals.
-    labels_ = jnp.pad(labels, (0, padding), constant_values=-1)
+    # Signed, so that they can hold the label of padding.
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    labels = jnp.pad(labels, (0, padding), constant_values=PADDING)
 
     def count(batch):
       images, labels = batch
       logits, _ = apply(
         theta, model_state, None, prepare(None, images, False), False
       )
-      return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+      _check_labels(logits, labels)
+      known = (labels >= 0) & (labels < logits.shape[-1])
+      # No prediction equals a label of padding.
+      correct = jnp.argmax(logits, axis=-1) == labels
+      outside = ~known & (labels != PADDING)
+      return tuple(
+        jnp.sum(x, dtype=jnp.int32) for x in (correct, known, outside)
+      )
 
     batches = (
       images.reshape(-1, rows, *images.shape[1:]),
-      labels_.reshape(-1, rows),
+      labels.reshape(-1, rows),
     )
-    return jnp.sum(jax.lax.map(count, batches)) / len(labels)
+    correct, known, outside = map(jnp.sum, jax.lax.map(count, batches))
+    return jnp.where(outside > 0, jnp.nan, correct / known)
 
   return accuracy

@@ -45,3 +45,74 @@ def test_accuracy_counts_every_example_once(batch_size):
   np.testing.assert_allclose(
     jax.jit(accuracy)(params, state, images, labels), 0.8, rtol=1e-6
   )
+
+
+def _apply(theta, model_state, key, images, is_training):
+  del key, is_training
+  return images @ theta, model_state
+
+
+def _unchanged(key, images, is_training):
+  del key, is_training
+  return images
+
+
+_BAD_LABELS = {
+  'a trailing axis': np.zeros([4, 1], np.int32),
+  'a leading axis': np.zeros([1, 4], np.int32),
+  'one-hot': np.eye(4, 3, dtype=np.int32),
+  'too few': np.zeros(3, np.int32),
+  'too many': np.zeros(5, np.int32),
+  'a scalar': np.int32(0),
+  'floats': np.zeros(4, np.float32),
+  'bools': np.zeros(4, bool),
+}
+
+
+@pytest.mark.parametrize('kind', _BAD_LABELS)
+def test_labels_that_do_not_fit_are_an_error_when_traced(kind):
+  theta, images = jnp.eye(4, 3), jnp.eye(4)
+  loss_fn = classification.make_loss(_apply, _unchanged)
+  batch = images, _BAD_LABELS[kind]
+  with pytest.raises(ValueError, match='[Ll]abels'):
+    jax.eval_shape(loss_fn, theta, {}, jax.random.key(0), batch)
+  accuracy = classification.make_accuracy(_apply, _unchanged)
+  with pytest.raises(ValueError, match='labels|Labels'):
+    jax.eval_shape(accuracy, theta, {}, *batch)
+
+
+@pytest.mark.parametrize('label', [-2, -1, 3, 7])
+@pytest.mark.parametrize('label_smoothing', [0.0, 0.1])
+def test_labels_out_of_range_give_a_loss_of_nan(label, label_smoothing):
+  loss_fn = classification.make_loss(_apply, _unchanged, label_smoothing)
+  labels = jnp.array([0, 1, 2, label])
+  loss, _ = loss_fn(jnp.eye(4, 3), {}, jax.random.key(0), (jnp.eye(4), labels))
+  assert np.isnan(loss)
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 4, 100])
+def test_accuracy_leaves_padding_out_and_gives_nan_for_unknown_labels(
+  batch_size,
+):
+  accuracy = classification.make_accuracy(_apply, _unchanged, batch_size)
+  accuracy = jax.jit(accuracy)
+  theta, images = jnp.eye(4, 3), jnp.eye(4)  # Predicts 0, 1, 2 and 0.
+  pad = classification.PADDING
+  assert accuracy(theta, {}, images, jnp.array([0, 1, 2, pad])) == 1.0
+  assert accuracy(theta, {}, images, jnp.array([0, pad, 1, pad])) == 0.5
+  for label in (-2, 3, 255):
+    labels = jnp.array([0, 1, label, 0])
+    assert np.isnan(accuracy(theta, {}, images, labels))
+  assert np.isnan(accuracy(theta, {}, images, jnp.full(4, pad)))
+
+
+def test_accuracy_takes_unsigned_labels():
+  accuracy = classification.make_accuracy(_apply, _unchanged, 3)
+  labels = np.array([0, 1, 0, 0], np.uint8)
+  assert accuracy(jnp.eye(4, 3), {}, jnp.eye(4), labels) == 0.75
+
+
+def test_accuracy_of_no_examples_is_an_error():
+  accuracy = classification.make_accuracy(_apply, _unchanged)
+  with pytest.raises(ValueError, match='no examples'):
+    accuracy(jnp.eye(4, 3), {}, jnp.zeros([0, 4]), jnp.zeros([0], jnp.int32))
