@@ -15,6 +15,7 @@ steps, without any Python in between.
 
 from collections.abc import Callable
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -309,6 +310,9 @@ def batch_indices(
     An int32 array [num_steps, batch_size] of indices below size.
   """
   # In Python integers: the position in the stream outgrows int32.
+  start, num_steps, batch_size, size = map(
+    operator.index, (start, num_steps, batch_size, size)
+  )
   first, offset = divmod(start * batch_size, size)
   count = num_steps * batch_size
   num_epochs = -(-(offset + count) // size)

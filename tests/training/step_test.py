@@ -217,6 +217,17 @@ def test_batch_indices_go_on_from_any_step(start, batch_size):
   np.testing.assert_array_equal(part, whole[start:])
 
 
+@pytest.mark.parametrize('kind', [np.int32, np.int64, jnp.int32])
+def test_batch_indices_of_array_integers_do_not_wrap(kind):
+  # Step 600,000 of batches of 4,096 is example 2,457,600,000, beyond 2^31.
+  key = jax.random.key(0)
+  expected = training.batch_indices(key, 600_000, 1, 4096, 1_281)
+  found = training.batch_indices(
+    key, kind(600_000), kind(1), kind(4096), kind(1_281)
+  )
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_batch_indices_beyond_int32():
   # Step 2^31 of batches of 8 is example 2^34 of the stream.
   indices = training.batch_indices(jax.random.key(0), 2**31, 2, 8, 16)
