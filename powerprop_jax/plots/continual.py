@@ -10,10 +10,13 @@ from collections.abc import Mapping
 import itertools
 from typing import Any
 
-from matplotlib import ticker
 import numpy as np
 
+from powerprop_jax import extras
 from powerprop_jax.plots import style as style_lib
+
+with extras.needed('plots'):
+  from matplotlib import ticker
 
 
 def _over_tasks(

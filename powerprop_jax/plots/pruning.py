@@ -11,10 +11,13 @@ import itertools
 import os
 from typing import Any
 
-from matplotlib import ticker
 import numpy as np
 
+from powerprop_jax import extras
 from powerprop_jax.plots import style as style_lib
+
+with extras.needed('plots'):
+  from matplotlib import ticker
 
 Axes = style_lib.Axes
 Figure = style_lib.Figure

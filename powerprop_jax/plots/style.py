@@ -12,10 +12,14 @@ from collections.abc import Iterable
 import itertools
 from typing import Any
 
-from matplotlib import axes as mpl_axes
-from matplotlib import figure as mpl_figure
-from matplotlib import ticker
 import numpy as np
+
+from powerprop_jax import extras
+
+with extras.needed('plots'):
+  from matplotlib import axes as mpl_axes
+  from matplotlib import figure as mpl_figure
+  from matplotlib import ticker
 
 Axes = mpl_axes.Axes
 Figure = mpl_figure.Figure

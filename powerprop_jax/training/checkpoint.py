@@ -16,6 +16,7 @@ folder must therefore lie on a file system that they share.
 import base64
 from collections.abc import Mapping
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -23,14 +24,18 @@ import threading
 from typing import Any, NamedTuple
 import zlib
 
-from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from powerprop_jax import extras
 from powerprop_jax import leaves as leaves_lib
+
+with extras.needed('experiments'):
+  import orbax.checkpoint as ocp
+
+_LOG = logging.getLogger(__name__)
 
 # Orbax tells saves apart by a counter of the process, so that threads with a
 # manager each, which save at the same time, would mix them up.
@@ -230,7 +235,7 @@ def _newest(directory: pathlib.Path) -> tuple[Checkpoint | None, list]:
     except Exception as error:  # Damage shows as errors of many types.
       damaged.append(path)
       reason = f'{type(error).__name__}: {error}'[:300]
-      logging.warning('Skipped %s, which cannot be read. %s', path, reason)
+      _LOG.warning('Skipped %s, which cannot be read. %s', path, reason)
   return None, damaged
 
 

@@ -203,7 +203,7 @@ def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
     shutil.copytree(whole, directory)
     damage(directory / file)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger='absl'):
+    with caplog.at_level(logging.WARNING):
       manager = checkpoint.open_manager(directory, CONFIG)
       found = checkpoint.restore_latest(manager, _tree(0))
     assert found is not None
