@@ -31,8 +31,8 @@ from experiments import continual_pruning
 from experiments import continual_run
 from experiments import continual_summary
 from experiments import optimiser_flags
-from experiments import presets
 from experiments import runner
+from experiments.presets import continual as presets
 from powerprop_jax import power
 from powerprop_jax.continual import benchmarks
 from powerprop_jax.continual import search
@@ -98,7 +98,7 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('evaluate_every', 1, 'Tasks between evaluations of all earlier.', 1)
   boolean('data_parallel', False, 'Share every batch out among all devices.')
   string('out_dir', 'results/continual_learning', 'Folder of results.')
-  names = sorted(presets.CONTINUAL_LEARNING)
+  names = sorted(presets.PRESETS)
   flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
   optimiser_flags.define_flags(values)
   values.set_default('momentum', 0.9)
@@ -167,7 +167,7 @@ def read_flags(
 ) -> tuple[list[continual_problem.Job], dict[str, Any]]:
   """The runs, and the settings that they share, checked."""
   if values.preset:
-    common.apply_preset(values, presets.CONTINUAL_LEARNING[values.preset])
+    common.apply_preset(values, presets.PRESETS[values.preset])
   jobs = parse_jobs(values.method, values.alpha, values.seeds)
   settings: dict[str, Any] = {n: values[n].value for n in _RUN_FLAGS}
   counts = common.parse_numbers(settings['infer_tasks'], 'infer_tasks')

@@ -24,8 +24,8 @@ import numpy as np
 
 from experiments import common
 from experiments import optimiser_flags
-from experiments import presets
 from experiments import runner
+from experiments.presets import mnist_pruning as presets
 from powerprop_jax import analysis
 from powerprop_jax import export
 from powerprop_jax import plots
@@ -65,7 +65,7 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   several('kept', presets.KEPT, 'Fractions of the weights to keep.')
   string('out_dir', 'results/mnist_pruning', 'Folder of results.')
-  names = sorted(presets.MNIST_PRUNING)
+  names = sorted(presets.PRESETS)
   flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
   optimiser_flags.define_flags(values)
 
@@ -282,7 +282,7 @@ def read_flags(
 ) -> tuple[list[Job], dict[str, Any]]:
   """The runs, and the settings that they share, checked."""
   if values.preset:
-    common.apply_preset(values, presets.MNIST_PRUNING[values.preset])
+    common.apply_preset(values, presets.PRESETS[values.preset])
   jobs = parse_jobs(values.alphas, values.update_rule, values.seeds)
   settings = {name: values[name].value for name in _RUN_FLAGS}
   settings['kept'] = common.parse_numbers(

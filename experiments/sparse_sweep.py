@@ -22,10 +22,10 @@ from absl import flags
 from experiments import common
 from experiments import methods
 from experiments import optimiser_flags
-from experiments import presets
 from experiments import runner
 from experiments import sparse_report
 from experiments import sparse_runs
+from experiments.presets import sparse_sweep as presets
 from powerprop_jax import power
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
@@ -59,7 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
   real('drop_fraction', 0.3, 'Weights that RigL and SET trade.', 0.0, 1.0)
   real('exploration_penalty', 1e-4, 'Of Top-KAST, in its backward set.', 0.0)
   string('out_dir', 'results/sparse_sweep', 'Folder of results.')
-  presets_ = sorted(presets.SPARSE_SWEEP)
+  presets_ = sorted(presets.PRESETS)
   flags.DEFINE_enum('preset', None, presets_, 'Settings.', flag_values=values)
   optimiser_flags.define_flags(values)
   values.set_default('learning_rate', 0.05)
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   try:
     if values.preset:
-      common.apply_preset(values, presets.SPARSE_SWEEP[values.preset])
+      common.apply_preset(values, presets.PRESETS[values.preset])
     jobs = parse_jobs(values)
     settings = {name: values[name].value for name in RUN_FLAGS}
     data = in_memory.load(values.dataset, values.data_dir)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
   from powerprop_jax.training import checkpoint
   from powerprop_jax.training import classification
   from powerprop_jax.training import devices
+  from powerprop_jax.training import feeds
+  from powerprop_jax.training import loop
 
 __all__ = (
   'LossFn',
@@ -35,7 +37,9 @@ __all__ = (
   'checkpoint',
   'classification',
   'devices',
+  'feeds',
   'init_state',
+  'loop',
   'make_mask_updates',
   'make_run_steps',
   'make_train_step',

@@ -20,8 +20,8 @@ from experiments import continual_inference
 from experiments import continual_learning
 from experiments import continual_problem
 from experiments import continual_run
-from experiments import presets
 from experiments import runner
+from experiments.presets import continual as presets
 from powerprop_jax.continual import benchmarks
 from powerprop_jax.data import in_memory
 from powerprop_jax.training import checkpoint
@@ -273,13 +273,13 @@ def test_lists_of_flags_make_runs():
   assert jobs[0].name == 'epn-alpha=1.0-seed=0'
 
 
-@pytest.mark.parametrize('name', presets.CONTINUAL_LEARNING)
+@pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_set_flags_that_exist(name):
   values = flags.FlagValues()
   continual_learning.define_flags(values)
   values(['continual_learning', f'--preset={name}', '--seeds=1'])
   jobs, settings = continual_learning.read_flags(values)
-  preset = presets.CONTINUAL_LEARNING[name]
+  preset = presets.PRESETS[name]
   assert [job.method for job in jobs] == preset['method']
   assert settings['infer_tasks'] == [
     int(n) for n in preset.get('infer_tasks', [])

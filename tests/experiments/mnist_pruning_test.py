@@ -18,7 +18,7 @@ import pytest
 from experiments import common
 from experiments import mnist_pruning
 from experiments import optimiser_flags
-from experiments import presets
+from experiments.presets import mnist_pruning as presets
 from powerprop_jax import power
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -189,9 +189,9 @@ def test_presets_yield_to_flags_given_by_hand():
   assert [(job.alpha, job.seed) for job in jobs[:3]] == [(1, 0), (1, 1), (2, 0)]
 
 
-@pytest.mark.parametrize('name', presets.MNIST_PRUNING)
+@pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_set_flags_that_exist(name):
-  preset = presets.MNIST_PRUNING[name]
+  preset = presets.PRESETS[name]
   jobs, settings = mnist_pruning.read_flags(_flags(f'--preset={name}'))
   assert len(jobs) == len(preset['alphas']) * preset['seeds']
   for flag in preset.keys() - {'alphas', 'seeds', 'kept'}:

@@ -13,11 +13,11 @@ import pytest
 
 from experiments import common
 from experiments import methods
-from experiments import presets
 from experiments import runner
 from experiments import sparse_report
 from experiments import sparse_runs
 from experiments import sparse_sweep
+from experiments.presets import sparse_sweep as presets
 from powerprop_jax.data import in_memory
 from powerprop_jax.sparse import masks as masks_lib
 
@@ -145,9 +145,9 @@ def test_jobs_of_the_flags():
   assert len({sparse_sweep.name(job) for job in jobs}) == len(jobs)
 
 
-@pytest.mark.parametrize('name', presets.SPARSE_SWEEP)
+@pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_set_flags_that_exist(name):
-  values, preset = _values(), presets.SPARSE_SWEEP[name]
+  values, preset = _values(), presets.PRESETS[name]
   common.apply_preset(values, preset)
   for flag, value in preset.items():
     assert values[flag].value == value, flag

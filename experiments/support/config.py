@@ -1,0 +1,554 @@
+"""The settings of a binary: one frozen dataclass, and all that is made of it.
+
+  @dataclasses.dataclass(frozen=True)
+  class Settings(config.Settings):
+    '''What is trained.'''
+
+    steps: int = config.flag(1_000, 'How many steps to train for.', low=1)
+
+  config.run(main, Settings)
+
+makes the flag --steps, its line of --help, its checks, the entry of config.json
+and the resume check. The first line of the docstring of the class that brings a
+field is the heading under which --help shows it, so groups that several
+binaries share are classes to inherit from. Fields are int, float, str and bool,
+optional ones `float | None`, lists `tuple[float, ...]`.
+
+A value is checked wherever it comes from, be it the command line, a preset or a
+checkpoint, when the dataclass is made: NaN and infinity are refused everywhere.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import csv
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import sys
+import textwrap
+import types
+import typing
+from typing import Any, NoReturn, TypeVar
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from powerprop_jax.training import loop
+
+T = TypeVar('T')
+Presets = Mapping[str, Mapping[str, Any]]
+_HELP = ('--help', '-help', '-h', '--helpshort', '-helpshort')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+  """What a field says of its flag beside its type and its default."""
+
+  help: str
+  low: float | None
+  high: float | None
+  choices: tuple[str, ...] | None
+  check: Callable[[Any], Any] | None
+  decides: bool
+
+
+def flag(
+  default: T,
+  help: str,
+  *,
+  low: float | None = None,
+  high: float | None = None,
+  choices: Sequence[str] | None = None,
+  check: Callable[[Any], Any] | None = None,
+  decides: bool = True,
+) -> T:
+  """A field of a settings dataclass that is a flag.
+
+  Args:
+    default: its value where nobody gives one. A list that is empty by default
+      may be empty, others may not.
+    help: what it is, in full sentences.
+    low: the least possible value, of every item in a list.
+    high: the largest possible value.
+    choices: the possible values.
+    check: raises ValueError for an impossible value, of every item in a list.
+    decides: whether results depend on it. What does not may change when a run
+      goes on: it is neither compared nor written.
+
+  Returns:
+    A field of `dataclasses`.
+  """
+  options = _Flag(
+    help, low, high, None if choices is None else tuple(choices), check, decides
+  )
+  return typing.cast(
+    T, dataclasses.field(default=default, metadata={'flag': options})
+  )
+
+
+def like(cls: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+  """The same field as in another class, by default with the same default.
+
+  Args:
+    cls: the settings class that has the field.
+    name: of the field.
+    default: another default, which the help then says.
+
+  Returns:
+    A field of `dataclasses`.
+  """
+  (there,) = (f for f in dataclasses.fields(cls) if f.name == name)
+  options: _Flag = there.metadata['flag']
+  if default is dataclasses.MISSING:
+    default = there.default
+  elif default != there.default:
+    more = f' Other binaries have the default {_shown(there.default)}.'
+    options = dataclasses.replace(options, help=options.help + more)
+  return dataclasses.field(default=default, metadata={'flag': options})
+
+
+def _shown(value: Any) -> str:
+  """A value as it would be given on the command line."""
+  if isinstance(value, tuple):
+    return ','.join(map(_shown, value)) or "''"
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+class _Kind(typing.NamedTuple):
+  """The type of a field: of one item, and whether it is a list or optional."""
+
+  item: type
+  is_list: bool
+  is_optional: bool
+
+
+def _kind(annotation: Any) -> _Kind:
+  if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    (inner,) = set(typing.get_args(annotation)) - {type(None)}
+    return _kind(inner)._replace(is_optional=True)
+  if typing.get_origin(annotation) is tuple:
+    return _Kind(typing.get_args(annotation)[0], True, False)
+  return _Kind(annotation, False, False)
+
+
+def _in_words(item: type) -> str:
+  return {int: 'a whole number', float: 'a number', bool: 'true or false'}.get(
+    item, 'text'
+  )
+
+
+def _limits(options: _Flag) -> str:
+  """The values that are possible, in words; '' if all are."""
+  low, high = options.low, options.high
+  if low is None:
+    return '' if high is None else f'at most {_shown(high)}'
+  if high is None:
+    return f'at least {_shown(low)}'
+  return f'between {_shown(low)} and {_shown(high)}'
+
+
+def _check_item(item: type, options: _Flag, value: Any) -> Any:
+  """One value, or item of a list, with its type; raises ValueError."""
+  if item is float and type(value) is int:
+    value = float(value)
+  if type(value) is not item:
+    raise ValueError(f'must be {_in_words(item)}')
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError('must be a finite number')
+  low, high = options.low, options.high
+  too_low = low is not None and value < low
+  if too_low or (high is not None and value > high):
+    raise ValueError(f'must be {_limits(options)}')
+  if options.choices is not None and value not in options.choices:
+    raise ValueError(f'must be one of {", ".join(options.choices)}')
+  if options.check is not None:
+    options.check(value)
+  return value
+
+
+def _read_item(item: type, text: str) -> Any:
+  """Turns text into a value of a type."""
+  try:
+    return item(text)
+  except ValueError:
+    raise ValueError(f'must be {_in_words(item)}') from None
+
+
+class _Field(typing.NamedTuple):
+  """A field of a settings class, with what its flag is made of."""
+
+  name: str
+  default: Any
+  kind: _Kind
+  options: _Flag
+
+  def check(self, value: Any) -> Any:
+    """The value as the dataclass holds it; raises ValueError."""
+    if value is None and self.kind.is_optional:
+      return None
+    if not self.kind.is_list:
+      return _check_item(self.kind.item, self.options, value)
+    if not isinstance(value, list | tuple):
+      raise ValueError('must be a list')
+    if not value and self.default:
+      raise ValueError('must not be empty')
+    check = functools.partial(_check_item, self.kind.item, self.options)
+    return tuple(map(check, value))
+
+  def parse(self, text: str) -> Any:
+    """The value that a text on the command line stands for."""
+    if not self.kind.is_list:
+      return self.check(_read_item(self.kind.item, text))
+    try:
+      items = next(csv.reader([text], strict=True), [])
+    except csv.Error as e:
+      raise ValueError(f'is no list: {e}') from e
+    read = functools.partial(_read_item, self.kind.item)
+    return self.check([read(item.strip()) for item in items])
+
+
+@functools.cache
+def _fields(cls: type) -> tuple[_Field, ...]:
+  hints = typing.get_type_hints(cls)
+  return tuple(
+    _Field(f.name, f.default, _kind(hints[f.name]), f.metadata['flag'])
+    for f in dataclasses.fields(cls)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The settings of a binary, to inherit from.
+
+  A class that has to compare fields with one another overrides
+  `__post_init__`, calls that of `super()` first, and raises ValueError with
+  the flag, its value and a remedy.
+  """
+
+  def __post_init__(self):
+    for field in _fields(type(self)):
+      value = getattr(self, field.name)
+      try:
+        object.__setattr__(self, field.name, field.check(value))
+      except ValueError as e:
+        raise ValueError(f'--{field.name}={_shown(value)}: {e}') from e
+
+
+def deciding(settings: Settings) -> dict[str, Any]:
+  """The settings that decide the result, for config.json and checkpoints.
+
+  Args:
+    settings: the settings of a binary.
+
+  Returns:
+    A dict by name that JSON gives back as it is.
+  """
+  return {
+    field.name: list(value) if isinstance(value, tuple) else value
+    for field in _fields(type(settings))
+    if field.options.decides
+    for value in [getattr(settings, field.name)]
+  }
+
+
+def restored(cls: type[T], config: Mapping[str, Any], **others: Any) -> T:
+  """The settings that `deciding` has written.
+
+  Args:
+    cls: the settings class.
+    config: what `deciding` returned; entries of other names are left out.
+    **others: fields that decide no result.
+
+  Returns:
+    The settings.
+
+  Raises:
+    ValueError: if a value is impossible.
+  """
+  names = {field.name for field in _fields(cls)}
+  kept = {name: value for name, value in config.items() if name in names}
+  return cls(**(kept | others))
+
+
+class _Parser(flags.ArgumentParser):
+  """Lets absl read and check a value as the dataclass does."""
+
+  def __init__(self, *, field: _Field):
+    self._field = field
+    self.syntactic_help = ''
+
+  def parse(self, argument: Any) -> Any:
+    if isinstance(argument, str):
+      return self._field.parse(argument)
+    return self._field.check(argument)
+
+  def flag_type(self) -> str:
+    name = self._field.kind.item.__name__
+    return (
+      f'comma separated list of {name}' if self._field.kind.is_list else (name)
+    )
+
+
+class _Serializer(flags.ArgumentSerializer):
+  """Writes a value as `_Parser` reads it."""
+
+  def serialize(self, value: Any) -> str:
+    return _shown(value)
+
+
+def define(
+  cls: type[Settings],
+  values: flags.FlagValues,
+  presets: Presets | None = None,
+) -> None:
+  """Defines the flags of a settings class, and --preset if there are any.
+
+  Args:
+    cls: the settings class.
+    values: where they are defined.
+    presets: values of fields by the name of the preset.
+  """
+  for field in _fields(cls):
+    if field.kind.item is bool:
+      flags.DEFINE_bool(
+        field.name, field.default, field.options.help, flag_values=values
+      )
+    else:
+      flags.DEFINE(
+        _Parser(field=field),
+        field.name,
+        field.default,
+        field.options.help,
+        flag_values=values,
+        serializer=_Serializer(),
+      )
+  if presets:
+    flags.DEFINE_enum(
+      'preset', None, sorted(presets), _PRESET_HELP, flag_values=values
+    )
+
+
+_PRESET_HELP = (
+  'Settings to start from. Flags that are given come before those of the'
+  ' preset.'
+)
+
+
+def read(
+  cls: type[T], values: flags.FlagValues, presets: Presets | None = None
+) -> T:
+  """The settings of flags that were parsed.
+
+  Args:
+    cls: the settings class.
+    values: where `define` has defined its flags.
+    presets: as given to `define`.
+
+  Returns:
+    The settings: what is given on the command line, else what the preset says,
+    else the default.
+
+  Raises:
+    ValueError: if they are impossible.
+  """
+  given = {
+    field.name: values[field.name].value
+    for field in _fields(cls)
+    if values[field.name].present
+  }
+  preset = presets[values.preset] if presets and values.preset else {}
+  return cls(**{**preset, **given})
+
+
+def parse(
+  cls: type[T], arguments: Sequence[str], presets: Presets | None = None
+) -> T:
+  """The settings of some arguments, as a binary would read them.
+
+  Args:
+    cls: the settings class.
+    arguments: such as ['--steps=10'].
+    presets: values of fields by the name of the preset.
+
+  Returns:
+    The settings.
+
+  Raises:
+    ValueError: if they are impossible; it names the flag and its value.
+  """
+  values = flags.FlagValues()
+  define(typing.cast(type[Settings], cls), values, presets)
+  return _parsed(cls, values, ['program', *arguments], presets)
+
+
+def _parsed(
+  cls: type[T],
+  values: flags.FlagValues,
+  argv: Sequence[str],
+  presets: Presets | None,
+) -> T:
+  try:
+    rest = values(argv)
+  except flags.Error as e:
+    # Absl writes `flag --steps=0: must be at least 1`, in places on two lines.
+    message = ' '.join(str(e).split())
+    message = re.sub(r"\('Non-boolean.*", 'must be true or false', message)
+    raise ValueError(re.sub(r'^flag (?=--)', '', message)) from e
+  if len(rest) > 1:
+    raise ValueError(f'There are arguments that are no flags: {rest[1:]}.')
+  return read(cls, values, presets)
+
+
+def _heading(cls: type, name: str) -> type:
+  """The class that brings a field: the last to have it in order of search."""
+  return [c for c in cls.__mro__ if name in inspect.get_annotations(c)][-1]
+
+
+def _entry(name: str, shown: str, text: str) -> str:
+  lines = textwrap.wrap(text, 74)
+  return '\n'.join([f'  --{name}={shown}', *(f'      {x}' for x in lines)])
+
+
+def _describe(field: _Field) -> str:
+  options = field.options
+  if options.choices is not None:
+    start = 'A list of' if field.kind.is_list else 'One of'
+    return f'{options.help} {start} {", ".join(options.choices)}.'
+  limits = _limits(options)
+  return options.help + (f' {limits[0].upper()}{limits[1:]}.' if limits else '')
+
+
+def help_text(
+  cls: type[Settings], doc: str, presets: Presets | None = None
+) -> str:
+  """What --help shows: all flags of a binary, grouped by subject.
+
+  Args:
+    cls: the settings class.
+    doc: the docstring of the binary.
+    presets: values of fields by the name of the preset.
+
+  Returns:
+    Text of several lines.
+  """
+  groups: dict[type, list[str]] = {c: [] for c in cls.__mro__}
+  for field in _fields(cls):
+    shown = '' if field.default is None else _shown(field.default)
+    entry = _entry(field.name, shown, _describe(field))
+    groups[_heading(cls, field.name)].append(entry)
+  parts = [doc.strip(), 'Flags, with their defaults:']
+  for group, entries in groups.items():
+    if entries:
+      title = (group.__doc__ or '').strip().splitlines()[0]
+      parts.append('\n'.join([title, *entries]))
+  if presets:
+    names = f'{_PRESET_HELP} One of {", ".join(sorted(presets))}.'
+    parts.append('\n'.join(['Presets.', _entry('preset', '', names)]))
+  parts.append('--helpfull also shows the flags of the libraries.')
+  return '\n\n'.join(parts)
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+  """Ends the program with one line: 2 about its settings, 1 about its run."""
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(code)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+  """Ends the program if its settings turn out to be impossible.
+
+  For what is done before training: a ValueError or an error about files there
+  is one about the settings.
+  """
+  try:
+    yield
+  except (ValueError, OSError, ImportError) as e:
+    fail(e)
+
+
+def run(
+  main: Callable[[Any], None],
+  cls: type[Settings],
+  presets: Presets | None = None,
+) -> NoReturn:
+  """Runs a binary: reads its flags and calls `main` with the settings.
+
+  The exit code is 2 if a flag is wrong, 1 if the run cannot go on, and 130 if
+  it was interrupted; there is one line that says why.
+
+  Args:
+    main: takes the settings.
+    cls: the settings class.
+    presets: values of fields by the name of the preset.
+  """
+  define(cls, flags.FLAGS, presets)
+  doc = sys.modules['__main__'].__doc__ or ''
+
+  def parse_argv(argv):
+    if any(argument in _HELP for argument in argv):
+      print(help_text(cls, doc, presets))
+      sys.exit(0)
+    try:
+      settings = _parsed(cls, flags.FLAGS, argv, presets)
+    except ValueError as e:
+      fail(e)
+    return settings
+
+  def guarded(settings):
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # Libraries log a great deal.
+    try:
+      main(settings)
+    except KeyboardInterrupt:
+      fail('interrupted before training began', 130)
+    except (loop.Diverged, OSError) as e:
+      fail(e, 1)
+
+  app.run(guarded, flags_parser=parse_argv)  # pyright: ignore
+  sys.exit(0)
+
+
+def check_pattern(text: str) -> None:
+  """Raises ValueError if a text is no regular expression."""
+  try:
+    re.compile(text)
+  except re.error as e:
+    raise ValueError(f'{text!r} is no regular expression: {e}') from e
+
+
+def check_factor(text: str) -> None:
+  """Raises ValueError if a text is not `pattern=factor`."""
+  factors([text])
+
+
+def factors(items: Sequence[str]) -> dict[str, float]:
+  """Numbers for layers by pattern, of a list flag.
+
+  Args:
+    items: each `pattern=factor`.
+
+  Returns:
+    The factors by pattern, in the same order.
+
+  Raises:
+    ValueError: if an item is not of this form.
+  """
+  found = {}
+  for item in items:
+    pattern, equals, factor = item.rpartition('=')
+    try:
+      value = float(factor)
+    except ValueError:
+      value = math.nan
+    if not equals or not math.isfinite(value) or value < 0:
+      raise ValueError(
+        'items must be pattern=factor with a factor of at least 0, got'
+        f' {item!r}'
+      )
+    check_pattern(pattern)
+    found[pattern] = value
+  return found

@@ -1,0 +1,383 @@
+"""The sparse training methods, from settings to functions."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.support import config
+from experiments.support import settings as settings_lib
+from powerprop_jax import training
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import flops
+from powerprop_jax.sparse import schedules
+from powerprop_jax.sparse import updaters
+
+METHODS = ('dense', 'static', 'snip', 'set', 'rigl', 'top_kast', 'magnitude')
+_NEVER_UPDATED = ('dense', 'static', 'snip')
+
+
+class Cadence(NamedTuple):
+  """When masks are updated: at range(start, last + 1, every)."""
+
+  every: int
+  start: int
+  last: int
+
+
+class Densities(NamedTuple):
+  """How dense the layers of a run are, each as `flops` takes it.
+
+  Attributes:
+    forward: of the weights in use, at the end.
+    backward: of those that are updated, at the end.
+    ever: of those that were ever in use. Gradual pruning begins with them.
+  """
+
+  forward: Any
+  backward: Any
+  ever: Any
+
+
+class Plan(NamedTuple):
+  """What a method does in a run.
+
+  Attributes:
+    updater: chooses the masks.
+    due: whether masks are updated before a step.
+    penalty: of the train step.
+    counts: how many weights each leaf keeps in the end, a pytree of ints.
+    training_flops: maps the dense layers' operations at inference, and the
+      `Densities` of a run, to the operations of a training step on one example,
+      on average over the run. Without the latter it takes those that the flags
+      ask for: a network that was sparse before, and a global ranking, have
+      others.
+  """
+
+  updater: updaters.MaskUpdater
+  due: Callable[[int], bool]
+  penalty: training.Penalty | None
+  counts: Any
+  training_flops: Callable[..., float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(config.Settings):
+  """The sparse training method."""
+
+  method: str = config.flag(
+    'rigl', 'How the masks come about.', choices=METHODS
+  )
+  sparsity: float = config.flag(
+    0.9, 'The fraction of the weights to remove.', low=0.0, high=1.0
+  )
+  backward_sparsity: float | None = config.flag(
+    None,
+    'Top-KAST: the sparsity of the set of weights that is updated. Without it'
+    ' that is --sparsity less 0.1.',
+    low=0.0,
+    high=1.0,
+  )
+  distribution: str = config.flag(
+    'erk',
+    'How the sparsity is shared out among layers: uniform, erk'
+    ' (Erdos-Renyi-kernel), er (Erdos-Renyi), or pattern=sparsity,... for'
+    ' layers by regular expression.',
+  )
+  dense_layers: tuple[str, ...] = config.flag(
+    (),
+    'Regular expressions of the paths of layers that are to stay dense.',
+    check=config.check_pattern,
+  )
+  scope: str = config.flag(
+    'layer',
+    'Whether magnitude pruning and SNIP rank the weights of each layer, or all'
+    ' weights together.',
+    choices=('layer', 'global'),
+  )
+  update_every: int = config.flag(
+    100,
+    'The number of steps from one update of the masks to the next.',
+    low=1,
+    high=settings_lib.MAX_STEPS,
+  )
+  update_start: int | None = config.flag(
+    None,
+    'The step of the first update of the masks. Without it that is'
+    ' --update_every.',
+    low=0,
+    high=settings_lib.MAX_STEPS,
+  )
+  update_stop: int | None = config.flag(
+    None,
+    'The step after which masks are not updated any more. Without it that is'
+    ' three quarters of the steps, and all of them for Top-KAST.',
+    low=0,
+    high=settings_lib.MAX_STEPS,
+  )
+  drop_fraction: float = config.flag(
+    0.3,
+    'SET and RigL: the fraction of the weights in use that the first update'
+    ' trades for others.',
+    low=0.0,
+    high=1.0,
+  )
+  drop_schedule: str = config.flag(
+    'cosine',
+    'SET and RigL: how --drop_fraction falls until the last update.',
+    choices=('cosine', 'constant'),
+  )
+  regrow: str = config.flag(
+    'init',
+    'SET and RigL: the values of weights that come into use. init draws them as'
+    ' at initialisation, keep leaves what they were, and zero needs alpha = 1.',
+    choices=('init', 'keep', 'zero'),
+  )
+  regrow_dropped: bool = config.flag(
+    False,
+    'SET and RigL: whether a weight may come back in the update that drops it.',
+  )
+  exploration_penalty: float = config.flag(
+    1e-4,
+    'Top-KAST: the strength of the penalty that lets weights outside of the'
+    ' forward set die out.',
+    low=0.0,
+  )
+
+
+def make_distribution(
+  settings: Method, sparsity: float
+) -> distributions.Distribution:
+  """The distribution of a sparsity over layers.
+
+  Args:
+    settings: the method, of which the distribution and the dense layers count.
+    sparsity: of all weights.
+
+  Returns:
+    A function from weights to counts.
+
+  Raises:
+    ValueError: if there is no such distribution.
+  """
+  name, dense = settings.distribution, settings.dense_layers
+  if name == 'uniform':
+    return distributions.uniform(sparsity, dense)
+  if name in ('erk', 'er'):
+    return distributions.erdos_renyi(sparsity, name == 'erk', dense)
+  if '=' not in name:
+    raise ValueError(
+      '--distribution must be uniform, erk, er or pattern=sparsity,..., got'
+      f' {name!r}.'
+    )
+  try:
+    sparsities = config.factors(name.split(','))
+  except ValueError as e:
+    raise ValueError(f'--distribution={name}: {e}.') from e
+  return distributions.custom(sparsities, default=sparsity)
+
+
+def make_cadence(settings: Method, steps: int) -> Cadence:
+  """When the masks of a run are updated, with the method's defaults.
+
+  Args:
+    settings: the method.
+    steps: length of the run.
+
+  Returns:
+    A `Cadence`.
+
+  Raises:
+    ValueError: if there is no update within the run.
+  """
+  every, start, stop = (
+    settings.update_every,
+    settings.update_start,
+    settings.update_stop,
+  )
+  start = every if start is None else start
+  if stop is None:
+    # Top-KAST goes on; the others let the last masks settle.
+    stop = steps if settings.method == 'top_kast' else 3 * steps // 4
+  if settings.method not in _NEVER_UPDATED and not 0 <= start < stop <= steps:
+    raise ValueError(
+      f'masks cannot be updated from step {start} to step {stop} of {steps}.'
+      ' Change --update_start, --update_stop or --update_every.'
+    )
+  return Cadence(every, start, start + max(0, stop - start) // every * every)
+
+
+def _progress(cadence: Cadence) -> Callable[[Any], jax.Array]:
+  """Gradual pruning: cubic, and done at the last update."""
+  if cadence.last == cadence.start:
+    return lambda step: jnp.ones([])
+  # The first update prunes something already.
+  return schedules.cubic(cadence.start - cadence.every, cadence.last)
+
+
+def _forward_and_backward(
+  settings: Method,
+) -> tuple[distributions.Distribution, distributions.Distribution]:
+  """The distributions of the weights in use and of those that are updated."""
+  if settings.method == 'dense':
+    whole = lambda theta: jax.tree.map(lambda x: x.size, theta)
+    return whole, whole
+  sparsity, backward = settings.sparsity, settings.backward_sparsity
+  forward = make_distribution(settings, sparsity)
+  if settings.method != 'top_kast':
+    return forward, forward
+  if backward is None:
+    backward = max(0.0, sparsity - 0.1)
+  if backward > sparsity:
+    raise ValueError(
+      f'--backward_sparsity={backward} must not be above --sparsity={sparsity}:'
+      ' Top-KAST updates at least what it uses.'
+    )
+  return forward, make_distribution(settings, backward)
+
+
+def _make_updater(
+  settings: Method,
+  cadence: Cadence,
+  forward: distributions.Distribution,
+  backward: distributions.Distribution,
+  fresh: Callable[[jax.Array], Any],
+) -> updaters.MaskUpdater:
+  """The updater of a method; `fresh` draws weights as at initialisation."""
+  scope, dropped = settings.scope, settings.regrow_dropped
+  drop = schedules.drop_fraction(
+    settings.drop_fraction, cadence.last + 1, settings.drop_schedule
+  )
+  values = {
+    'init': fresh,
+    'keep': None,
+    'zero': lambda key: jax.tree.map(jnp.zeros_like, fresh(key)),
+  }[settings.regrow]
+  return {
+    'dense': updaters.dense,
+    'static': lambda: updaters.random(forward),
+    'snip': lambda: updaters.snip(forward, scope),
+    'set': lambda: updaters.set_(forward, drop, values, dropped),
+    'rigl': lambda: updaters.rigl(forward, drop, values, dropped),
+    'top_kast': lambda: updaters.top_kast(forward, backward),
+    'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
+  }[settings.method]()
+
+
+def _gradual_flops(
+  cadence: Cadence,
+  steps: int,
+  dense: dict[str, float],
+  first: dict[str, float],
+  last: dict[str, float],
+) -> float:
+  """Operations at inference, on average over a run of gradual pruning.
+
+  Args:
+    cadence: when weights are pruned.
+    steps: length of the run.
+    dense: operations of each layer with all weights.
+    first: with those that it begins with.
+    last: with those that are left.
+
+  Returns:
+    Operations of all layers.
+  """
+  updates = range(cadence.start, cadence.last + 1, cadence.every)
+  progress = [0.0, *(float(_progress(cadence)(t)) for t in updates)]
+  # The steps before the first update, between updates, and after the last.
+  spans = [cadence.every] * (len(updates) - 1)
+  spans = [cadence.start, *spans, steps - cadence.last]
+
+  def cost(p):
+    # A layer that begins sparser than asked for is pruned later.
+    asked = {k: n + p * (last[k] - n) for k, n in dense.items()}
+    return math.fsum(min(first[k], n) for k, n in asked.items())
+
+  return math.fsum(n / steps * cost(p) for n, p in zip(spans, progress))
+
+
+def _planned(theta: Any, counts: Any, backward_counts: Any) -> Densities:
+  """The densities that the flags ask for."""
+
+  def densities(counts):
+    sparsities = distributions.sparsities(theta, counts)
+    return jax.tree.map(lambda s: 1.0 - s, sparsities)
+
+  return Densities(
+    forward=densities(counts),
+    backward=densities(backward_counts),
+    ever=jax.tree.map(lambda x: 1.0, theta),
+  )
+
+
+def _make_training_flops(
+  method: str, cadence: Cadence, steps: int, planned: Densities
+) -> Callable[..., float]:
+  def training_flops(layers, densities=planned):
+    forward, backward, ever = (
+      flops.inference_flops(layers, d) for d in densities
+    )
+    dense, sparse, wide = (
+      math.fsum(x.values()) for x in (layers, forward, backward)
+    )
+    if method == 'rigl':
+      return flops.rigl_training_flops(dense, sparse, cadence.every)
+    if method == 'top_kast':
+      return flops.top_kast_training_flops(sparse, wide)
+    if method == 'magnitude':
+      sparse = _gradual_flops(cadence, steps, layers, ever, forward)
+    return flops.training_flops(sparse)
+
+  return training_flops
+
+
+def make_plan(
+  settings: Method,
+  theta: Any,
+  *,
+  alpha: float,
+  steps: int,
+  fresh: Callable[[jax.Array], Any],
+) -> Plan:
+  """Builds what a method does in a run.
+
+  Args:
+    settings: the method; what it does not use does not count.
+    theta: the weights, or their shapes and dtypes.
+    alpha: the power.
+    steps: length of the run.
+    fresh: draws weights theta as at initialisation, from a key.
+
+  Returns:
+    A `Plan`.
+
+  Raises:
+    ValueError: if the settings are impossible.
+  """
+  method = settings.method
+  trades = method in ('set', 'rigl')
+  if trades and settings.regrow == 'zero' and alpha != 1.0:
+    raise ValueError(
+      f'--regrow=zero with alpha = {alpha:g}: a weight at zero never moves for'
+      ' alpha > 1 (section 2 of the paper). Use init or keep.'
+    )
+  cadence = make_cadence(settings, steps)
+  forward, backward = _forward_and_backward(settings)
+  counts = forward(theta)  # What is impossible fails here.
+  planned = _planned(theta, counts, backward(theta))
+  due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
+  penalty = functools.partial(
+    updaters.exploration_penalty, strength=settings.exploration_penalty
+  )
+  return Plan(
+    updater=_make_updater(settings, cadence, forward, backward, fresh),
+    due=(lambda step: False) if method in _NEVER_UPDATED else due,
+    penalty=penalty if method == 'top_kast' else None,
+    counts=counts,
+    training_flops=_make_training_flops(method, cadence, steps, planned),
+  )

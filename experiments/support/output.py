@@ -1,0 +1,321 @@
+"""What binaries write: folders, files, metrics, progress and tables.
+
+A file is written at once or not at all, and what it replaces stays until it is
+on the disk. A folder of results has one writer at a time: its lock is held by
+the operating system for as long as the process lives, so that one which was
+killed does not keep it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import tabulate
+import tqdm
+
+from powerprop_jax.training import devices
+
+_LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
+
+
+def environment() -> dict[str, Any]:
+  """Versions and devices, for config.json."""
+  packages = ('jax', 'jaxlib', 'dm-haiku', 'optax', 'numpy')
+  return {
+    'versions': {p: importlib.metadata.version(p) for p in packages},
+    'python': sys.version.split()[0],
+    'devices': [d.device_kind for d in jax.devices()],
+  }
+
+
+def announce(binary: str) -> None:
+  """Prints the first line of a binary: its name, devices and versions."""
+  if jax.process_index():
+    return
+  found = environment()
+  kinds = {
+    kind: found['devices'].count(kind) for kind in sorted({*found['devices']})
+  }
+  on = ', '.join(f'{count} x {kind}' for kind, count in kinds.items())
+  versions = ', '.join(f'{k} {v}' for k, v in found['versions'].items())
+  print(f'{binary} on {on} (Python {found["python"]}, {versions})', flush=True)
+
+
+def folder(path: str) -> epath.Path:
+  """The path of a folder, on this machine or in a bucket.
+
+  Args:
+    path: such as 'results', '~/results' or 'gs://bucket/results'.
+
+  Returns:
+    The path, with ~ expanded.
+  """
+  return epath.Path(path).expanduser()
+
+
+def is_remote(path: epath.Path) -> bool:
+  """Whether a path is not one of this machine's file systems."""
+  return '://' in str(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes a file at once or not at all.
+
+  Args:
+    path: of the file; its folder must exist.
+    text: its content.
+  """
+  if is_remote(path):
+    path.write_text(text)  # Buckets show a file when it is whole.
+    return
+  name = f'.{path.name}.{os.getpid()}.{threading.get_ident()}'
+  temporary = path.with_name(name)
+  try:
+    with open(temporary, 'w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes a file of JSON at once or not at all."""
+  write_text(path, json.dumps(content, indent=1) + '\n')
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a file that holds a JSON object.
+
+  Raises:
+    ValueError: if it holds something else.
+  """
+  try:
+    content = json.loads(path.read_text())
+  except ValueError as e:
+    raise ValueError(f'{path} holds no JSON ({e}). Move it away.') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{path} holds no JSON object. Move it away.')
+  return content
+
+
+@contextlib.contextmanager
+def _locked(path: epath.Path) -> Iterator[None]:
+  """Holds the lock of a folder.
+
+  The lock is one of the kernel (flock) on a file which tells who holds it. It
+  is seen by all processes of this machine, and on NFS by those of others. A
+  file system without such locks, and a bucket, leave the folder unlocked, and
+  one line says so.
+  """
+  if is_remote(path):
+    print(f'{path} cannot be locked: do not start twice.', file=sys.stderr)
+    yield
+    return
+  descriptor = os.open(path / '.lock', os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      holder = os.read(descriptor, 1000).decode(errors='replace').strip()
+      raise ValueError(
+        f'--out_dir={path} is in use by {holder or "another process"}. Wait'
+        ' until that has ended, or choose another --out_dir.'
+      ) from None
+    except OSError as e:
+      if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        raise
+      print(f'{path} cannot be locked: do not start twice.', file=sys.stderr)
+    os.ftruncate(descriptor, 0)
+    holder = f'process {os.getpid()} on {socket.gethostname()}\n'
+    os.write(descriptor, holder.encode())
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+  return '; '.join(
+    f'{k}: {found.get(k)} there, {wanted.get(k)} now'
+    for k in sorted(found.keys() | wanted.keys())
+    if found.get(k) != wanted.get(k)
+  )
+
+
+def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
+  """Compares a new experiment with the one that a folder holds."""
+  config = path / 'config.json'
+  if not config.exists():
+    return
+  found = read_json(config)
+  if not isinstance(found.get('settings'), dict):
+    raise ValueError(
+      f'{config} was not written by this program. Choose another --out_dir.'
+    )
+  differences = _differences(
+    {'binary': found.get('binary'), **found['settings']},
+    {'binary': wanted['binary'], **wanted['settings']},
+  )
+  if differences:
+    raise ValueError(
+      f'{path} holds an experiment with other settings. Choose another'
+      f' --out_dir. The differences are: {differences}.'
+    )
+  if found.get('devices') != wanted['devices']:
+    count = len(found.get('devices') or [])
+    print(
+      f'{path} was begun on {count} device(s) of another number or kind than'
+      f' the {len(wanted["devices"])} of now. What goes on here does not end'
+      ' with the same bits.',
+      file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def opened(
+  out_dir: str, binary: str, settings: Mapping[str, Any]
+) -> Iterator[epath.Path]:
+  """The folder of results, for this process alone.
+
+  A started experiment may be continued in it. Of a program of several hosts the
+  first one holds the lock and writes config.json, all compare, and all are
+  refused together.
+
+  Args:
+    out_dir: the path of the folder.
+    binary: the name of the program.
+    settings: what decides the results, as `config.deciding` returns it, with
+      the fingerprint of the data.
+
+  Yields:
+    The folder, with a config.json.
+
+  Raises:
+    ValueError: if it cannot be used, is in use, or holds an experiment with
+      other settings; the message lists the differences.
+  """
+  path, first = folder(out_dir), jax.process_index() == 0
+  wanted = {'binary': binary, 'settings': settings, **environment()}
+  wanted = json.loads(json.dumps(wanted, allow_nan=False))
+  with contextlib.ExitStack() as stack:
+    error = None
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      if first:
+        stack.enter_context(_locked(path))
+      _check_config(path, wanted)
+    except (OSError, ImportError) as e:
+      error = ValueError(f'--out_dir={out_dir} cannot be used: {e}')
+    except ValueError as e:
+      error = e
+    if devices.any_host(error is not None):
+      raise error or ValueError('another host has refused --out_dir.')
+    if first:
+      try:
+        write_json(path / 'config.json', wanted)
+      except OSError as e:
+        raise ValueError(f'--out_dir={out_dir} cannot be used: {e}') from e
+    yield path
+
+
+def open_metrics(
+  path: epath.Path, keep: Callable[[dict[str, Any]], bool]
+) -> Callable[[Mapping[str, Any]], None]:
+  """Opens a file of metrics, one JSON object per line, to add to it.
+
+  Args:
+    path: of the file.
+    keep: whether a line of an earlier start stays. What a run that goes on
+      will write again must not, else it would be there twice.
+
+  Returns:
+    A function that adds a line. Threads may call it together.
+  """
+
+  def kept(line):
+    try:
+      found = json.loads(line)
+    except ValueError:
+      return False  # The end of a file that was cut off.
+    return isinstance(found, dict) and keep(found)
+
+  lines = path.read_text().splitlines() if path.exists() else []
+  write_text(path, ''.join(f'{line}\n' for line in lines if kept(line)))
+  turn = threading.Lock()
+
+  def write(metrics):
+    line = json.dumps(metrics) + '\n'
+    with turn, path.open('a') as file:
+      file.write(line)
+
+  return write
+
+
+class Progress:
+  """How far a program is: a bar on a terminal, else a line now and then."""
+
+  def __init__(self, total: int, initial: int = 0):
+    self._total, self._initial, self._step = total, initial, initial
+    self._begun = self._shown = time.monotonic()
+    self._turn = threading.Lock()
+    self._text, self._bar = '', None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total, initial=initial, unit='step', smoothing=0.1
+      )
+
+  def add(self, steps: int, metrics: Mapping[str, float]) -> None:
+    """Says that steps were taken, with metrics to show."""
+    with self._turn:
+      self._step += steps
+      self._text = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())
+      if self._bar is not None:
+        self._bar.update(steps)
+        self._bar.set_postfix_str(self._text)
+      elif time.monotonic() - self._shown > _LINE_EVERY:
+        self._line()
+
+  def _line(self) -> None:
+    self._shown = time.monotonic()
+    taken = self._step - self._initial
+    rate = taken / max(self._shown - self._begun, 1e-9)
+    left = (self._total - self._step) / rate if rate else 0.0
+    print(
+      f'step {self._step} of {self._total}, {rate:.3g} steps per second,'
+      f' {tqdm.tqdm.format_interval(left)} left: {self._text}',
+      file=sys.stderr,
+      flush=True,
+    )
+
+  def close(self) -> None:
+    """Leaves the bar, or a last line, as it is."""
+    if self._bar is not None:
+      self._bar.close()
+    elif self._step > self._initial:
+      self._line()
+
+
+def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ()) -> str:
+  """A table of text: the first column to the left, numbers to the right."""
+  align = ('left', *['right'] * (max(map(len, rows)) - 1))
+  return tabulate.tabulate(
+    rows,
+    headers,
+    tablefmt='plain' if not headers else 'simple',
+    colalign=align,
+    disable_numparse=True,
+  )

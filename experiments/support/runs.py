@@ -1,0 +1,172 @@
+"""Runs many small networks at once, one per device, and keeps what is finished.
+
+On a CPU every core is a device: networks of the size of LeNet train faster each
+on a core of its own than one after another on all cores.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import concurrent.futures
+import os
+import queue
+import sys
+from typing import Any, NamedTuple, NoReturn
+
+from etils import epath
+import jax
+
+from experiments.support import output
+from powerprop_jax.training import loop
+
+
+class Watch(NamedTuple):
+  """How a run is followed and stopped; both are arguments of `loop.run`.
+
+  Attributes:
+    report: called with the step and metrics.
+    stopped: whether the program was asked to stop. A run that heeds it raises
+      `loop.Interrupted`.
+  """
+
+  report: loop.Report
+  stopped: Callable[[], bool]
+
+
+# (data on the device, watch) -> the result, which JSON can hold.
+Run = Callable[[Any, Watch], dict[str, Any]]
+
+
+def use_cores(num_runs: int) -> None:
+  """Makes every core of the CPU a device. Has no effect on accelerators."""
+  cores = os.cpu_count() or 1
+  if num_runs >= cores > 1:
+    jax.config.update('jax_num_cpu_devices', cores)
+    # Threads within an operation would only compete with one another.
+    os.environ['XLA_FLAGS'] = (
+      os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_multi_thread_eigen=false'
+    )
+
+
+def finished(
+  out_dir: epath.Path, names: Iterable[str] | None = None
+) -> dict[str, Any]:
+  """The results there are in a folder.
+
+  Args:
+    out_dir: the folder of results.
+    names: the runs to look for; all there are if not given.
+
+  Returns:
+    The results by the name of the run, in the order of the names.
+
+  Raises:
+    ValueError: if a file in the place of a result is none.
+  """
+  folder = out_dir / 'runs'
+  if names is None:
+    paths = sorted(folder.glob('*.json')) if folder.exists() else []
+    names = [path.stem for path in paths]
+  found = {}
+  for name in names:
+    path = folder / f'{name}.json'
+    if path.exists():
+      found[name] = output.read_json(path)
+      if 'valid_accuracy' not in found[name]:
+        raise ValueError(f'{path} is no result of a run. Move it away.')
+  return found
+
+
+def run_all(
+  runs: Mapping[str, Run],
+  data: Any,
+  steps: int,
+  out_dir: epath.Path,
+  workers: int | None = None,
+) -> tuple[list[str], bool]:
+  """Runs what is not finished, and writes a file for each run.
+
+  Ctrl-C and SIGTERM stop all runs at their next boundary and leave what is
+  finished.
+
+  Args:
+    runs: functions by name. Each is called on one of the devices.
+    data: given to every run, on its device.
+    steps: how many steps a run reports, for the time left.
+    out_dir: the folder of results; the files are runs/<name>.json.
+    workers: how many devices to use; all if not given.
+
+  Returns:
+    A message for each run that diverged, while the others went on; and whether
+    it was interrupted.
+
+  Raises:
+    Exception: what a run raises beside `loop.Diverged`, after the others have
+      stopped.
+  """
+  done = finished(out_dir, runs)
+  missing = {name: run for name, run in runs.items() if name not in done}
+  if not missing:
+    return [], False
+  (out_dir / 'runs').mkdir(exist_ok=True)
+  write = output.open_metrics(
+    out_dir / 'metrics.jsonl', lambda line: line.get('run') not in missing
+  )
+  free = queue.SimpleQueue()
+  for device in jax.local_devices()[:workers]:
+    free.put((device, jax.device_put(data, device)))
+  progress = output.Progress(len(missing) * steps)
+
+  def make_report(name):
+    at = 0
+
+    def report(step, metrics):
+      nonlocal at
+      write({'run': name, 'step': step, **metrics})
+      progress.add(step - at, metrics)
+      at = step
+
+    return report
+
+  messages, interrupted = [], False
+  with loop.stop_on_signals() as asked:
+
+    def work(name):
+      device, local_data = free.get()
+      try:
+        if asked.is_set():
+          raise loop.Interrupted
+        with jax.default_device(device):
+          watch = Watch(make_report(name), asked.is_set)
+          result = missing[name](local_data, watch)
+        output.write_json(out_dir / 'runs' / f'{name}.json', result)
+      finally:
+        free.put((device, local_data))
+
+    with concurrent.futures.ThreadPoolExecutor(free.qsize()) as pool:
+      futures = {pool.submit(work, name): name for name in missing}
+      try:
+        for future in concurrent.futures.as_completed(futures):
+          try:
+            future.result()
+          except loop.Diverged as e:
+            messages.append(f'{futures[future]}: {e}')
+          except loop.Interrupted:
+            interrupted = True
+      finally:
+        asked.set()  # After an error the other runs stop as well.
+        progress.close()
+  return messages, interrupted
+
+
+def finish(
+  messages: list[str], interrupted: bool, done: int, total: int
+) -> NoReturn:
+  """Ends the program: with 130 if interrupted, 1 if a run diverged, or 0."""
+  for message in messages:
+    print(f'error: {message}', file=sys.stderr)
+  if interrupted:
+    print(
+      f'\nInterrupted with {done} of {total} runs finished. The same command'
+      ' continues.',
+      file=sys.stderr,
+    )
+  sys.exit(130 if interrupted else bool(messages))

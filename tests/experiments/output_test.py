@@ -1,0 +1,193 @@
+"""Tests of what binaries write."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from experiments.support import output
+
+_SETTINGS = {'alpha': 2.0, 'layers': ['a']}
+
+
+def _open(path, binary='test', settings=_SETTINGS):
+  return output.opened(str(path), binary, settings)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = output.folder(str(tmp_path)) / 'summary.json'
+  output.write_json(path, {'a': 1})
+  assert json.loads(path.read_text()) == {'a': 1}
+
+  def full(descriptor):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    output.write_json(path, {'a': 2})
+  assert json.loads(path.read_text()) == {'a': 1}
+  assert os.listdir(tmp_path) == ['summary.json']  # Nothing is left over.
+
+
+def test_threads_write_the_same_file(tmp_path):
+  path = output.folder(str(tmp_path)) / 'a.json'
+  threads = [
+    threading.Thread(target=output.write_json, args=(path, [i] * 1000))
+    for i in range(8)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(set(json.loads(path.read_text()))) == 1
+  assert os.listdir(tmp_path) == ['a.json']
+
+
+def test_a_folder_of_the_home(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with _open('~/results') as path:
+    assert pathlib.Path(path) == tmp_path / 'results'
+  assert (tmp_path / 'results' / 'config.json').exists()
+
+
+def test_an_experiment_goes_on_with_equal_settings_alone(tmp_path):
+  with _open(tmp_path):
+    pass
+  with _open(tmp_path):  # Lists are as JSON gives them back.
+    pass
+  before = (tmp_path / 'config.json').read_text()
+  message = r'alpha: 2\.0 there, 3\.0 now; layers: \[.a.\] there, None now'
+  with (
+    pytest.raises(ValueError, match=message),
+    _open(tmp_path, settings={'alpha': 3.0}),
+  ):
+    pass
+  with (
+    pytest.raises(ValueError, match='binary: test there, other now'),
+    _open(tmp_path, binary='other'),
+  ):
+    pass
+  # What was refused has changed nothing: the right settings still go on.
+  assert (tmp_path / 'config.json').read_text() == before
+  with _open(tmp_path):
+    pass
+
+
+def test_a_setting_that_is_not_a_number_is_never_written(tmp_path):
+  with pytest.raises(ValueError), _open(tmp_path, settings={'a': float('nan')}):
+    pass
+  assert not (tmp_path / 'config.json').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', 'null', '{}', '', '{"settings": 1}'])
+def test_a_config_of_another_kind(tmp_path, content):
+  (tmp_path / 'config.json').write_text(content)
+  with (
+    pytest.raises(ValueError, match=r'config\.json .*(Move|Choose)'),
+    _open(tmp_path),
+  ):
+    pass
+  assert (tmp_path / 'config.json').read_text() == content
+
+
+def test_places_that_cannot_be_folders(tmp_path):
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'b' / 'config.json').mkdir(parents=True)
+  for name in ('file', 'file/inside', 'b'):
+    with (
+      pytest.raises(ValueError, match='--out_dir=.* cannot be used'),
+      _open(tmp_path / name),
+    ):
+      pass
+
+
+def test_other_devices_are_said(tmp_path, capfd):
+  with _open(tmp_path):
+    pass
+  assert not capfd.readouterr().err
+  found = json.loads((tmp_path / 'config.json').read_text())
+  found['devices'] = ['cpu'] * 64
+  (tmp_path / 'config.json').write_text(json.dumps(found))
+  with _open(tmp_path):
+    pass
+  assert 'begun on 64 device(s)' in capfd.readouterr().err
+
+
+_HOLD = """
+import sys, time
+from experiments.support import output
+with output.opened(sys.argv[1], 'test', {}):
+  print('held', flush=True)
+  time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_writer_and_the_dead_hold_none(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, '-c', _HOLD, str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == 'held\n'
+  holder = f'process {process.pid} on {socket.gethostname()}'
+  with (
+    pytest.raises(ValueError, match=f'is in use by {holder}'),
+    _open(tmp_path, settings={}),
+  ):
+    pass
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  with _open(tmp_path, settings={}):
+    pass
+
+
+def _lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
+  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+  write = output.open_metrics(path, lambda line: True)
+  for step in (1, 2, 3):
+    write({'step': step})
+  with path.open('a') as file:
+    file.write('[1]\n7\n\n{"ste')  # Strange lines, and one that was cut off.
+  write = output.open_metrics(path, lambda line: line['step'] < 3)
+  write({'step': 3, 'again': True})
+  assert _lines(path) == [{'step': 1}, {'step': 2}, {'step': 3, 'again': True}]
+
+  # A kill while it is rewritten loses nothing.
+  monkeypatch.setattr(os, 'replace', lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    output.open_metrics(path, lambda line: False)
+  assert len(_lines(path)) == 3
+
+
+def test_progress_without_a_terminal(monkeypatch, capfd):
+  clock = [0.0]
+  monkeypatch.setattr(output.time, 'monotonic', lambda: clock[0])
+  progress = output.Progress(400, initial=100)
+  for _ in range(300):
+    clock[0] += 0.5
+    progress.add(1, {'loss': 0.25})
+  progress.close()
+  lines = capfd.readouterr().err.split('\n')
+  assert len(lines) == 6  # One in 30 seconds, the last one, and the end.
+  assert (
+    lines[0] == 'step 161 of 400, 2 steps per second, 01:59 left: loss 0.25'
+  )
+  assert '\r' not in ''.join(lines)
+
+
+def test_tables_line_up():
+  assert output.table([['a', '1.00'], ['long', '10.00']], ['name', 'x']) == (
+    'name        x\n------  -----\na        1.00\nlong    10.00'
+  )
