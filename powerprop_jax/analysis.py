@@ -1,31 +1,33 @@
-"""What pruning does to a trained network, as plain dicts.
+"""What pruning does to a trained network, as plain dictionaries.
 
 Section 3 of the paper removes the weights of least magnitude after training and
 measures three things (Figure 1): the accuracy that is left, how far the
 surviving weights are those that were large at initialisation already, and how
-weights moved. Each is a function here, of parameters theta (never phi: across
-layers of different alpha only |theta| compares), and its results go straight
-into a JSON file. `plotting` draws them.
+the weights moved. Each of them is a function here. All of them take parameters
+theta and never phi, because across layers of different alpha only |theta| can
+be compared. Their results go straight into a JSON file, and
+`powerprop_jax.plots` draws them.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
-  reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021.
+  reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021,
+  section 3.
 """
 
 from collections.abc import Mapping, Sequence
 import functools
-import math
 from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
+from scipy import stats
+import tabulate
 
 from powerprop_jax import leaves
+from powerprop_jax import types
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
-
-Params = Any  # A pytree of arrays.
-Mask = Any  # A pytree of boolean arrays.
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -38,24 +40,34 @@ def _overlap(before, after, counts, is_weight):
 
 
 def mask_overlap(
-  theta_before: Params, theta_after: Params, kept: Sequence[float], **options
+  theta_before: types.Params,
+  theta_after: types.Params,
+  kept: Sequence[float],
+  **options: Any,
 ) -> dict[str, list[float]]:
   """How far training changes which weights pruning keeps (Figure 1b).
 
-  The overlap is the share of the weights kept by pruning theta_after that
+  The overlap is the share of the weights that pruning theta_after keeps which
   pruning theta_before to the same density keeps too. The chance level is its
   expectation for two independent random masks with as many weights in each
   layer: sum_l k_l^2 / n_l over sum_l k_l, if k_l of the n_l weights of layer l
   are kept. For the scope 'global' all weights are one layer.
 
+  >>> import jax.numpy as jnp
+  >>> before = {'linear': {'w': jnp.array([4.0, 3.0, 2.0, 1.0])}}
+  >>> after = {'linear': {'w': jnp.array([4.0, 1.0, 2.0, 3.0])}}
+  >>> mask_overlap(before, after, kept=[0.5])
+  {'kept': [0.5], 'overlap': [0.5], 'chance': [0.5]}
+
   Args:
     theta_before: the parameters at initialisation.
     theta_after: the parameters after training.
-    kept: the fractions of weights to keep, each in (0, 1].
-    **options: as of `prune`.
+    kept: the fractions of the weights to keep, each in (0, 1].
+    **options: the keyword arguments of `pruning.prune`.
 
   Returns:
-    A dict of lists: 'kept', as given, 'overlap' and 'chance', in [0, 1].
+    A dict of three lists with an entry for each fraction: 'kept', the fractions
+    themselves, and 'overlap' and 'chance', both in [0, 1].
 
   Raises:
     ValueError: if theta is not finite, a fraction keeps no weight at all, or an
@@ -69,7 +81,9 @@ def mask_overlap(
     counts = pruning.kept_counts(theta_after, p, **options)
     numbers = jax.tree.leaves(counts)
     if not any(numbers):
-      raise ValueError(f'kept = {p} keeps none of {sum(sizes)} weights.')
+      raise ValueError(
+        f'kept = {p} keeps none of {sum(sizes)} weights. Use a larger fraction.'
+      )
     layers = [sum(sizes)] if isinstance(counts, int) else sizes
     overlaps.append(_overlap(theta_before, theta_after, counts, is_weight))
     expected = sum(k * k / n for k, n in zip(numbers, layers))
@@ -79,84 +93,97 @@ def mask_overlap(
 
 
 def _mean_and_std(values: np.ndarray) -> dict[str, list[float]]:
-  """Over the last axis, seeds: sample standard deviation, 0 for one seed."""
+  """The mean and the sample standard deviation over the last axis, the seeds.
+
+  The deviation of one seed is 0.
+  """
   several = values.shape[-1] > 1
   std = values.std(axis=-1, ddof=1) if several else 0 * values[:, 0]
   return {'mean': values.mean(axis=-1).tolist(), 'std': std.tolist()}
 
 
 def average_overlap(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Averages dicts of `mask_overlap`, one a seed; 'std' is of the overlap."""
+  """Averages the overlaps of several seeds.
+
+  >>> first = {'kept': [0.1], 'overlap': [0.2], 'chance': [0.1]}
+  >>> second = {'kept': [0.1], 'overlap': [0.4], 'chance': [0.1]}
+  >>> average = average_overlap([first, second])
+  >>> round(average['overlap'][0], 3), round(average['std'][0], 3)
+  (0.3, 0.141)
+
+  Args:
+    runs: the dicts returned by `mask_overlap`, one per seed, for the same
+      fractions.
+
+  Returns:
+    A dict of the same form, in which 'overlap' is the mean over the seeds and
+    'std' the sample standard deviation of the overlap, which is 0 for one seed.
+  """
   statistics = _mean_and_std(np.array([run['overlap'] for run in runs]).T)
   mean, std = statistics['mean'], statistics['std']
   return {**runs[0], 'overlap': mean, 'std': std}
 
 
-def kernel_density(values: np.ndarray, points: np.ndarray) -> np.ndarray:
-  """A Gaussian kernel density estimate, with Silverman's bandwidth.
-
-  The bandwidth is 0.9 min(std, IQR / 1.34) n^(-1/5). The interquartile range
-  matters: for alpha > 1 trained weights have heavy tails, and by the standard
-  deviation alone their peak would be smoothed away.
-
-  Args:
-    values: n observations, at least two of them different.
-    points: where to evaluate the density.
-
-  Returns:
-    The density at each of the points.
-
-  References:
-    Silverman, Density estimation for statistics and data analysis, 1986,
-    section 3.4.
-  """
-  std = np.std(values, ddof=1)
-  low, high = np.quantile(values, [0.25, 0.75])
-  # The quartiles coincide if half of the values are equal.
-  spread = min(std, (high - low) / 1.34) or std
-  bandwidth = 0.9 * spread * len(values) ** -0.2
-  # One point at a time, for all pairs at once may not fit in memory.
-  sums = [np.exp(-(((x - values) / bandwidth) ** 2) / 2).sum() for x in points]
-  return np.array(sums) / (len(values) * bandwidth * math.sqrt(2 * math.pi))
-
-
 def _density_curve(values: np.ndarray) -> dict[str, list[float]]:
-  """A kernel density estimate on a grid that is finer where the values are."""
+  """A Gaussian kernel density estimate on a grid that is finer among the
+  values.
+
+  The bandwidth is Silverman's, 0.9 min(std, IQR / 1.34) n^(-1/5) (Density
+  estimation for statistics and data analysis, 1986, section 3.4). The
+  interquartile range matters: for alpha > 1 trained weights have heavy tails,
+  and the rules of scipy, which know the standard deviation alone, would smooth
+  their peak away.
+  """
   if len(np.unique(values)) < 2:
     return {'x': [], 'density': []}
+  std, range_ = np.std(values, ddof=1), stats.iqr(values)
+  # The quartiles coincide if half of the values are equal.
+  spread = min(std, range_ / 1.34) or std
+  # scipy's factor multiplies the standard deviation.
+  factor = 0.9 * spread / std * len(values) ** -0.2
+  estimate = stats.gaussian_kde(values, bw_method=factor)
   margin = 0.1 * np.ptp(values)
   even = np.linspace(values.min() - margin, values.max() + margin, 200)
   x = np.union1d(even, np.quantile(values, np.linspace(0, 1, 200)))
-  return {'x': x.tolist(), 'density': kernel_density(values, x).tolist()}
+  return {'x': x.tolist(), 'density': estimate(x).tolist()}
 
 
 def weight_distribution(
-  theta_before: Params,
-  theta_after: Params,
+  theta_before: types.Params,
+  theta_after: types.Params,
   density: float,
   *,
   num_samples: int = 10_000,
   seed: int = 0,
   **options: Any,
 ) -> dict[str, Any]:
-  """Weights before and after training, and which survive (Figures 1c, 1d).
+  """Weights before and after training, and which survive (Figures 1c and 1d).
+
+  >>> import jax.numpy as jnp
+  >>> before = {'linear': {'w': jnp.array([1.0, -1.0, 2.0, 3.0])}}
+  >>> after = {'linear': {'w': jnp.array([1.0, 1.0, 2.0, -4.0])}}
+  >>> found = weight_distribution(before, after, density=0.5)
+  >>> found['sign_changes']
+  {'all': 0.5, 'survivors': 0.5, 'pruned': 0.5}
 
   Args:
     theta_before: the parameters at initialisation.
     theta_after: the parameters after training, which are pruned.
-    density: the fraction of weights to keep, in (0, 1].
-    num_samples: how many weights to choose at random from the network; the same
-      for a seed in every network of one architecture.
-    seed: seeds the choice.
-    **options: as of `prune`.
+    density: the fraction of the weights to keep, in (0, 1].
+    num_samples: how many weights are chosen at random from the network. For one
+      seed they are the same in every network of one architecture.
+    seed: the seed of that choice.
+    **options: the keyword arguments of `pruning.prune`.
 
   Returns:
-    A dict of 'density'; of 'initial', 'trained' and 'survives', lists over the
-    chosen weights; of 'sign_changes', the shares of 'all' weights of the
-    network, of the 'survivors' and of the 'pruned', that changed sign (None of
-    no weights); and of 'kde', kernel density estimates of the initial values of
-    chosen 'survivors' and 'pruned' weights and of all 'trained' values, dicts
-    of lists 'x' and 'density' (empty for less than two different values).
+    A dict with these entries. 'density' is the density that was asked for.
+    'initial', 'trained' and 'survives' are lists over the chosen weights.
+    'sign_changes' holds the shares of 'all' weights of the network, of the
+    'survivors' and of the 'pruned' that changed their sign, or None where there
+    are no such weights. 'kde' holds kernel density estimates of the initial
+    values of the chosen 'survivors' and 'pruned' weights, and of all chosen
+    'trained' values; each is a dict of the lists 'x' and 'density', which are
+    empty where there are fewer than two different values.
 
   Raises:
     ValueError: if theta is not finite, or the density, the number of samples or
@@ -199,22 +226,26 @@ def weight_distribution(
 
 def summarise(
   kept: Sequence[float],
-  test_accuracy: Mapping[str, Any],
-  valid_accuracy: Mapping[str, Any] | None = None,
+  test_accuracy: Mapping[str, npt.ArrayLike],
+  valid_accuracy: Mapping[str, npt.ArrayLike] | None = None,
 ) -> dict[str, Any]:
-  """The summary of a pruning experiment, with statistics over seeds.
+  """The summary of a pruning experiment, with statistics over the seeds.
+
+  >>> summary = summarise([1.0, 0.1], {'2.0': [[0.98, 0.97], [0.9, 0.8]]})
+  >>> [round(x, 3) for x in summary['results']['2.0']['mean']]
+  [0.975, 0.85]
 
   Args:
-    kept: the n fractions of weights that were kept.
-    test_accuracy: for each label, such as '3.0' (alpha) or '2.0 chain_rule',
-      the accuracies in [0, 1], an array of shape [n, seeds].
+    kept: the n fractions of the weights that were kept.
+    test_accuracy: for each label, such as '3.0' (the alpha) or '2.0
+      chain_rule', the accuracies in [0, 1], an array of shape [n, seeds].
     valid_accuracy: the same on validation data.
 
   Returns:
-    {'kept': [...], 'results': {label: {'test_accuracy': [[...], ...], 'mean':
-    [...], 'std': [...], 'valid_accuracy': [[...], ...]}}}. 'mean' and 'std' are
-    of the test accuracy; 'std' is the sample standard deviation, or 0 for one
-    seed.
+    {'kept': [...], 'results': {label: {'test_accuracy': [[...], ...],
+    'valid_accuracy': [[...], ...], 'mean': [...], 'std': [...]}}}. 'mean' and
+    'std' are those of the test accuracy; 'std' is the sample standard
+    deviation, or 0 for one seed.
 
   Raises:
     ValueError: if an array has another shape.
@@ -225,7 +256,7 @@ def summarise(
     if valid_accuracy is not None:
       arrays['valid_accuracy'] = np.asarray(valid_accuracy[label], float)
     for name, x in arrays.items():
-      if x.ndim != 2 or len(x) != len(kept):
+      if x.ndim != 2 or len(x) != len(kept) or not x.shape[1]:
         raise ValueError(
           f'{name} of {label!r} must be of shape [{len(kept)}, seeds], got'
           f' {list(x.shape)}.'
@@ -238,24 +269,32 @@ def summarise(
 def accuracy_table(summary: Mapping[str, Any]) -> str:
   """The test accuracies of a summary as text.
 
+  >>> summary = summarise([1.0, 0.1], {'2.0': [[0.98, 0.97], [0.9, 0.8]]})
+  >>> print(accuracy_table(summary))
+    kept (%)    alpha = 2.0
+      100.00   97.50 ± 0.71
+       10.00   85.00 ± 7.07
+
   Args:
-    summary: a dict of `summarise`.
+    summary: the dict returned by `summarise`.
 
   Returns:
     A table in percent, with a line for each fraction kept and a column for each
-    label: 'mean ± standard deviation', or the accuracy alone for one seed.
+    label. A cell is 'mean ± standard deviation', or the accuracy alone for one
+    seed.
   """
-  columns = [['kept (%)', *(f'{100 * p:.2f}' for p in summary['kept'])]]
+  columns = {'kept (%)': [f'{100 * p:.2f}' for p in summary['kept']]}
   for label, result in summary['results'].items():
     several = len(result['test_accuracy'][0]) > 1
-    cells = [
+    heading = f'alpha = {label}' if label[:1].isdigit() else label
+    columns[heading] = [
       f'{100 * mean:.2f}' + (f' ± {100 * std:.2f}' if several else '')
       for mean, std in zip(result['mean'], result['std'])
     ]
-    heading = f'alpha = {label}' if label[:1].isdigit() else label
-    columns.append([heading, *cells])
-  widths = [max(map(len, column)) for column in columns]
-  return '\n'.join(
-    '  '.join(cell.rjust(width) for cell, width in zip(line, widths))
-    for line in zip(*columns)
+  return tabulate.tabulate(
+    columns,
+    headers='keys',
+    tablefmt='plain',
+    stralign='right',
+    disable_numparse=True,
   )
