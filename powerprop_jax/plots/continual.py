@@ -1,4 +1,6 @@
-"""Figures of the numbers that `continual_report` makes of a sequence of tasks.
+"""Figures of the numbers that `continual.report` makes of a sequence of tasks.
+
+Tasks are counted from 0, as they are in files and in the rest of the package.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -8,9 +10,9 @@ References:
 
 from collections.abc import Mapping
 import itertools
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from powerprop_jax import extras
 from powerprop_jax.plots import style as style_lib
@@ -18,11 +20,13 @@ from powerprop_jax.plots import style as style_lib
 with extras.needed('plots'):
   from matplotlib import ticker
 
+Figure = style_lib.Figure
+
 
 def _over_tasks(
-  results: Mapping[str, Any], title: str, xlabel: str
-) -> style_lib.Figure:
-  """A line in percent for each label over tasks; dashed at alpha = 1."""
+  results: Mapping[str, npt.ArrayLike], title: str, xlabel: str
+) -> Figure:
+  """Draws a line in percent over tasks for each label; dashed at alpha = 1."""
   figure, axes = style_lib.panel(8.0, 4.2)
   looks = zip(
     itertools.cycle((*style_lib.COLOURS, style_lib.BLACK)),
@@ -31,9 +35,12 @@ def _over_tasks(
   for (label, runs), (colour, marker) in zip(results.items(), looks):
     values = np.atleast_2d(np.asarray(runs, float))
     std = values.std(axis=0, ddof=min(1, len(values) - 1))
-    tasks = np.arange(1, values.shape[1] + 1)
+    tasks = np.arange(values.shape[1])
     style_lib.line(
-      *(axes, tasks, values.mean(axis=0), std),
+      axes,
+      tasks,
+      values.mean(axis=0),
+      std,
       label=style_lib.name(label, baseline=False),
       color=colour,
       marker=marker,
@@ -42,69 +49,88 @@ def _over_tasks(
     )
   axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.set_xlabel(xlabel)
-  axes.set_title(title, loc='left')
-  figure.legend(loc='outside right upper', frameon=False)
+  axes.set_title(title)
+  figure.legend(loc='outside right upper')
   return figure
 
 
-def _matrix(
-  values: np.ndarray, low: float, title: str, *names: str
-) -> style_lib.Figure:
-  """A matrix over tasks in percent, with colours from `low`; NaN is blank."""
-  figure, axes = style_lib.panel(5.6, 4.6)
+def _matrix(values: np.ndarray, low: float, title: str, *names: str) -> Figure:
+  """Draws a matrix over tasks in percent, with colours from `low`.
+
+  NaN is blank.
+  """
+  figure = Figure(figsize=(5.6, 4.6))
+  axes = figure.subplots()
   rows, columns = values.shape
-  extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+  extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
   image = axes.imshow(values, cmap='cividis', vmin=low, extent=extent)
   for (i, j), value in np.ndenumerate(values):
     if columns <= 12 and np.isfinite(value):
       colour = 'white' if value < np.mean(image.get_clim()) else style_lib.BLACK
       style = {'ha': 'center', 'va': 'center', 'fontsize': 7, 'color': colour}
-      axes.text(j + 1, i + 1, f'{value:.1f}', style)
+      axes.text(j, i, f'{value:.1f}', style)
   figure.colorbar(image, label=names[2])
   for axis, name in zip((axes.xaxis, axes.yaxis), names):
     axis.set_major_locator(ticker.MaxNLocator(integer=True))
     axis.set_label_text(name)
-  axes.grid(False)
-  axes.set_title(title, loc='left')
+  axes.set_title(title)
   return figure
 
 
-def accuracy_by_task(results: Mapping[str, Any]) -> style_lib.Figure:
-  """Accuracy on each task in the end, a line for each method.
+@style_lib.styled
+def accuracy_by_task(results: Mapping[str, npt.ArrayLike]) -> Figure:
+  """Accuracy on each task after the last one, with a line for each method.
+
+  >>> figure = accuracy_by_task({'2.0 EPN': [0.98, 0.97]})
+  >>> figure.axes[0].lines[0].get_xydata().tolist()
+  [[0.0, 98.0], [1.0, 97.0]]
 
   Args:
     results: for each label, such as 'PackNet' or '2.0 EPN', the accuracies in
       [0, 1], of shape [tasks] or [seeds, tasks].
 
   Returns:
-    A figure; over seeds, the mean in a band of one standard deviation.
+    A figure with the mean over the seeds in a band of one standard deviation.
   """
   figure = _over_tasks(results, 'Accuracy after the last task', 'Task')
-  style_lib.scale_errors(figure.axes[0])
+  (axes,) = figure.axes
+  lowest = min(np.min(np.asarray(line.get_ydata())) for line in axes.lines)
+  style_lib.scale_errors(axes, lowest=float(lowest))
   return figure
 
 
-def capacity(results: Mapping[str, Any]) -> style_lib.Figure:
+@style_lib.styled
+def capacity(results: Mapping[str, npt.ArrayLike]) -> Figure:
   """The share of the weights that some task uses, over the tasks learned.
+
+  >>> figure = capacity({'2.0 EPN': [0.1, 0.2, 0.25]})
+  >>> figure.axes[0].lines[0].get_ydata().tolist()
+  [10.0, 20.0, 25.0]
 
   Args:
     results: for each label the shares in [0, 1] after each task, of shape
       [tasks] or [seeds, tasks].
 
   Returns:
-    A figure; over seeds, the mean in a band of one standard deviation.
+    A figure with the mean over the seeds in a band of one standard deviation.
   """
-  figure = _over_tasks(results, 'Capacity used', 'Tasks learned')
+  figure = _over_tasks(results, 'Capacity used', 'Last task learned')
   figure.axes[0].set_ylim(0, 103)
   figure.axes[0].set_ylabel('Weights in use (%)')
   return figure
 
 
-def accuracy_matrix(matrix: Any) -> style_lib.Figure:
+@style_lib.styled
+def accuracy_matrix(matrix: npt.ArrayLike) -> Figure:
   """Accuracy on every task (columns) after every task learned (rows).
 
+  >>> figure = accuracy_matrix([[0.98, float('nan')], [0.98, 0.97]])
+  >>> [text.get_text() for text in figure.axes[0].texts]
+  ['98.0', '98.0', '97.0']
+
   Args:
-    matrix: accuracies in [0, 1], NaN for tasks that are not learned yet.
+    matrix: accuracies in [0, 1], of shape [tasks, tasks], NaN for tasks that
+      are not learned yet.
 
   Returns:
     A figure. Nothing was forgotten if every column has one colour.
@@ -112,15 +138,21 @@ def accuracy_matrix(matrix: Any) -> style_lib.Figure:
   values = 100 * np.asarray(matrix, float)
   # A tenth of a point must not look like all the difference there is.
   low = min(np.nanmin(values), np.nanmax(values) - 5)
-  names = 'Task evaluated', 'Tasks learned', 'Test accuracy (%)'
+  names = 'Task evaluated', 'Last task learned', 'Test accuracy (%)'
   return _matrix(values, low, 'Accuracy over the sequence', *names)
 
 
-def overlap_matrix(matrix: Any) -> style_lib.Figure:
+@style_lib.styled
+def overlap_matrix(matrix: npt.ArrayLike) -> Figure:
   """The share of their weights that the masks of two tasks have in common.
 
+  >>> figure = overlap_matrix([[1.0, 0.4], [0.4, 1.0]])
+  >>> figure.axes[0].images[0].get_clim()
+  (0.0, 100.0)
+
   Args:
-    matrix: intersection over union of the masks of all pairs, in [0, 1].
+    matrix: for all pairs of tasks the weights in both masks as a share of those
+      in either, in [0, 1], of shape [tasks, tasks].
 
   Returns:
     A figure.

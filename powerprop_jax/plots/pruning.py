@@ -1,4 +1,4 @@
-"""Figures of the numbers that `analysis` and the experiments make.
+"""Figures of the numbers that `analysis` and sparse training make.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from powerprop_jax import extras
 from powerprop_jax.plots import style as style_lib
@@ -22,17 +23,31 @@ with extras.needed('plots'):
 Axes = style_lib.Axes
 Figure = style_lib.Figure
 
-_DPI = 150
 _GROUPS = {'pruned': style_lib.GREY, 'survivors': style_lib.VERMILLION}
+# The most panels in a row of which the text can be read at 700 pixels.
+_COLUMNS = 3
 
 
+@style_lib.styled
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-  """Writes a figure as a PNG file, at 150 dots per inch."""
-  figure.savefig(path, dpi=_DPI, format='png')
+  """Writes a figure as a PNG file, at 150 dots per inch.
+
+  >>> import pathlib
+  >>> import tempfile
+  >>> path = pathlib.Path(tempfile.mkdtemp(), 'one_weight.png')
+  >>> save(one_weight({1.0: [[0.0], [0.5]]}, target=1.0), path)
+  >>> path.read_bytes()[1:4]
+  b'PNG'
+
+  Args:
+    figure: any figure of matplotlib.
+    path: where to write it; an existing file is replaced.
+  """
+  figure.savefig(path, format='png')
 
 
 def _finish(axes: Axes, title: str, ylabel: str) -> None:
-  """Titles, a legend, and weights kept from all (left) to few (right)."""
+  """Adds titles and a legend; the axis runs from all weights kept to few."""
   axes.set_xscale('log')
   axes.invert_xaxis()
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -40,19 +55,26 @@ def _finish(axes: Axes, title: str, ylabel: str) -> None:
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.set_xlabel('Weights kept after pruning (%)')
   axes.set_ylabel(ylabel)
-  axes.set_title(title, loc='left')
-  axes.legend(frameon=False)
+  axes.set_title(title)
+  axes.legend()
 
 
+@style_lib.styled
 def accuracy_against_kept(summary: Mapping[str, Any]) -> Figure:
   """Accuracy of pruned networks against the weights they keep (Figure 1a).
 
+  >>> from powerprop_jax import analysis
+  >>> summary = analysis.summarise([1.0, 0.1], {'2.0': [[0.98], [0.9]]})
+  >>> figure = accuracy_against_kept(summary)
+  >>> figure.axes[0].lines[0].get_ydata().tolist()
+  [98.0, 90.0]
+
   Args:
-    summary: a dict of `analysis.summarise`.
+    summary: the dict returned by `analysis.summarise`.
 
   Returns:
-    A figure with a line for each label, the mean over seeds, in a band of one
-    standard deviation.
+    A figure with a line for each label, the mean over the seeds, in a band of
+    one standard deviation.
   """
   figure, axes = style_lib.panel()
   results, kept = summary['results'], 100 * np.asarray(summary['kept'])
@@ -63,12 +85,18 @@ def accuracy_against_kept(summary: Mapping[str, Any]) -> Figure:
   return figure
 
 
+@style_lib.styled
 def mask_overlap(overlaps: Mapping[Any, Mapping[str, Any]]) -> Figure:
   """How far training changes which weights survive pruning (Figure 1b).
 
+  >>> overlap = {'kept': [0.1], 'overlap': [0.4], 'chance': [0.1]}
+  >>> figure = mask_overlap({2.0: overlap})
+  >>> [line.get_label() for line in figure.axes[0].lines]
+  ['$\\\\alpha$ = 2', 'random masks']
+
   Args:
-    overlaps: dicts of `analysis.mask_overlap`, or of `analysis.average_overlap`
-      over seeds, by alpha or label.
+    overlaps: the dicts returned by `analysis.mask_overlap`, or over several
+      seeds by `analysis.average_overlap`, by alpha or label.
 
   Returns:
     A figure with a line for each alpha, and one for the chance level.
@@ -98,7 +126,7 @@ def mask_overlap(overlaps: Mapping[Any, Mapping[str, Any]]) -> Figure:
 
 
 def _scatter(axes: Axes, distribution: Mapping[str, Any]) -> None:
-  """Initial against trained values, survivors in front."""
+  """Draws trained against initial values, with the survivors in front."""
   initial, trained = (np.array(distribution[k]) for k in ('initial', 'trained'))
   survives = np.array(distribution['survives'], bool)
   names = 'pruned', f'survive (largest {100 * distribution["density"]:g} %)'
@@ -106,7 +134,8 @@ def _scatter(axes: Axes, distribution: Mapping[str, Any]) -> None:
     (~survives, survives), names, _GROUPS.values()
   ):
     axes.scatter(
-      *(initial[group], trained[group]),
+      initial[group],
+      trained[group],
       s=5,
       color=colour,
       alpha=0.5,
@@ -134,11 +163,10 @@ def _scatter(axes: Axes, distribution: Mapping[str, Any]) -> None:
     va='bottom',
     fontsize=8.5,
   )
-  axes.set_xlabel('Initial value')
 
 
 def _margins(top: Axes, right: Axes, kde: Mapping[str, Any]) -> None:
-  """Densities of initial values above a scatter, of trained ones beside it."""
+  """Draws the densities of initial values above, of trained ones beside."""
   for name, colour in _GROUPS.items():
     x, y = kde[name]['x'], kde[name]['density']
     top.plot(x, y, color=colour, linewidth=1.4)
@@ -146,63 +174,94 @@ def _margins(top: Axes, right: Axes, kde: Mapping[str, Any]) -> None:
   x, y = kde['trained']['x'], kde['trained']['density']
   right.plot(y, x, color=style_lib.BLUE, linewidth=1.4)
   right.fill_betweenx(x, y, color=style_lib.BLUE, alpha=0.25, linewidth=0)
-  right.set_xlabel('Density')
   for axes, base in ((top, 'bottom'), (right, 'left')):
     axes.spines[:].set_visible(False)
     axes.spines[base].set_visible(True)
     axes.tick_params(length=0, labelleft=False, labelbottom=False)
 
 
+@style_lib.styled
 def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
-  """Weights before and after training, and which survive (Figures 1c, 1d).
+  """Weights before and after training, and which survive (Figures 1c and 1d).
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import analysis
+  >>> before = {'linear': {'w': jnp.array([1.0, -1.0, 2.0, 3.0])}}
+  >>> found = analysis.weight_distribution(before, before, density=0.5)
+  >>> figure = weight_scatter({1.0: found})
+  >>> figure.legends[0].get_texts()[1].get_text()
+  'survive (largest 50 %)'
 
   Args:
-    distributions: dicts of `analysis.weight_distribution`, by alpha or label.
+    distributions: the dicts returned by `analysis.weight_distribution`, by
+      alpha or label.
 
   Returns:
-    A figure with a panel for each alpha, side by side on the same axes. Above
-    each, the densities of the initial values of survivors and of pruned
-    weights, each of area 1; on its right, the density of all trained values.
+    A figure with a panel for each alpha, three in a row, all on the same axes.
+    Above each are the densities of the initial values of survivors and of
+    pruned weights, each of area 1; on its right is the density of all trained
+    values, each on a scale of its own.
   """
   n = len(distributions)
-  figure = Figure(figsize=(4.2 * n + 0.6, 4.8), layout='constrained')
+  columns = min(n, _COLUMNS)
+  rows = -(-n // columns)
+  figure = Figure(figsize=(3.0 * columns + 0.6, 3.5 * rows + 0.4))
   grid = figure.subplots(
-    *(2, 2 * n),
-    sharex='col',
-    sharey='row',
+    2 * rows,
+    2 * columns,
     squeeze=False,
-    width_ratios=[5, 1] * n,
-    height_ratios=[1, 4],
+    width_ratios=[5, 1] * columns,
+    height_ratios=[1, 4] * rows,
   )
-  panels = [grid[:, i : i + 2].ravel() for i in range(0, 2 * n, 2)]
-  for (label, distribution), panel in zip(distributions.items(), panels):
+  panels = [
+    grid[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].ravel()
+    for row in range(rows)
+    for column in range(columns)
+  ]
+  for panel in panels[n:]:
+    for axes in panel:
+      axes.set_axis_off()
+  panels = panels[:n]
+  first_top, _, first, _ = panels[0]
+  for i, (label, panel) in enumerate(zip(distributions, panels)):
     top, corner, main, right = panel
+    if main is not first:
+      main.sharex(first)
+      main.sharey(first)
+      top.sharey(first_top)
+    top.sharex(main)
+    # The densities of trained values are not on one scale: where most weights
+    # end near zero, their peak would leave nothing to see of the others.
+    right.sharey(main)
     corner.set_axis_off()
-    _scatter(style_lib.tidy(main), distribution)
-    _margins(top, right, distribution['kde'])
-    top.set_title(style_lib.name(str(label)), loc='left')
-  # The densities of trained values are not on one scale: where most weights end
-  # near zero, their peak would leave nothing to see of the others.
-  mains = [panel[2] for panel in panels]
-  low, high = zip(*(axes.get_xlim() for axes in mains))
-  for axes in mains:
-    axes.set_xlim(min(low), max(high))
-  panels[0][0].set_ylabel('Density')
-  mains[0].set_ylabel('Trained value')
+    _scatter(style_lib.with_grid(main), distributions[label])
+    _margins(top, right, distributions[label]['kde'])
+    top.set_title(style_lib.name(str(label)))
+    main.set_xlabel('Initial value')
+    if i % columns:
+      main.tick_params(labelleft=False)
+    else:
+      top.set_ylabel('Density')
+      main.set_ylabel('Trained value')
   figure.legend(
-    *mains[0].get_legend_handles_labels(),
+    *first.get_legend_handles_labels(),
     loc='outside lower center',
     ncols=3,
     columnspacing=1.2,
     handletextpad=0.4,
-    frameon=False,
     markerscale=3,
   )
   return figure
 
 
-def one_weight(paths: Mapping[Any, Any], target: float) -> Figure:
+@style_lib.styled
+def one_weight(paths: Mapping[Any, npt.ArrayLike], target: float) -> Figure:
   """Weights on their way to a target, from several starts (section 2).
+
+  >>> paths = {1.0: [[0.0], [0.5]], 2.0: [[0.0], [0.0]]}
+  >>> figure = one_weight(paths, target=1.0)
+  >>> [axes.get_title('left') for axes in figure.axes]
+  ['$\\\\alpha$ = 1 (baseline)', '$\\\\alpha$ = 2']
 
   Args:
     paths: the weights after each step, of shape [steps, starts], by alpha.
@@ -211,74 +270,95 @@ def one_weight(paths: Mapping[Any, Any], target: float) -> Figure:
   Returns:
     A figure with a panel for each alpha; a start has one colour in all panels.
   """
-  figure = Figure(figsize=(2.6 * len(paths) + 0.6, 3.2), layout='constrained')
+  figure = Figure(figsize=(2.6 * len(paths) + 0.6, 3.2))
   panels = figure.subplots(1, len(paths), sharey=True, squeeze=False)[0]
   for axes, (alpha, weights) in zip(panels, paths.items()):
-    style_lib.tidy(axes).axhline(target, color=style_lib.GREY, linestyle=':')
+    style_lib.with_grid(axes)
+    axes.axhline(target, color=style_lib.GREY, linestyle=':')
     colours = itertools.cycle(style_lib.COLOURS)
     for weight, colour in zip(np.asarray(weights).T, colours):
-      axes.plot(weight, color=colour, linewidth=1.6)
-    axes.set_title(style_lib.name(str(alpha)), loc='left')
+      axes.plot(weight, color=colour)
+    axes.set_title(style_lib.name(str(alpha)))
     axes.set_xlabel('Step')
   panels[0].set_ylabel('Weight')
   return figure
 
 
+def _sparse_line(
+  axes: Axes, label: str, result: Mapping[str, Sequence[float]], **style: Any
+) -> None:
+  """Draws the accuracy of one method and alpha, in percent."""
+  x, y, std = (100 * np.asarray(result[k]) for k in ('sparsity', 'mean', 'std'))
+  name = style_lib.name(label.split()[0], baseline=False)
+  if not x.any():
+    # A dense network is a level across the panel.
+    axes.axhline(y[0], linewidth=1, label=f'{name}, dense', **style)
+    return
+  style['markerfacecolor'] = (
+    'white' if style['linestyle'] == '--' else style['color']
+  )
+  bars = std if std.any() else None
+  axes.errorbar(100 - x, y, bars, elinewidth=1, label=name, **style)
+
+
+@style_lib.styled
 def accuracy_against_sparsity(
   results: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Figure:
-  """Accuracy of sparse training: a colour a method, a line style an alpha.
+  """Accuracy of sparse training, with a panel for each method.
+
+  >>> rigl = {'sparsity': [0.8, 0.9], 'mean': [0.98, 0.97], 'std': [0.0, 0.0]}
+  >>> figure = accuracy_against_sparsity({'1.0 RigL': rigl, '2.0 RigL': rigl})
+  >>> [axes.get_title('left') for axes in figure.axes]
+  ['RigL']
 
   Args:
     results: for each label, alpha and method as in '2.0 RigL', a dict of lists
       'sparsity', 'mean' and 'std', all in [0, 1]. A method that is given at
-      sparsity 0 alone is a level across the figure.
+      sparsity 0 alone is a level across every panel.
 
   Returns:
-    A figure with bars of one standard deviation.
+    A figure with a colour and a line style for each alpha, in all panels on the
+    same axes, and with bars of one standard deviation.
   """
-  figure, axes = style_lib.panel(8.0, 4.8)
   method = {label: label.split(maxsplit=1)[-1] for label in results}
   sparse = [label for label in results if any(results[label]['sparsity'])]
-  style_lib.scale_sparsities(
-    axes, {s for k in sparse for s in results[k]['sparsity']}
-  )
-  style_lib.scale_errors(axes)
-  names = list(dict.fromkeys(method[label] for label in sparse))
-  order = list(dict.fromkeys(method.values()))
   alphas = sorted({style_lib.alpha_of(label) or 1.0 for label in results})
-  for label in sorted(results, key=lambda label: order.index(method[label])):
-    x, y, std = (
-      100 * np.asarray(results[label][k]) for k in ('sparsity', 'mean', 'std')
-    )
-    line = ('--', '-', ':', '-.')[
-      alphas.index(style_lib.alpha_of(label) or 1.0)
-    ]
-    style: Any = {
-      'linestyle': line,
-      'label': style_lib.name(label, baseline=False),
-    }
-    if label not in sparse:
-      axes.axhline(y[0], color=style_lib.BLACK, linewidth=1.2, **style)
-      continue
-    i = names.index(method[label])
-    colour = style_lib.COLOURS[i % len(style_lib.COLOURS)]
-    axes.errorbar(
-      # A little apart, for bars not to hide each other.
-      (100 - x) * 1.015 ** (i - (len(names) - 1) / 2),
-      y,
-      std if std.any() else None,
-      color=colour,
-      marker=style_lib.MARKERS[i],
-      markerfacecolor='white' if line == '--' else colour,
-      markersize=4.5,
-      elinewidth=1,
-      **style,
-    )
+  looks = style_lib.styles(str(alpha) for alpha in alphas)
+  names = list(dict.fromkeys(method[label] for label in sparse or results))
+  columns = min(len(names), _COLUMNS)
+  rows = -(-len(names) // columns)
+  figure = Figure(figsize=(3.1 * columns + 0.8, 2.9 * rows + 0.5))
+  grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  for axes in grid.flat[len(names) :]:
+    axes.set_axis_off()
+  for axes, name in zip(grid.flat, names):
+    axes.set_title(name)
+    style_lib.with_grid(axes)
+    for label, result in results.items():
+      look = looks[str(style_lib.alpha_of(label) or 1.0)]
+      if label not in sparse:
+        look = {k: v for k, v in look.items() if k != 'marker'}
+      if label not in sparse or method[label] == name:
+        _sparse_line(axes, label, result, **look)
+  first = grid[0, 0]
+  style_lib.scale_errors(first)
+  style_lib.scale_sparsities(
+    first, {s for label in sparse for s in results[label]['sparsity']}
+  )
   # By the means: the bar of a run that collapsed would leave no room for more.
   errors = [100 * (1 - y) for r in results.values() for y in r['mean']]
   top, bottom = (max(0.1, f(errors)) for f in (min, max))
-  axes.set_ylim(100 - 1.3 * bottom, 100 - 0.7 * top)
-  axes.set_title('Accuracy of sparse training', loc='left')
-  figure.legend(loc='outside right upper', frameon=False)
+  first.set_ylim(100 - 1.3 * bottom, 100 - 0.7 * top)
+  figure.supxlabel(first.get_xlabel(), fontsize='medium')
+  figure.supylabel(first.get_ylabel(), fontsize='medium')
+  first.set(xlabel='', ylabel='')
+  handles = {
+    text: handle
+    for axes in grid.flat
+    for handle, text in zip(*axes.get_legend_handles_labels())
+  }
+  figure.legend(
+    handles.values(), handles, loc='outside upper right', ncols=len(handles)
+  )
   return figure

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import figures
+import matplotlib as mpl
 from matplotlib import image
 import numpy as np
 import pytest
@@ -158,19 +159,33 @@ def test_weight_scatter_has_a_panel_for_each_alpha_on_the_same_axes():
 
 
 def test_weight_scatter_panels_share_their_axes():
+  initials = [
+    (-0.4, -0.1, 0.1, 0.2),
+    (-0.4, -0.1, 0.1, 0.9),
+    (-0.8, -0.1, 0.1, 0.2),
+    (-0.1, -0.1, 0.1, 0.1),
+  ]
   figure = plots.weight_scatter(
     {
-      1.0: _distribution(1.0),
-      2.0: _distribution(3.0, initial=(-0.4, -0.1, 0.1, 0.9)),
-      3.0: _distribution(9.0, initial=(-0.8, -0.1, 0.1, 0.2)),
+      float(i): _distribution(1.0 + i, initial=initial)
+      for i, initial in enumerate(initials, 1)
     }
   )
-  tops, mains = figure.axes[:6:2], figure.axes[6::2]
+  figure.draw_without_rendering()
+  # Three panels in a row: the fourth is below the first.
+  mains = [axes for axes in figure.axes if axes.get_xlabel() == 'Initial value']
+  tops = [axes for axes in figure.axes if axes.get_title('left')]
+  assert len(mains) == len(tops) == 4
   assert len({(*axes.get_xlim(), *axes.get_ylim()) for axes in mains}) == 1
   assert len({axes.get_ylim() for axes in tops}) == 1
   low, high = mains[0].get_xlim()
   assert all(axes.get_xlim() == (low, high) for axes in tops)
   assert low < -0.8 < 0.9 < high
+  lefts = [axes.get_position().x0 for axes in mains]
+  assert lefts[3] == pytest.approx(lefts[0])
+  assert lefts[0] < lefts[1] < lefts[2]
+  named = [axes.get_ylabel() for axes in mains]
+  assert named == ['Trained value', '', '', 'Trained value']
 
 
 def test_weight_scatter_draws_the_density_curves():
@@ -216,6 +231,10 @@ def _sparse_results():
   return {'1.0 dense': dense, **_training(**results), '2.0 dense': dense}
 
 
+def _panels(figure):
+  return {axes.get_title('left'): axes for axes in figure.axes if axes.lines}
+
+
 def test_sparse_accuracy_lines_hold_the_means_over_the_weights_kept():
   results = _training(**{'1.0_RigL': [98, 97, 95], '2.0_RigL': [97, 96, 94]})
   figure = plots.accuracy_against_sparsity(results)
@@ -224,40 +243,50 @@ def test_sparse_accuracy_lines_hold_the_means_over_the_weights_kept():
     np.testing.assert_allclose(figures.points(line).T, [[20, 10, 5], mean])
   bars: Any = axes.collections
   np.testing.assert_allclose(bars[0].get_segments()[1], [[10, 96], [10, 98]])
-  assert axes.get_xlabel() == 'Weights removed (%)'
-  assert axes.get_ylabel().startswith('Test accuracy (%)')
+  assert axes.get_title('left') == 'RigL'
+  texts = figure.get_supxlabel(), figure.get_supylabel()
+  assert texts[0] == 'Weights removed (%)'
+  assert texts[1].startswith('Test accuracy (%)')
   (legend,) = figure.legends
-  assert figures.legend(legend) == [
-    r'$\alpha$ = 1, RigL',
-    r'$\alpha$ = 2, RigL',
-  ]
+  assert figures.legend(legend) == [r'$\alpha$ = 1', r'$\alpha$ = 2']
 
 
-def test_sparse_accuracy_has_a_colour_a_method_and_a_line_style_an_alpha():
+def test_sparse_accuracy_has_a_panel_a_method_and_a_look_an_alpha():
   figure = plots.accuracy_against_sparsity(_sparse_results())
-  (axes,) = figure.axes
-  levels = [line for line in axes.lines if line.get_color() == '#000000']
-  lines = [line for line in axes.lines if line not in levels]
-  assert [figures.points(line)[0, 1] for line in levels] == pytest.approx(
-    [98.3] * 2
-  )
-  assert [line.get_linestyle() for line in axes.lines] == ['--', '-'] * 7
-  colours = [line.get_color() for line in lines]
-  fills = [line.get_markerfacecolor() for line in lines]
-  assert fills[::2] == ['white'] * 6
-  assert fills[1::2] == colours[1::2]
-  assert colours[::2] == colours[1::2]
-  assert len(set(colours)) == len({str(x.get_marker()) for x in lines}) == 6
+  panels = _panels(figure)
+  assert list(panels) == [
+    'static',
+    'SNIP',
+    'SET',
+    'RigL',
+    'Top-KAST',
+    'magnitude',
+  ]
+  for axes in panels.values():
+    # The levels of dense networks are in every panel.
+    levels = [x for x in axes.lines if len(set(x.get_ydata())) == 1]
+    lines = [x for x in axes.lines if x not in levels]
+    assert [figures.points(x)[0, 1] for x in levels] == pytest.approx(
+      [98.3] * 2
+    )
+    for pair in levels, lines:
+      assert [x.get_linestyle() for x in pair] == ['--', '-']
+      assert [x.get_color() for x in pair] == ['#000000', '#e69f00']
+    assert [x.get_markerfacecolor() for x in lines] == ['white', '#e69f00']
+    assert len({str(x.get_marker()) for x in lines}) == 2
   (legend,) = figure.legends
-  names = [text.split(', ')[1] for text in figures.legend(legend)]
-  assert names[::2] == names[1::2]
-  assert len(set(names)) == 7
+  assert set(figures.legend(legend)) == {
+    r'$\alpha$ = 1',
+    r'$\alpha$ = 2',
+    r'$\alpha$ = 1, dense',
+    r'$\alpha$ = 2, dense',
+  }
 
 
 def test_sparse_accuracy_scales_are_logarithmic_in_weights_and_errors():
   figure = plots.accuracy_against_sparsity(_sparse_results())
   figure.draw_without_rendering()
-  (axes,) = figure.axes
+  axes = _panels(figure)['magnitude']
   ticks = [text.get_text() for text in axes.get_xticklabels()]
   assert ticks == ['80', '90', '95', '98', '99']
   place = lambda x, y: axes.transData.transform((x, y))
@@ -269,6 +298,15 @@ def test_sparse_accuracy_scales_are_logarithmic_in_weights_and_errors():
   assert steps == pytest.approx([steps[0]] * 3)
   low, high = axes.get_ylim()
   assert 70 < low < 80 < 98.3 < high < 99.5
+  # All panels are on the same axes.
+  limits = {(*x.get_xlim(), *x.get_ylim()) for x in _panels(figure).values()}
+  assert len(limits) == 1
+
+
+def test_one_method_at_sparsity_zero_alone_can_be_drawn(tmp_path):
+  dense = {'sparsity': [0.0], 'mean': [0.983], 'std': [0.001]}
+  figure = plots.accuracy_against_sparsity({'1.0 dense': dense})
+  plots.save(figure, tmp_path / 'figure.png')
 
 
 def test_accuracy_without_errors_can_be_drawn(tmp_path):
@@ -286,6 +324,22 @@ def test_save_writes_a_png(tmp_path):
   pixels = image.imread(tmp_path / 'figure.png')
   assert pixels.shape[:2] == (630, 960)  # 4.2 x 6.4 inches at 150 dpi.
   assert pixels.std() > 0.05  # Not blank.
+
+
+def test_the_look_does_not_depend_on_when_a_figure_is_drawn(tmp_path):
+  figure = plots.accuracy_against_kept(_summary())
+  plots.save(figure, tmp_path / 'saved.png')
+  figure = plots.accuracy_against_kept(_summary())
+  # As a notebook draws it, outside the style.
+  figure.savefig(tmp_path / 'drawn.png', dpi=150)
+  images = [image.imread(tmp_path / f'{x}.png') for x in ('saved', 'drawn')]
+  np.testing.assert_array_equal(*images)
+
+
+def test_the_style_changes_no_other_figure():
+  before = dict(mpl.rcParams)
+  plots.accuracy_against_kept(_summary())
+  assert dict(mpl.rcParams) == before
 
 
 def test_pyplot_is_not_imported():
