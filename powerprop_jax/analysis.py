@@ -21,13 +21,16 @@ from typing import Any
 import jax
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 import tabulate
 
+from powerprop_jax import extras
 from powerprop_jax import leaves
 from powerprop_jax import types
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
+
+with extras.needed('plots'):
+  from scipy import stats
 
 
 @functools.partial(jax.jit, static_argnums=3)
