@@ -221,8 +221,7 @@ def erdos_renyi(
     is_weight: a function of (path, leaf).
 
   Returns:
-    A function from parameters to counts. `capped` lists the layers that came
-    out dense.
+    A function from parameters to counts.
 
   Raises:
     ValueError: as in `uniform`.
@@ -278,27 +277,3 @@ def sparsities(params: Params, counts: Counts) -> Any:
     return 1.0 - count / size if size else 0.0
 
   return jax.tree.map(sparsity, params, counts)
-
-
-def _kept(
-  params: Params, counts: Counts, is_weight: IsWeight
-) -> list[tuple[_Weight, int]]:
-  chosen = jax.tree.leaves(leaves.weight_mask(params, is_weight))
-  kept = [n for n, weight in zip(jax.tree.leaves(counts), chosen) if weight]
-  return list(zip(_weights(params, is_weight), kept))
-
-
-def total_sparsity(
-  params: Params, counts: Counts, is_weight: IsWeight = leaves.is_weight
-) -> float:
-  """The fraction of all weights that are removed; other leaves do not count."""
-  kept = _kept(params, counts, is_weight)
-  return 1.0 - sum(n for _, n in kept) / sum(w.size for w, _ in kept)
-
-
-def capped(
-  params: Params, counts: Counts, is_weight: IsWeight = leaves.is_weight
-) -> list[str]:
-  """The paths of the weights that stay dense, by a cap or by request."""
-  kept = _kept(params, counts, is_weight)
-  return [w.path for w, n in kept if n == w.size]

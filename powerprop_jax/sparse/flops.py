@@ -17,7 +17,7 @@ References:
   Jayakumar et al, `Top-KAST <https://arxiv.org/abs/2106.03517>`_, 2020.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -267,24 +267,3 @@ def top_kast_training_flops(forward: float, backward: float) -> float:
     Operations, multiply-adds counted as two.
   """
   return 2.0 * forward + backward
-
-
-def magnitude_training_flops(inference: Sequence[float]) -> float:
-  """Operations of a step of gradual pruning: the mean of 3 f(s_t).
-
-  A network that is pruned after training costs `training_flops` of the dense
-  one.
-
-  Args:
-    inference: f(s_t), the operations of a forward pass at every step, or at
-      equally spaced ones.
-
-  Returns:
-    Operations, the average over the steps.
-
-  Raises:
-    ValueError: if there are no steps.
-  """
-  if not inference:
-    raise ValueError('inference is empty: give f(s_t) at one step at least.')
-  return 3.0 * math.fsum(inference) / len(inference)

@@ -156,10 +156,8 @@ def test_trees_without_weights_are_rejected():
     distributions.uniform(0.5)({'norm': {'scale': jnp.ones((1, 1, 1, 3))}})
 
 
-def test_report():
+def test_sparsities():
   counts = distributions.erdos_renyi(0.75)(_PAIR)
-  assert distributions.capped(_PAIR, counts) == ['a/w']
-  assert distributions.total_sparsity(_PAIR, counts) == 0.75
   assert distributions.sparsities(_PAIR, counts) == {
     'a': {'b': 0.0, 'w': 0.0},
     'b': {'b': 0.0, 'w': 0.78},

@@ -212,6 +212,12 @@ COUNTS = [
   (3, 1.0, 3),
   (3, 1e-9, 0),
   (266_200, 0.01, 2662),
+  # The floats are less than these decimals, and so are the products.
+  (1000, 1 - 0.9, 100),
+  (100, 0.29, 29),
+  (10, 1 - 0.7, 3),
+  (49, 1 / 49, 1),
+  (10, 3 * 0.1, 3),
   # As floats of 32 bits these would be 16777216 and 1073741824.
   (2**24 + 1, 1.0, 2**24 + 1),
   (2**31 - 1, 0.5, 2**30 - 1),
@@ -229,8 +235,34 @@ def test_num_kept(size, density, kept):
 BIG_SIZES = (2**24 - 1, 2**24 + 1, 25_500_000, 2**30, 2**31 - 2, 2**31 - 1)
 
 
+def _percents(places):
+  # Decimals as they are written, and as differences from 1.
+  q = 10**places
+  return [(k, q, x) for k in range(1, q) for x in (k / q, 1 - (q - k) / q)]
+
+
+@pytest.mark.parametrize('size', (1, 7, 100, 1000, 266_200, *BIG_SIZES))
+def test_decimals_count_exactly(size):
+  for k, q, density in _percents(2) + _percents(3):
+    assert masks.num_kept(density, size) == k * size // q, density
+
+
+@pytest.mark.parametrize('size', (1, 7, 100, 1000, 266_200, *BIG_SIZES))
+def test_decimals_of_arrays_count_exactly(size):
+  millionths = np.random.default_rng(size).integers(1, 10**6, 1000)
+  millionths = np.append(millionths, np.arange(10**4, 10**6, 10**4))
+  expected = [int(k) * size // 10**6 for k in millionths]
+  density = (millionths / 10**6).astype(np.float32)
+  difference = 1 - (1 - millionths / 10**6).astype(np.float32)
+  count = jax.jit(jax.vmap(lambda d: masks.num_kept(d, size)))
+  for densities in (density, difference):
+    found = count(densities)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize('size', (1, 3, 255, 256, 2**16 + 1, *BIG_SIZES))
-def test_traced_num_kept_is_exact(size):
+def test_a_traced_fraction_that_is_no_decimal_is_multiplied_exactly(size):
   rng = np.random.default_rng(size)
   densities = rng.uniform(0, 1, 300) ** rng.integers(1, 12, 300)
   # The nearest to k / size from below and above, where rounding shows.
@@ -239,23 +271,26 @@ def test_traced_num_kept_is_exact(size):
   special = [0.0, 1.0, 1 - 2**-24, 0.5, 2**-24, 2**-31, 2**-32, 1e-30, 1e-40]
   densities = np.concatenate([densities, k, *edges, special])
   densities = densities.astype(np.float32)
-  found = jax.jit(jax.vmap(lambda d: masks.num_kept(d, size)))(densities)
-  assert found.dtype == np.int32
-  expected = [
-    math.floor(fractions.Fraction(float(d)) * size) for d in densities
-  ]
-  np.testing.assert_array_equal(found, expected)
+  found = jax.jit(jax.vmap(lambda d: masks.floor_multiply(d, size)))(densities)
+  tried = 0
+  for density, count in zip(densities.tolist(), found.tolist()):
+    exact = fractions.Fraction(density)
+    decimal = fractions.Fraction(round(exact * 10**6), 10**6)
+    if decimal and abs(exact - decimal) < 4.5e-8:
+      assert count == math.floor(decimal * size), density
+    elif not decimal or abs(exact - decimal) > 4.6e-8:
+      assert count == math.floor(exact * size), density
+      tried += 1
+  assert tried > 250
 
 
-def test_num_kept_of_an_array_is_that_of_a_traced_one():
+def test_num_kept_of_an_array_is_that_of_a_float():
   traced = jax.jit(masks.num_kept, static_argnums=1)
   for density in (0.7, 0.25, 0.001, 1.0):
     kept = masks.num_kept(jnp.asarray(density), 1000)
     assert isinstance(kept, jax.Array)
     assert kept.dtype == np.int32
-    assert (
-      kept == traced(density, 1000) == int(float(np.float32(density)) * 1000)
-    )
+    assert kept == traced(density, 1000) == masks.num_kept(density, 1000)
 
 
 def test_floor_multiply():
@@ -397,17 +432,16 @@ def test_globally_of_a_bad_count_is_an_error(count):
     masks.global_topk(_tree(), count, WEIGHTS)
 
 
-def test_count_and_density_are_of_weights_only():
+def test_count_is_of_weights_only():
   mask = _mask([[0, 1], [0, 1]], [0, 0], [1, 0, 0, 0])
   kept, size = masks.count(mask, WEIGHTS)
   assert (int(kept), size) == (3, 8)
   assert isinstance(size, int)
-  assert masks.density(mask, WEIGHTS) == 0.375
   biases_too = jax.tree.map(lambda _: True, WEIGHTS)
   assert tuple(map(int, masks.count(mask, biases_too))) == (3, 10)
   only_biases = {'linear': {'w': False, 'b': True}, 'out': {'w': False}}
   assert tuple(map(int, masks.count(mask, only_biases))) == (0, 2)
-  assert jax.jit(lambda m: masks.density(m, WEIGHTS))(mask) == 0.375
+  assert int(jax.jit(lambda m: masks.count(m, WEIGHTS)[0])(mask)) == 3
 
 
 def test_overlap():

@@ -26,35 +26,35 @@ def test_every_rejects(n, start, stop, message):
     schedules.every(n, start, stop)
 
 
-def test_cubic_sparsity_follows_the_hand_worked_table():
-  schedule = schedules.cubic_sparsity(0.9, 100, 200, initial=0.1)
-  steps = [0, 100, 125, 150, 200, 500]
-  # Remaining distance 0.8 times (1, 1, 27/64, 1/8, 0, 0).
-  expected = [0.1, 0.1, 0.5625, 0.8, 0.9, 0.9]
-  np.testing.assert_allclose([schedule(t) for t in steps], expected, rtol=1e-6)
+def test_every_takes_traced_steps():
+  due = schedules.every(3, start=2, stop=9)
+  traced = jax.jit(jax.vmap(due))(jnp.arange(12))
+  assert traced.tolist() == [due(t) for t in range(12)]
+  assert [type(due(t)) for t in (2, 3)] == [bool, bool]
 
 
-def test_cubic_sparsity_counts_steps_beyond_the_reach_of_float32():
+def test_cubic_by_hand():
+  progress = schedules.cubic(2, 6)
+  actual = [float(progress(t)) for t in (0, 2, 3, 4, 6, 9)]
+  np.testing.assert_allclose(actual, [0, 0, 37 / 64, 7 / 8, 1, 1], rtol=1e-6)
+  assert actual[-1] == 1.0
+  with pytest.raises(ValueError, match='start < stop must hold'):
+    schedules.cubic(3, 3)
+
+
+@pytest.mark.parametrize('start, stop', [(0, 100), (-30, 70), (-99, 1)])
+def test_cubic_is_the_formula_from_a_negative_start_too(start, stop):
+  steps = np.arange(0, stop + 5)
+  done = np.clip((steps - start) / (stop - start), 0, 1)
+  found = jax.vmap(schedules.cubic(start, stop))(steps)
+  np.testing.assert_allclose(found, 1 - (1 - done) ** 3, rtol=0, atol=2e-7)
+
+
+def test_cubic_counts_steps_beyond_the_reach_of_float32():
   start = 2**24
-  schedule = schedules.cubic_sparsity(0.5, start, start + 4)
+  schedule = schedules.cubic(start, start + 4)
   at = jax.jit(schedule)(jnp.int32(start + 1))
-  np.testing.assert_allclose(at, 0.5 * (1 - (3 / 4) ** 3), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-  'final, start, stop, initial',
-  [
-    (1.0, 0, 10, 0.0),
-    (0.5, 0, 10, 0.6),
-    (0.5, 0, 10, -0.1),
-    (float('nan'), 0, 10, 0.0),
-    (0.5, 10, 10, 0.0),
-    (0.5, -1, 10, 0.0),
-  ],
-)
-def test_cubic_sparsity_rejects(final, start, stop, initial):
-  with pytest.raises(ValueError, match='must hold'):
-    schedules.cubic_sparsity(final, start, stop, initial)
+  np.testing.assert_allclose(at, 1 - (3 / 4) ** 3, rtol=1e-6)
 
 
 def test_drop_fraction_follows_the_hand_worked_table():
@@ -87,7 +87,7 @@ def test_drop_fraction_rejects(initial, stop, kind):
 @pytest.mark.parametrize(
   'schedule',
   [
-    schedules.cubic_sparsity(0.9, 3, 11, 0.2),
+    schedules.cubic(-3, 11),
     schedules.drop_fraction(0.4, 9),
     schedules.drop_fraction(0.4, 9, 'constant'),
   ],
@@ -97,12 +97,3 @@ def test_traced_and_python_steps_agree(schedule):
   eager = [schedule(t) for t in range(20)]
   assert all(isinstance(x, jax.Array) and x.shape == () for x in eager)
   np.testing.assert_allclose(traced, eager, rtol=1e-6, atol=1e-7)
-
-
-def test_cubic_by_hand():
-  progress = schedules.cubic(2, 6)
-  actual = [float(progress(t)) for t in (0, 2, 3, 4, 6, 9)]
-  np.testing.assert_allclose(actual, [0, 0, 37 / 64, 7 / 8, 1, 1], rtol=1e-6)
-  assert actual[-1] == 1.0
-  with pytest.raises(ValueError, match='start < stop must hold'):
-    schedules.cubic(3, 3)
