@@ -57,7 +57,7 @@ class Method(NamedTuple):
   """
 
   updater: updaters.MaskUpdater
-  due: Callable[[int], bool]
+  due: Callable[[Any], Any]
   penalty: training.Penalty | None
   counts: Any
   training_flops: Callable[..., float]
@@ -101,7 +101,7 @@ def make_cadence(
   return Cadence(every, start, start + max(0, stop - start) // every * every)
 
 
-def _progress(cadence: Cadence) -> Callable[[Any], jax.Array]:
+def _progress(cadence: Cadence) -> Callable[[Any], Any]:
   """Gradual pruning: cubic, and done at the last update."""
   if cadence.last == cadence.start:
     return lambda step: jnp.ones([])

@@ -78,6 +78,21 @@ def _walk_loop(jaxpr: core.Jaxpr, labels: list[_Label], carry: slice):
     labels[carry] = after
 
 
+def _scan_carry(eqn: core.JaxprEqn, body: core.Jaxpr) -> slice:
+  """Where the carry of a scan is, between its constants and its slices.
+
+  Only slices have another shape inside of the body than outside. What says so
+  by name, `num_consts` and `num_carry`, is gone since JAX 0.11.
+  """
+
+  def num_whole(outside, inside):
+    return sum(_shape(a) == _shape(b) for a, b in zip(outside, inside))
+
+  num_carry = num_whole(eqn.outvars, body.outvars)
+  stop = num_whole(eqn.invars, body.invars)
+  return slice(stop - num_carry, stop)
+
+
 def _walk_eqn(eqn: core.JaxprEqn, labels: list[_Label]):
   """Operations by path of one equation, and the labels of its results."""
   name, params = eqn.primitive.name, eqn.params
@@ -88,9 +103,8 @@ def _walk_eqn(eqn: core.JaxprEqn, labels: list[_Label]):
   if name in _CALLS:
     return _walk(params.get('jaxpr', params.get('call_jaxpr')), labels)
   if name == 'scan':
-    start = params['num_consts']
-    carry = slice(start, start + params['num_carry'])
-    flops, outs = _walk_loop(params['jaxpr'].jaxpr, labels, carry)
+    body = params['jaxpr'].jaxpr
+    flops, outs = _walk_loop(body, labels, _scan_carry(eqn, body))
     return {k: params['length'] * v for k, v in flops.items()}, outs
   if name == 'cond':
     # The dearest branch is taken. Its labels cannot be more than the maximum.

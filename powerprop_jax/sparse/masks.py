@@ -111,7 +111,7 @@ def floor_multiply(
   """
   if not isinstance(fraction, jax.Array):
     exact = fractions.Fraction(float(fraction)) + _ROUNDING
-    return min(math.floor(exact * size), size)
+    return min(math.floor(exact * int(size)), int(size))
   fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
   size = jnp.asarray(size).astype(jnp.uint32)
   # In 2^-12 of millionths, rounded to the nearest millionth.

@@ -18,17 +18,27 @@ References:
   section 3 (the cosine).
 """
 
-from collections.abc import Callable
+from typing import Any, Protocol, overload
 
-import chex
+import jax
 import optax
 
-from powerprop_jax import types
+
+class Cadence(Protocol):
+  """Whether something happens before a step.
+
+  It is asked by a loop on the host, with a Python int, or inside of a compiled
+  function, with an array.
+  """
+
+  @overload
+  def __call__(self, step: int, /) -> bool: ...
+
+  @overload
+  def __call__(self, step: jax.Array, /) -> jax.Array: ...
 
 
-def every(
-  n: int, start: int = 0, stop: int | None = None
-) -> Callable[[chex.Numeric], chex.Numeric]:
+def every(n: int, start: int = 0, stop: int | None = None) -> Cadence:
   """The cadence of mask updates: true at the steps of `range(start, stop, n)`.
 
   Args:
@@ -56,14 +66,14 @@ def every(
       f'stop must be after start, or None for no end, got {start=} and {stop=}.'
     )
 
-  def due(step: chex.Numeric) -> chex.Numeric:
+  def due(step: Any) -> Any:
     hit = (step >= start) & ((step - start) % n == 0)
     return hit if stop is None else hit & (step < stop)
 
   return due
 
 
-def cubic(start: int, stop: int) -> types.Schedule:
+def cubic(start: int, stop: int) -> optax.Schedule:
   """The share of gradual pruning that is done: fast at first, then slower.
 
   The share is 1 - (1 - done)^3, where done is the share of the steps from start
@@ -95,7 +105,7 @@ def cubic(start: int, stop: int) -> types.Schedule:
 
 def drop_fraction(
   initial: float, stop: int, kind: str = 'cosine'
-) -> types.Schedule:
+) -> optax.Schedule:
   """The fraction of the active weights that an update drops and regrows.
 
   The cosine ends in zero, where an update trades nothing: let the last update

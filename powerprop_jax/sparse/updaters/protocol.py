@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from powerprop_jax.sparse import masks as masks_lib
 
@@ -16,7 +17,7 @@ Params = Any
 Grads = Any
 # Maps parameters to counts, as the functions that `distributions` makes.
 Counts = Callable[[Params], Any]
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = optax.Schedule
 Masks = masks_lib.Masks
 
 
