@@ -211,7 +211,7 @@ def make_cadence(settings: Method, steps: int) -> Cadence:
   return Cadence(every, start, start + max(0, stop - start) // every * every)
 
 
-def _progress(cadence: Cadence) -> Callable[[Any], jax.Array]:
+def _progress(cadence: Cadence) -> Callable[[Any], Any]:
   """Gradual pruning: cubic, and done at the last update."""
   if cadence.last == cadence.start:
     return lambda step: jnp.ones([])
