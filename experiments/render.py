@@ -1,0 +1,494 @@
+"""Writes the tables of the documents from the results that are kept as JSON.
+
+  python -m experiments.render
+
+replaces what stands between `<!-- table: NAME -->` and `<!-- end of table -->`
+in README.md and docs/, and draws the figures of docs/ of which the numbers are
+kept. With --check it changes nothing, and fails where a table differs from its
+numbers.
+
+A file of experiments/results/ holds what one command gave: the 'source' (the
+commands, the machine, the minutes) and the numbers as the binary writes them to
+its summary.json, as fractions in [0, 1] and not in percent. To publish a new
+run, put its numbers there and give this command; a new table is one function
+and one line of `TABLES`. Files whose names begin with 'trials' are the trials
+by which settings were chosen; LOG.md says what they showed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+import tabulate
+
+from powerprop_jax import plots
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = pathlib.Path(__file__).parent / 'results'
+DOCUMENTS = ('README.md', 'docs/results.md', 'docs/tutorial.md')
+
+_TABLE = re.compile(
+  r'(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)', re.S
+)
+_METHODS = {
+  'dense': 'dense',
+  'static': 'static',
+  'snip': 'SNIP',
+  'set': 'SET',
+  'rigl': 'RigL',
+  'top_kast': 'Top-KAST',
+  'magnitude': 'magnitude',
+}
+
+
+def load(name: str) -> dict[str, Any]:
+  """The numbers of one file of experiments/results/.
+
+  Args:
+    name: the name of the file, without '.json'.
+
+  Returns:
+    The dictionary that the file holds.
+  """
+  return json.loads((RESULTS / f'{name}.json').read_text())
+
+
+def _percent(mean: float | None, std: float | None = None, digits=2) -> str:
+  """A fraction in percent; nothing if there is no number."""
+  if mean is None:
+    return ''
+  spread = '' if std is None else f' ± {100 * std:.{digits}f}'
+  return f'{100 * mean:.{digits}f}{spread}'
+
+
+def _markdown(
+  headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> str:
+  """A table in Markdown, of which the first `left` columns hold words."""
+  rows = list(rows)
+  align = ['left'] * left + ['right'] * (len(headings) - left)
+  return tabulate.tabulate(
+    rows, headings, tablefmt='pipe', colalign=align, disable_numparse=True
+  )
+
+
+def _by_kept(columns: Mapping[str, tuple[str, str]]) -> str:
+  """Accuracy of pruned networks: a line for each fraction that was kept.
+
+  Args:
+    columns: for each heading the file and the label in it.
+  """
+  files = {name: load(name) for name, _ in columns.values()}
+  (kept,) = {tuple(content['kept']) for content in files.values()}
+  results = [files[name]['results'][label] for name, label in columns.values()]
+  rows = [
+    [
+      f'{100 * p:.2f}',
+      *(
+        _percent(r['mean'][i], r.get('std', [None] * len(kept))[i])
+        for r in results
+      ),
+    ]
+    for i, p in enumerate(kept)
+  ]
+  return _markdown(['kept (%)', *columns], rows, left=0)
+
+
+def _paper() -> str:
+  labels = load('mnist_pruning-paper')['results']
+  return _by_kept(
+    {f'alpha = {float(k):g}': ('mnist_pruning-paper', k) for k in labels}
+  )
+
+
+def _layer_and_global(presets: Mapping[str, tuple[str, str]]) -> str:
+  """Pruned by layer and globally: for each heading the file and the alpha."""
+  return _by_kept(
+    {
+      f'{heading}, {scope}': (
+        f'mnist_pruning-{name}',
+        alpha if scope == 'by layer' else f'{alpha} global',
+      )
+      for heading, (name, alpha) in presets.items()
+      for scope in ('by layer', 'globally')
+    }
+  )
+
+
+def _adam() -> str:
+  content = load('mnist_pruning-adam')
+  rows = []
+  for label, result in content['results'].items():
+    alpha, _, rule = label.partition(' ')
+    rows.append(
+      [
+        f'{float(alpha):g}',
+        rule.replace('_', ' '),
+        f'{result["learning_rate"]:g}',
+        *map(_percent, result['mean'], result['std']),
+      ]
+    )
+  kept = [f'{100 * p:g} %' for p in content['kept']]
+  return _markdown(['alpha', 'update', 'rate', *kept], rows, left=2)
+
+
+def _sweep(
+  name: str,
+  cell: Callable[[dict[str, Any]], str],
+  alphas: Callable[[float], bool] | None = None,
+) -> str:
+  """A line for each method and alpha, a column for each sparsity.
+
+  Args:
+    name: the file.
+    cell: what stands in the table for an entry of the file.
+    alphas: which alphas are shown; if not given, all, in a column of their own.
+  """
+  entries = load(name)['results']
+  sparsities = sorted({r['sparsity'] for r in entries} - {0.0})
+  lines: dict[tuple[str, ...], dict[float, str]] = {}
+  for r in entries:
+    alpha = r['recipe']['alpha']
+    key: tuple[str, ...] = (_METHODS[r['method']], f'{alpha:g}')
+    if alphas is not None:
+      key = key[:1]
+      if not alphas(alpha) or r['method'] == 'dense':
+        continue
+    # A dense network is as good at every sparsity.
+    at = [r['sparsity']] if r['sparsity'] else sparsities
+    lines.setdefault(key, {}).update(dict.fromkeys(at, cell(r)))
+  headings = ['method'] if alphas else ['method', 'alpha']
+  return _markdown(
+    [*headings, *(f'{100 * s:g} %' for s in sparsities)],
+    [
+      [*key, *map(cells.__getitem__, sparsities)]
+      for key, cells in lines.items()
+    ],
+  )
+
+
+def _sweep_accuracy(name: str) -> str:
+  return _sweep(name, lambda r: _percent(r['mean'], r.get('std')))
+
+
+def _sweep_flops() -> str:
+  return _sweep(
+    'sparse_sweep-mnist',
+    lambda r: f'{r["inference_flops"]:.3f} / {r["training_flops"]:.3f}',
+    lambda alpha: alpha == 1,
+  )
+
+
+def _continual(name: str) -> str:
+  """A line for each preset; columns without a number are left out."""
+  entries = load(name)['results']
+  columns = {
+    'worst': ('worst', 2),
+    'before retraining': ('before', 2),
+    'in use': ('used', 1),
+    'forgotten': ('forgotten', 2),
+    'transfer': ('transfer', 2),
+  }
+  columns = {
+    heading: (key, digits)
+    for heading, (key, digits) in columns.items()
+    if any(key in r for r in entries)
+  }
+  rows = [
+    [
+      f'`{r["preset"]}`',
+      r['what'],
+      str(r['seeds']),
+      _percent(r['average'], r.get('std')),
+      *(
+        _percent(r.get(key), digits=digits) for key, digits in columns.values()
+      ),
+    ]
+    for r in entries
+  ]
+  return _markdown(
+    ['preset', 'what it is', 'seeds', 'average', *columns], rows, left=2
+  )
+
+
+def _before_retraining() -> str:
+  rows = [
+    [
+      f'{r["alpha"]:g}, {r["norm"]}',
+      f'`{r["flags"]}`',
+      *(_percent(r[key], digits=1) for key in ('pruned', 'worst', 'retrained')),
+    ]
+    for r in load('continual-before-retraining')['results']
+  ]
+  headings = ['alpha, decay', 'flags', 'pruned', 'worst task', 'retrained']
+  return _markdown(headings, rows, left=2)
+
+
+def _search() -> str:
+  rows = [
+    [
+      f'`{r["search"]}`',
+      f'{r["evaluations"]:.1f}',
+      _percent(r['share'], digits=1),
+      _percent(r['average']),
+      _percent(r['used'], digits=1),
+      str(r['tasks']),
+    ]
+    for r in load('continual-search')['results']
+  ]
+  headings = ['`--search`', 'evaluations per task', 'share of the time (%)']
+  return _markdown([*headings, 'average (%)', 'in use (%)', 'of tasks'], rows)
+
+
+def _inference() -> str:
+  entries = load('continual-inference')['results']
+  lines: dict[tuple[str, str], list[str]] = {}
+  for r in sorted(entries, key=lambda r: r['alpha']):
+    cells = lines.setdefault((str(r['tasks']), r['rule']), [])
+    cells.extend(_percent(x, digits=1) for x in r['found'].values())
+  alphas = dict.fromkeys(f'{r["alpha"]:g}' for r in entries)
+  headings = [
+    f'alpha = {alpha}: {n}' for alpha in alphas for n in entries[0]['found']
+  ]
+  rows = [[*key, *cells] for key, cells in lines.items()]
+  return _markdown(['tasks', 'rule', *headings], rows, left=2)
+
+
+def _export_model() -> str:
+  rows = [
+    [
+      r['what'],
+      f'{r["bytes"]:,}',
+      f'{r["dense_bytes"]:,}',
+      _percent(r['above_bound'], digits=1),
+    ]
+    for r in load('export_model')['results']
+  ]
+  headings = ['file', 'bytes', 'bytes of one dense network']
+  return _markdown([*headings, 'above the bound (%)'], rows)
+
+
+def _sparse_inference() -> str:
+  lines: dict[tuple[str, ...], list[str]] = {}
+  entries = load('benchmarks-sparse_inference')['results']
+  for r in entries:
+    key = r['network'], str(r['batch']), f'`{r["matrix"]}`'
+    ratio = '-' if r['ratio'] is None else f'{r["ratio"]:.2f}'
+    lines.setdefault(key, []).append(ratio)
+  sparsities = dict.fromkeys(f'{100 * r["sparsity"]:g} %' for r in entries)
+  rows = [[*key, *cells] for key, cells in lines.items()]
+  return _markdown(['network', 'batch', 'matrix', *sparsities], rows, left=3)
+
+
+def _speed() -> str:
+  rows = [
+    [f'`{r["command"]}`', r['result']]
+    for r in load('benchmarks-speed')['results']
+  ]
+  return _markdown(['command', 'result here'], rows, left=2)
+
+
+def _tutorial() -> str:
+  content = load('tutorial')
+  rows = [
+    [f'`alpha = {float(label):g}`', *(f'{100 * x:.0f}' for x in r['mean'])]
+    for label, r in content['results'].items()
+  ]
+  kept = [f'{100 * p:g} %' for p in content['kept']]
+  return _markdown(['weights kept', *kept], rows)
+
+
+def _at_kept(name: str, label: str, kept: float) -> str:
+  """An accuracy in percent at the fraction that is nearest to `kept`."""
+  content = load(name)
+  i = min(
+    range(len(content['kept'])), key=lambda i: abs(content['kept'][i] - kept)
+  )
+  return _percent(content['results'][label]['mean'][i])
+
+
+def _at_sparsity(method: str, sparsity: float) -> dict[float, float]:
+  """The accuracies in percent of a method in the sweep, by alpha."""
+  return {
+    r['recipe']['alpha']: 100 * r['mean']
+    for r in load('sparse_sweep-mnist')['results']
+    if (r['method'], r['sparsity']) == (method, sparsity)
+  }
+
+
+def _expectations() -> str:
+  """What to expect, with the numbers of the other tables, for the README."""
+  paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
+  best = lambda kept: _at_kept('mnist_pruning-best', '2.0', kept)
+  baseline = lambda kept: _at_kept('mnist_pruning-baseline', '1.0', kept)
+  gradual = _at_sparsity('magnitude', 0.99)
+  rigl, kast = _at_sparsity('rigl', 0.98), _at_sparsity('top_kast', 0.98)
+  ten = {r['preset']: r for r in load('continual-ten')['results']}
+  used = {k: f'{100 * r.get("used", 0):.0f}' for k, r in ten.items()}
+  rows = [
+    [
+      'pruning once a network that was trained as usual',
+      f'{paper("2.0", 0.055)} % against {paper("1.0", 0.055)} % with 5.5 % of'
+      ' the weights',
+      f'{paper("2.0", 1)} % against {paper("1.0", 1)} % with all weights',
+      'where more than a fifth of the weights is kept',
+    ],
+    [
+      'pruning once a network that was trained to be pruned, with decay on phi',
+      f'{best(0.0207)} % against {baseline(0.0207)} % of a tuned L1 baseline'
+      ' with 2.1 % of the weights',
+      'a rate and a decay to tune, and 100,000 steps against 50,000',
+      'at 1 % kept and below, on images that are not shifted; a longer baseline'
+      ' is level above 2.6 %',
+    ],
+    [
+      'gradual magnitude pruning to 99 %',
+      f'{gradual[1.5]:.2f} % against {gradual[1.0]:.2f} %',
+      'a rate to tune',
+      'at 98 % and less',
+    ],
+    [
+      'static masks, SNIP, SET, RigL, Top-KAST',
+      'none was found',
+      f'RigL at 98 %: {rigl[1.5]:.2f} % against {rigl[1.0]:.2f} %; Top-KAST'
+      f' {kast[1.5]:.2f} % against {kast[1.0]:.2f} %',
+      'use `alpha = 1`',
+    ],
+    [
+      'ten tasks in one network (EfficientPackNet) with an L2 decay',
+      f'{used["epn-2"]} % of the weights in use against {used["epn-1"]} %, at'
+      ' the same accuracy',
+      'three times the learning rate',
+      f'with an L1 decay `alpha = 1` uses {used["epn-1-l1"]} %, and is ahead',
+    ],
+  ]
+  headings = ['use', 'gain of `alpha > 1`', 'price', 'where it does not help']
+  return _markdown(headings, rows, left=4)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+  'expectations': _expectations,
+  'mnist_pruning-paper': _paper,
+  'mnist_pruning-shifted': lambda: _layer_and_global(
+    {
+      '`best`': ('best', '2.0'),
+      '`baseline`': ('baseline', '1.0'),
+      'longer `baseline`': ('baseline-longer', '1.0'),
+    }
+  ),
+  'mnist_pruning-unshifted': lambda: _layer_and_global(
+    {
+      '`best-unshifted`': ('best-unshifted', '2.0'),
+      '`sparsest`': ('sparsest', '2.0'),
+      '`baseline-unshifted`': ('baseline-unshifted', '1.0'),
+    }
+  ),
+  'mnist_pruning-adam': _adam,
+  'sparse_sweep-flops': _sweep_flops,
+  **{
+    name: lambda name=name: _sweep_accuracy(name)
+    for name in (
+      'sparse_sweep-mnist',
+      'sparse_sweep-mnist-rate-0.3',
+      'sparse_sweep-mnist-unclipped',
+      'sparse_sweep-mnist-uniform',
+      'sparse_sweep-lenet-5',
+    )
+  },
+  **{
+    name: lambda name=name: _continual(name)
+    for name in (
+      'continual-ten',
+      'continual-hundred',
+      'continual-split',
+      'continual-rotated',
+    )
+  },
+  'continual-before-retraining': _before_retraining,
+  'continual-search': _search,
+  'continual-inference': _inference,
+  'export_model': _export_model,
+  'benchmarks-sparse_inference': _sparse_inference,
+  'benchmarks-speed': _speed,
+  'tutorial': _tutorial,
+}
+
+
+def _sweep_curves() -> dict[str, dict[str, list[float]]]:
+  """What `plots.accuracy_against_sparsity` draws."""
+  lines: dict[str, dict[str, list[float]]] = {}
+  for r in load('sparse_sweep-mnist')['results']:
+    label = f'{r["recipe"]["alpha"]} {_METHODS[r["method"]]}'
+    line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
+    for key, values in line.items():
+      values.append(r[key])
+  return lines
+
+
+def render(text: str) -> str:
+  """A document with all of its tables as the results say.
+
+  Args:
+    text: the document, in Markdown.
+
+  Returns:
+    The document, of which only the tables may differ.
+
+  Raises:
+    ValueError: if it asks for a table that does not exist.
+  """
+
+  def table(match: re.Match[str]) -> str:
+    if match['name'] not in TABLES:
+      raise ValueError(
+        f'There is no table {match["name"]!r}. There are:'
+        f' {", ".join(sorted(TABLES))}.'
+      )
+    return f'{match[1]}\n{TABLES[match["name"]]()}\n\n{match[3]}'
+
+  return _TABLE.sub(table, text)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this binary."""
+  flags.DEFINE_bool(
+    'check',
+    False,
+    'Whether to change nothing, and to fail where a table differs from the'
+    ' results.',
+    flag_values=values,
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  found = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+  wanted = {name: render(text) for name, text in found.items()}
+  different = [name for name in DOCUMENTS if found[name] != wanted[name]]
+  if flags.FLAGS.check:
+    if different:
+      print(
+        f'error: tables of {", ".join(different)} differ from'
+        ' experiments/results. Run: python -m experiments.render',
+        file=sys.stderr,
+      )
+    sys.exit(bool(different))
+  for name in different:
+    (ROOT / name).write_text(wanted[name])
+  paper = load('mnist_pruning-paper')
+  for name, figure in (
+    ('mnist_pruning', plots.accuracy_against_kept(paper)),
+    ('sparse_sweep', plots.accuracy_against_sparsity(_sweep_curves())),
+  ):
+    plots.save(figure, ROOT / 'docs' / f'{name}.png')
+  print(f'Tables that changed: {", ".join(different) or "none"}')
+
+
+if __name__ == '__main__':
+  define_flags(flags.FLAGS)
+  app.run(main)

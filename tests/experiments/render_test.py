@@ -1,0 +1,75 @@
+"""The tables of the documents are those that the results give."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from experiments import render
+
+_DOCUMENTS = {
+  name: (render.ROOT / name).read_text() for name in render.DOCUMENTS
+}
+
+
+@pytest.mark.parametrize('name', _DOCUMENTS)
+def test_tables_are_what_the_results_say(name):
+  assert render.render(_DOCUMENTS[name]) == _DOCUMENTS[name], (
+    'Run: python -m experiments.render'
+  )
+
+
+def test_every_table_is_in_some_document():
+  text = '\n'.join(_DOCUMENTS.values())
+  for name in render.TABLES:
+    assert f'<!-- table: {name} -->' in text, name
+
+
+def test_every_result_says_where_it_is_from():
+  for path in render.RESULTS.glob('*.json'):
+    source = json.loads(path.read_text())['source']
+    assert source['machine']
+    assert source.get('commands') or source['setting'], path
+
+
+def test_every_result_is_shown(monkeypatch):
+  shown = set()
+  load = render.load
+  monkeypatch.setattr(
+    render, 'load', lambda name: shown.add(name) or load(name)
+  )
+  for table in render.TABLES.values():
+    table()
+  files = {path.stem for path in render.RESULTS.glob('*.json')}
+  # LOG.md speaks of the trials.
+  assert files - shown == {x for x in files if x.startswith('trials-')}
+
+
+def test_another_number_is_another_table(tmp_path, monkeypatch):
+  shutil.copytree(render.RESULTS, tmp_path, dirs_exist_ok=True)
+  monkeypatch.setattr(render, 'RESULTS', tmp_path)
+  path = tmp_path / 'mnist_pruning-paper.json'
+  content = json.loads(path.read_text())
+  content['results']['2.0']['mean'][0] += 0.0001  # Of 31.99 %.
+  path.write_text(json.dumps(content))
+  page = _DOCUMENTS['docs/results.md']
+  (line,) = set(render.render(page).split('\n')) - set(page.split('\n'))
+  assert '32.00 ± 4.40' in line
+
+
+def test_a_table_that_does_not_exist_is_refused():
+  text = '<!-- table: speed_of_light -->\n<!-- end of table -->'
+  with pytest.raises(ValueError, match="no table 'speed_of_light'"):
+    render.render(text)
+
+
+@pytest.mark.slow
+def test_check_as_a_user_runs_it():
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.render', '--check'],
+    cwd=render.ROOT,
+    check=False,
+  )
+  assert done.returncode == 0
