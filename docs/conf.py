@@ -4,12 +4,16 @@ Everything is built and read offline: the theme is Sphinx's own, and formulas
 become MathML, which browsers draw by themselves.
 """
 
+import importlib
 import pathlib
 import re
 import sys
+import types
 
 from docutils import nodes
+from docutils import statemachine
 from docutils.utils.math import latex2mathml
+from sphinx.ext import autosummary
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
@@ -22,11 +26,15 @@ version = release = powerprop_jax.__version__
 extensions = [
   'myst_parser',
   'sphinx.ext.autodoc',
+  'sphinx.ext.autosummary',
   'sphinx.ext.napoleon',
   'sphinx.ext.viewcode',
 ]
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3
+
+# Lists of names only, of what other pages describe.
+autosummary_generate = False
 
 # Names between single backticks are links where there is something to link to.
 default_role = 'py:obj'
@@ -45,28 +53,78 @@ smartquotes_action = 'D'  # Dashes only: psi'(phi) has a prime.
 html_theme = 'alabaster'
 html_theme_options = {
   'description': 'Weights that prune themselves while they learn',
-  'page_width': '1080px',
+  'page_width': '1220px',
   'sidebar_width': '250px',
-  'body_max_width': '800px',
+  'body_max_width': '940px',
   'fixed_sidebar': True,
   'font_family': 'system-ui, sans-serif',
   'head_font_family': 'system-ui, sans-serif',
   'show_powered_by': False,
 }
 html_show_copyright = False
+html_static_path = ['_static']
+html_css_files = ['wide.css']
 html_math_renderer = 'mathml'
 
 
 def _as_restructured_text(app, what, name, obj, options, lines):
   """Docstrings are plain text with backticks: |phi| is no substitution."""
   del app, what, name, obj, options
-  parts = re.split(r'(`[^`]*`_*)', '\n'.join(lines))
+  # Examples stay what they are: each from its prompt to the next empty line.
+  parts = re.split(r'((?:^|\n) *>>> (?:.+\n?)+)', '\n'.join(lines))
+  parts[::2] = map(_escape, parts[::2])
+  lines[:] = ''.join(parts).split('\n')
+
+
+def _escape(text):
+  """What is not an example, with its special characters escaped."""
+  parts = re.split(r'(`[^`]*`_*)', text)
   parts[::2] = [re.sub(r'([|*])(?! )', r'\\\1', x) for x in parts[::2]]
   text = re.sub(r'`(?=[a-z])(?<=\w`)', r'`\\ ', ''.join(parts))
   # Napoleon takes the words before a colon for a type.
   text = re.sub(r'(Returns:\n +)', r'\1: ', text)
   # The same reference may occur in several docstrings of a page.
-  lines[:] = re.sub(r'>`_(?!_)', '>`__', text).split('\n')
+  return re.sub(r'>`_(?!_)', '>`__', text)
+
+
+class _Exports(autosummary.Autosummary):
+  """Lists what a package exports, with links to where it is described."""
+
+  has_content = False
+  required_arguments = 1
+
+  def run(self):
+    (package,) = self.arguments
+    module = importlib.import_module(package)
+    names = [
+      f'~{package}.{name}'
+      for name in module.__all__
+      if not isinstance(getattr(module, name), types.ModuleType)
+    ]
+    self.content = statemachine.StringList(names, package)
+    self.options['nosignatures'] = None
+    return super().run()
+
+
+def _find(app, env, node, contnode):
+  """Links a name to the object that it can only mean.
+
+  A docstring says `masks.topk_mask`, or `powerprop_jax.topk_mask` for what the
+  package exports; the object is powerprop_jax.sparse.masks.topk_mask.
+  """
+  if node.get('refdomain') != 'py':
+    return None
+  domain, parts = env.get_domain('py'), node['reftarget'].split('.')
+  found = [
+    name
+    for name in domain.objects
+    if name.split('.')[-1] == parts[-1] and set(parts) <= set(name.split('.'))
+  ]
+  if len(found) != 1:
+    return None
+  return domain.resolve_xref(
+    env, node['refdoc'], app.builder, 'obj', found[0], node, contnode
+  )
 
 
 def _skip(app, what, name, obj, skip, options):
@@ -87,6 +145,8 @@ def setup(app):
   """Registers the functions above."""
   app.connect('autodoc-process-docstring', _as_restructured_text, priority=1)
   app.connect('autodoc-skip-member', _skip)
+  app.connect('missing-reference', _find)
+  app.add_directive('exports', _Exports)
   app.add_html_math_renderer(
     'mathml',
     inline_renderers=(_formula, None),

@@ -1,8 +1,11 @@
 """The documentation: it builds, its Python runs, its commands exist."""
 
+import html
 import importlib
 import importlib.util
+import inspect
 import pathlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -10,6 +13,8 @@ import sys
 
 from absl import flags
 import pytest
+
+import powerprop_jax
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _DOCS = _ROOT / 'docs'
@@ -28,10 +33,30 @@ def _name(path):
   return str(path.relative_to(_ROOT))
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec('sphinx') is None, reason='sphinx is not installed'
-)
-def test_site_builds_without_warnings(tmp_path):
+def _modules():
+  """All modules of the package, without the packages themselves."""
+  walk = pkgutil.walk_packages(powerprop_jax.__path__, 'powerprop_jax.')
+  return {module.name for module in walk if not module.ispkg}
+
+
+def _public_functions():
+  """The last names of the functions and classes that modules define."""
+  return {
+    name
+    for module in map(importlib.import_module, _modules())
+    for name, value in vars(module).items()
+    if not name.startswith('_')
+    and (inspect.isfunction(value) or inspect.isclass(value))
+    and value.__module__.startswith('powerprop_jax')
+  }
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  """The site, built with warnings as errors."""
+  if importlib.util.find_spec('sphinx') is None:
+    pytest.skip('sphinx is not installed')
+  tmp_path = tmp_path_factory.mktemp('site')
   command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q']
   done = subprocess.run(
     [*command, '-d', tmp_path / 'doctrees', _DOCS, tmp_path / 'site'],
@@ -40,18 +65,48 @@ def test_site_builds_without_warnings(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
+  return tmp_path / 'site'
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(site):
   for page in _DOCS.glob('*.md'):
-    assert (tmp_path / 'site' / f'{page.stem}.html').stat().st_size > 2_000
+    assert (site / f'{page.stem}.html').stat().st_size > 2_000
   # Formulas and docstrings have arrived.
-  assert '<math' in (tmp_path / 'site' / 'mathematics.html').read_text()
-  assert 'optimiser' in (tmp_path / 'site' / 'api_map.html').read_text()
+  assert '<math' in (site / 'mathematics.html').read_text()
+  assert 'optimiser' in (site / 'api_map.html').read_text()
+
+
+@pytest.mark.slow
+def test_every_public_name_is_a_link(site):
+  names = _public_functions()
+  for page in site.glob('api_*.html'):
+    # A name that is a link stands inside of it.
+    code = r'<code class="xref py py-obj[^"]*"><span class="pre">([^<]*)'
+    spans = re.findall(rf'(<a [^>]*>)?{code}', page.read_text())
+    assert spans, page
+    for link, text in spans:
+      name = html.unescape(text).rsplit('.', 1)[-1]
+      # Arguments are called by the same names as some functions.
+      assert link or name not in names or '.' not in text, (
+        f'{page.stem}: {text}'
+      )
+
+
+@pytest.mark.slow
+def test_exports_of_packages_are_listed(site):
+  text = (site / 'api_map.html').read_text()
+  for name in powerprop_jax.__all__:
+    if not inspect.ismodule(getattr(powerprop_jax, name)):
+      assert re.search(rf'<a [^>]*title="powerprop_jax\.[\w.]*{name}"', text), (
+        name
+      )
 
 
 def test_every_module_is_in_the_reference():
   text = '\n'.join(path.read_text() for path in _DOCS.glob('api_*.md'))
-  documented = re.findall(r'automodule:: powerprop_jax\.(\w+)', text)
-  modules = {path.stem for path in (_ROOT / 'powerprop_jax').glob('*.py')}
-  assert sorted(documented) == sorted(modules - {'__init__'})
+  documented = re.findall(r'automodule:: (powerprop_jax[\w.]*)', text)
+  assert sorted(documented) == sorted(_modules())
 
 
 _WITH_PYTHON = [p for p in _PAGES if any(_blocks(p, 'python'))]

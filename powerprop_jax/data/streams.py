@@ -155,9 +155,9 @@ def tfds_source(
   """A split of a TFDS set that was prepared as array_record.
 
   Args:
-    name: as in `datasets.load`: `imagenet2012`, `imagenette/320px-v2`, ...
+    name: as in `in_memory.load`: `imagenet2012`, `imagenette/320px-v2`, ...
     split: as in TFDS: `train`, `validation`, `train[:-10000]`, ...
-    data_dir: as in `datasets.load`.
+    data_dir: as in `in_memory.load`.
 
   Returns:
     The source.

@@ -3,12 +3,12 @@
 Powerpropagation makes networks that can be pruned hard (section 3 of the
 paper); a file of the pruned network should then be as small as what is left.
 `save_compressed` writes the values of kept weights only, the positions of the
-kept weights in a code that is close to their entropy (`export_codes`), and
+kept weights in a code that is close to their entropy (`codes`), and
 every other leaf as it is. `save_tasks` writes the networks of a sequence of
 tasks (section 4), which share their weights: these once, a mask a task, and
 what each task has for itself.
 
-A file is a safetensors container (`export_file`): reading it executes nothing.
+A file is a safetensors container (`format`): reading it executes nothing.
 
 Other libraries take weights as dictionaries of numpy arrays by path, which
 `to_dict` and `from_dict` make of trees and back. `to_sparse` makes matrices

@@ -125,7 +125,7 @@ def make_train_step(
     loss_fn: maps (theta, model_state, key, batch) to (loss, (model_state,
       metrics)), where loss is the mean over the batch.
     tx: a transformation of gradients at theta into updates of phi, such as
-      `propagation.target_propagation(optax.adam(1e-3), transform)`.
+      `transforms.target_propagation(optax.adam(1e-3), transform)`.
     transform: a `power.power_transform`.
     axis_name: the axis of a pmap over which to average gradients, statistics
       and metrics.
