@@ -13,6 +13,7 @@ from powerprop_jax.leaves import weight_mask
 from powerprop_jax.power import PowerTransform
 from powerprop_jax.power import change_alpha
 from powerprop_jax.power import describe
+from powerprop_jax.power import nats
 from powerprop_jax.power import power_transform
 from powerprop_jax.power import psi
 from powerprop_jax.power import psi_derivative
@@ -23,6 +24,7 @@ from powerprop_jax.sparse.masks import topk_mask
 from powerprop_jax.training.step import TrainState
 from powerprop_jax.training.step import init_state
 from powerprop_jax.training.step import make_train_step
+from powerprop_jax.transforms import decay_phi
 from powerprop_jax.transforms import powerprop
 from powerprop_jax.transforms import scale_by_power_jacobian
 from powerprop_jax.transforms import target_propagation
@@ -49,6 +51,7 @@ __all__ = (
   'change_alpha',
   'continual',
   'data',
+  'decay_phi',
   'describe',
   'export',
   'init_state',
@@ -56,6 +59,7 @@ __all__ = (
   'leaves',
   'make_train_step',
   'models',
+  'nats',
   'plots',
   'power',
   'power_transform',

@@ -239,6 +239,21 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
+def paths(tree: Any) -> list[types.Path]:
+  """The paths of the leaves, in the order of the tree.
+
+  Args:
+    tree: a pytree.
+
+  Returns:
+    One `types.Path` per leaf.
+
+  >>> paths({'linear': {'w': 1.0, 'b': 0.0}})
+  ['linear/b', 'linear/w']
+  """
+  return jax.tree.leaves(map_with_path(lambda path, _: path, tree))
+
+
 def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
   """The tree of params with True at weights and False elsewhere.
 

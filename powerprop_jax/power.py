@@ -14,7 +14,7 @@ bit for bit.
 The map is applied to a pytree of parameters, outside the network, by a
 `PowerTransform`. Only weights are mapped; biases, scales and embeddings are
 left untouched. Which leaf is a weight is decided by its name (see `leaves`):
-`describe` prints the decision for every leaf.
+`describe` tells the decision for every leaf.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -24,20 +24,20 @@ References:
 
 from collections.abc import Callable
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
+import tabulate
 
 from powerprop_jax import leaves
-
-Params = Any  # A pytree of arrays.
-Updates = Any
-
-
-Alpha = float | Callable[[leaves.Path, Any], float]
+from powerprop_jax import types
 
 
 class PowerTransform(NamedTuple):
@@ -47,21 +47,40 @@ class PowerTransform(NamedTuple):
     to_theta: maps phi to the weights theta that the network uses.
     to_phi: the inverse of `to_theta`.
     scale_by_jacobian: maps (u, phi) to alpha |phi|^(alpha - 1) u.
+    powers: maps phi, or theta, to the tree of the powers of its leaves, which
+      is 1.0 at every leaf that is not a weight.
   """
 
-  to_theta: Callable[[Params], Params]
-  to_phi: Callable[[Params], Params]
-  scale_by_jacobian: Callable[[Updates, Params], Updates]
+  to_theta: Callable[[types.Params], types.Params]
+  to_phi: Callable[[types.Params], types.Params]
+  scale_by_jacobian: Callable[[types.Updates, types.Params], types.Updates]
+  powers: Callable[[types.Params], Any]
 
 
-def check_alpha(alpha: float) -> float:
-  """Returns alpha as a float, or raises ValueError if it is not in [1, inf)."""
+def check_alpha(alpha: chex.Numeric) -> float:
+  """Returns alpha as a float where it is a possible power.
+
+  Args:
+    alpha: a number.
+
+  Returns:
+    The same number as a Python float.
+
+  Raises:
+    ValueError: if alpha is not in [1, inf), or is a traced value.
+
+  >>> check_alpha(2)
+  2.0
+  """
   try:
     value = float(alpha)
   except jax.errors.ConcretizationTypeError as e:
     raise ValueError(
       'alpha must be a number when the program is traced, got a traced value.'
-      " Give optax.inject_hyperparams static_args=('alpha',)."
+      ' With optax.inject_hyperparams, name alpha among the static_args, beside'
+      " each argument that is a function: static_args=('alpha', 'is_weight')."
+      ' A power that changes from step to step is for `powerprop`, whose alpha'
+      ' may be a schedule.'
     ) from e
   if not (math.isfinite(value) and value >= 1.0):
     raise ValueError(
@@ -75,11 +94,11 @@ def _in_float32(f):
   """Evaluates f(x, ...) in float32 for half-precision x, and rounds once."""
 
   @functools.wraps(f)
-  def wrapped(x, *args):
+  def wrapped(x, alpha):
     x = jnp.asarray(x)
     if x.dtype in (jnp.bfloat16, jnp.float16):
-      return f(x.astype(jnp.float32), *args).astype(x.dtype)
-    return f(x, *args)
+      return f(x.astype(jnp.float32), alpha).astype(x.dtype)
+    return f(x, alpha)
 
   return wrapped
 
@@ -103,19 +122,31 @@ def _products_and_roots(magnitude: jax.Array, exponent: float) -> jax.Array:
 # so products and square roots take its place where they can; exp2 and log2,
 # which are a quarter of its price, where they cannot (LOG.md has the numbers).
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _abs_power(x: jax.Array, exponent: float) -> jax.Array:
-  """|x|^exponent."""
+def abs_power(x: jax.Array, exponent: float) -> jax.Array:
+  """|x|^exponent, by products and square roots where these give it.
+
+  Args:
+    x: an array of floats.
+    exponent: a number.
+
+  Returns:
+    An array of the shape and dtype of x.
+
+  >>> import jax.numpy as jnp
+  >>> print(abs_power(jnp.array([-4.0, 9.0]), 1.5))
+  [ 8. 27.]
+  """
   magnitude = jnp.abs(x)
   if exponent >= 0 and (8 * exponent).is_integer():
     return _products_and_roots(magnitude, exponent)
   return jnp.exp2(exponent * jnp.log2(magnitude))
 
 
-@_abs_power.defjvp
+@abs_power.defjvp
 def _abs_power_jvp(exponent, primals, tangents):
   (x,), (dx,) = primals, tangents
-  slope = exponent * jnp.sign(x) * _abs_power(x, exponent - 1.0)
-  return _abs_power(x, exponent), slope * dx
+  slope = exponent * jnp.sign(x) * abs_power(x, exponent - 1.0)
+  return abs_power(x, exponent), slope * dx
 
 
 @_in_float32
@@ -131,11 +162,15 @@ def psi_derivative(x: jax.Array, alpha: float) -> jax.Array:
 
   Raises:
     ValueError: if alpha is below 1 or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> print(psi_derivative(jnp.array([-3.0, 0.0]), alpha=2.0))
+  [6. 0.]
   """
   alpha = check_alpha(alpha)
   if alpha == 1.0:
     return jnp.ones_like(x)
-  return alpha * _abs_power(x, alpha - 1.0)
+  return alpha * abs_power(x, alpha - 1.0)
 
 
 # Differentiating x |x|^(alpha - 1) by the product rule gives 0 * inf = NaN at
@@ -143,7 +178,7 @@ def psi_derivative(x: jax.Array, alpha: float) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @_in_float32
 def _psi(x, alpha):
-  return x * _abs_power(x, alpha - 1.0)
+  return x * abs_power(x, alpha - 1.0)
 
 
 @_psi.defjvp
@@ -168,6 +203,10 @@ def psi(x: jax.Array, alpha: float) -> jax.Array:
 
   Raises:
     ValueError: if alpha is below 1 or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> print(psi(jnp.array([-3.0, 0.5]), alpha=2.0))
+  [-9.    0.25]
   """
   alpha = check_alpha(alpha)
   return x if alpha == 1.0 else _psi(x, alpha)
@@ -176,7 +215,7 @@ def psi(x: jax.Array, alpha: float) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @_in_float32
 def _psi_inverse(x, alpha):
-  return jnp.sign(x) * _abs_power(x, 1.0 / alpha)
+  return jnp.sign(x) * abs_power(x, 1.0 / alpha)
 
 
 @_psi_inverse.defjvp
@@ -201,43 +240,177 @@ def psi_inverse(x: jax.Array, alpha: float) -> jax.Array:
 
   Raises:
     ValueError: if alpha is below 1 or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> print(psi_inverse(jnp.array([-9.0, 0.25]), alpha=2.0))
+  [-3.   0.5]
   """
   alpha = check_alpha(alpha)
   return x if alpha == 1.0 else _psi_inverse(x, alpha)
 
 
+def is_traced(value: Any) -> bool:
+  """Whether a value is known only when the compiled program runs.
+
+  Args:
+    value: anything.
+
+  Returns:
+    A bool.
+
+  >>> is_traced(2.0)
+  False
+  >>> jax.make_jaxpr(lambda x: print(is_traced(x)))(2.0).eqns
+  True
+  []
+  """
+  return isinstance(value, jax.core.Tracer)
+
+
+def is_schedule(alpha: Any) -> bool:
+  """Whether alpha is a schedule of optax and not a function of (path, leaf).
+
+  Args:
+    alpha: a number, a function of (path, leaf) or a function of the step.
+
+  Returns:
+    True if alpha can be called with one argument and not with two.
+
+  >>> import optax
+  >>> is_schedule(optax.linear_schedule(1.0, 2.0, 1000))
+  True
+  >>> is_schedule(lambda path, leaf: 2.0), is_schedule(2.0)
+  (False, False)
+  """
+  if not callable(alpha):
+    return False
+
+  def takes(*arguments):
+    try:
+      inspect.signature(alpha).bind(*arguments)
+    except TypeError:
+      return False
+    return True
+
+  return takes('step') and not takes('path', 'leaf')
+
+
 def _exponent(
-  alpha: Alpha, is_weight: leaves.IsWeight, path: leaves.Path, leaf: Any
-) -> float:
+  alpha: types.Alpha,
+  is_weight: types.IsWeight,
+  path: types.Path,
+  leaf: Any,
+) -> chex.Numeric | None:
+  """The power of a leaf, or None where it is not a weight."""
   # Trees may hold leaves that are no arrays, which are never weights.
   if not (hasattr(leaf, 'dtype') and is_weight(path, leaf)):
-    return 1.0
-  return check_alpha(alpha(path, leaf) if callable(alpha) else alpha)
+    return None
+  value = alpha(path, leaf) if callable(alpha) else alpha
+  return value if is_traced(value) else check_alpha(value)
 
 
 def exponents(
-  params: Params, alpha: Alpha, is_weight: leaves.IsWeight = leaves.is_weight
+  params: types.Params,
+  alpha: types.Alpha,
+  is_weight: types.IsWeight = leaves.is_weight,
 ) -> Any:
   """The power of every leaf: alpha at weights, 1.0 elsewhere.
 
   Looked up by path at every call: a tree of powers, closed over, would fit no
   subtree of the parameters, such as an optimiser inside `optax.masked` sees.
+  Here is also the one check that there is something to reparameterise.
 
   Args:
     params: a pytree of arrays.
-    alpha: a float, or a function of (path, leaf).
+    alpha: a number, or a function of (path, leaf). Traced values pass as they
+      are.
     is_weight: a function of (path, leaf).
 
   Returns:
     A pytree of floats of the structure of params.
+
+  Raises:
+    ValueError: if a power is below 1 or not finite, or if no leaf is a weight
+      although alpha is not 1 and some leaf has two dimensions or more. (The
+      biases of a network by themselves, as a group of `optax.partition` sees
+      them, pass.)
+
+  >>> import jax.numpy as jnp
+  >>> exponents({'linear': {'w': jnp.ones((2, 2)), 'b': jnp.ones(2)}}, 3.0)
+  {'linear': {'b': 1.0, 'w': 3.0}}
   """
-  return leaves.map_with_path(
-    functools.partial(_exponent, alpha, is_weight), params
-  )
+  found = []
+
+  def power(path, leaf):
+    exponent = _exponent(alpha, is_weight, path, leaf)
+    found.append(exponent is not None)
+    return 1.0 if exponent is None else exponent
+
+  powers = leaves.map_with_path(power, params)
+  baseline = not (callable(alpha) or is_traced(alpha)) and alpha == 1.0
+  if baseline or any(found):
+    return powers
+  if any(np.ndim(x) >= 2 for x in jax.tree.leaves(params)):
+    raise ValueError(
+      'There is no weight among the leaves, so that alpha would do nothing.'
+      ' Pass is_weight to say which leaves are weights, or alpha = 1.\n'
+      + describe(params, 1.0, is_weight)
+    )
+  return powers
+
+
+def _is_zero(x: Any) -> bool:
+  """Whether all elements of an array are known to be zero."""
+  if is_traced(x) or not isinstance(x, jax.Array | np.ndarray):
+    return False
+  # On a CPU numpy reads the array in place and compiles nothing.
+  any_of = np.any if jax.default_backend() == 'cpu' else jnp.any
+  return x.size > 0 and not any_of(x != 0)
+
+
+def check_not_zero(params: types.Params, powers: Any) -> None:
+  """Checks that no weight with a power starts as an array of zeros.
+
+  Zero is a fixed point of the update for alpha > 1 (section 2 of the paper):
+  such an array would never train, and nothing else would say so. Call it when
+  training starts and not on sparse networks that are restored.
+
+  Args:
+    params: a pytree of arrays, phi or theta. Values that are traced pass.
+    powers: the power of every leaf, from `exponents` or from the `powers` of a
+      `PowerTransform`.
+
+  Raises:
+    ValueError: if all values of a leaf are zero and its power is not 1. The
+      message names the leaves and the remedies.
+
+  >>> import jax.numpy as jnp
+  >>> params = {'linear': {'w': jnp.zeros((2, 2)), 'b': jnp.zeros(2)}}
+  >>> check_not_zero(params, exponents(params, 1.0))
+  >>> check_not_zero(params, exponents(params, 2.0))
+  Traceback (most recent call last):
+    ...
+  ValueError: All values of ['linear/w'] are zero, ...
+  """
+  zero = []
+
+  def check(path, x, a):
+    if (is_traced(a) or a != 1.0) and _is_zero(x):
+      zero.append(str(path))
+
+  leaves.map_with_path(check, params, powers)
+  if zero:
+    raise ValueError(
+      f'All values of {zero} are zero, which is a fixed point for alpha > 1:'
+      ' these weights would never train. Give them another initialiser, take'
+      ' them out by is_weight, give them alpha = 1 by a function of (path,'
+      ' leaf), or pass a floor > 0 to the optimiser (`powerprop` or'
+      ' `target_propagation`).'
+    )
 
 
 def power_transform(
-  alpha: Alpha, is_weight: leaves.IsWeight = leaves.is_weight
+  alpha: types.Alpha, is_weight: types.IsWeight = leaves.is_weight
 ) -> PowerTransform:
   """The maps between phi and theta for trees of parameters.
 
@@ -249,12 +422,29 @@ def power_transform(
       pass through untouched.
 
   Returns:
-    A `PowerTransform`.
+    A `PowerTransform`. Its maps raise ValueError where nothing is a weight,
+    unless alpha is 1 or no leaf has two dimensions.
 
   Raises:
     ValueError: if alpha is below 1 or not finite; at the first use of the
-      transform if alpha is a function.
+      transform if alpha is a function. If alpha is a schedule.
+
+  References:
+    Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
+
+  >>> import jax.numpy as jnp
+  >>> transform = power_transform(2.0)
+  >>> phi = {'linear': {'w': jnp.array([[3.0, -0.5]]), 'b': jnp.ones(2)}}
+  >>> print(transform.to_theta(phi)['linear']['w'])
+  [[ 9.   -0.25]]
   """
+  if is_schedule(alpha):
+    raise ValueError(
+      'alpha is a function of one argument, as a schedule is. The parameters'
+      ' phi belong to one power: use `change_alpha` where it changes, or'
+      ' `powerprop`, whose parameters are theta and whose alpha may be a'
+      ' schedule.'
+    )
   if not callable(alpha):
     alpha = check_alpha(alpha)
 
@@ -268,64 +458,163 @@ def power_transform(
     return jax.tree.map(lambda a, x: psi_inverse(x, a), powers(theta), theta)
 
   def scale(a, u, x):
-    return u if a == 1.0 else (u * psi_derivative(x, a)).astype(u.dtype)
+    # Optax lets None stand for the gradient of a frozen leaf.
+    if u is None or a == 1.0:
+      return u
+    return (u * psi_derivative(x, a)).astype(u.dtype)
 
   def scale_by_jacobian(updates, phi):
     return jax.tree.map(scale, powers(phi), updates, phi)
 
-  return PowerTransform(to_theta, to_phi, scale_by_jacobian)
+  return PowerTransform(to_theta, to_phi, scale_by_jacobian, powers)
 
 
 def change_alpha(
-  phi: Params, old: PowerTransform, new: PowerTransform
-) -> Params:
-  """The parameters under `new` of the function that phi is under `old`."""
+  phi: types.Params, old: PowerTransform, new: PowerTransform
+) -> types.Params:
+  """The parameters under `new` of the function that phi is under `old`.
+
+  The state of an optimiser inside `target_propagation` is that of theta and
+  stays as it is.
+
+  Args:
+    phi: a pytree of arrays.
+    old: the transform to which phi belongs.
+    new: the transform to which the result belongs.
+
+  Returns:
+    A pytree of the structure and the shapes of phi.
+
+  >>> import jax.numpy as jnp
+  >>> phi = {'linear': {'w': jnp.array([[4.0, -1.0]])}}
+  >>> new = change_alpha(phi, power_transform(1.0), power_transform(2.0))
+  >>> print(new['linear']['w'])
+  [[ 2. -1.]]
+  """
   return new.to_phi(old.to_theta(phi))
 
 
+def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
+  """The nats of decay: alpha times the sum of the decay of phi over all steps.
+
+  A weight that feels no gradient shrinks to e^-nats of its value. One-shot
+  pruning is free from about 15 to 20 nats; with 1 or 2 a power hardly acts.
+
+  Args:
+    alpha: the power.
+    decay: how much of phi a step takes away, a number or a schedule, as the
+      `rate` of `transforms.decay_phi`.
+    steps: the number of steps.
+
+  Returns:
+    The number of nats.
+
+  Raises:
+    ValueError: if alpha is below 1 or not finite.
+
+  >>> nats(2.0, 1e-4, 50_000)
+  10.0
+  """
+  alpha = check_alpha(alpha)
+  if not callable(decay):
+    return alpha * float(decay) * steps
+  rates = np.asarray(jax.vmap(decay)(jnp.arange(steps)), np.float64)
+  return alpha * float(np.sum(np.broadcast_to(rates, (steps,))))
+
+
 class Description(NamedTuple):
-  """One row of the table of `describe`."""
+  """One row of the table of `describe`.
+
+  Attributes:
+    path: the '/'-joined path of the leaf.
+    shape: its shape.
+    weight: whether it is a weight.
+    alpha: its power.
+    zero: whether all of its values are zero, as far as they are known.
+    why: the reason why it is a weight or not.
+  """
 
   path: str
   shape: tuple[int, ...]
   weight: bool
-  why: str
   alpha: float
+  zero: bool
+  why: str
 
 
-def describe(
-  params: Params,
-  alpha: Alpha = 1.0,
-  is_weight: leaves.IsWeight = leaves.is_weight,
+def descriptions(
+  params: types.Params,
+  alpha: types.Alpha = 1.0,
+  is_weight: types.IsWeight = leaves.is_weight,
 ) -> list[Description]:
-  """Prints and returns what a transform would do with every leaf.
+  """What a transform would do with every leaf, as data.
 
   Args:
-    params: a pytree of arrays.
+    params: a pytree of arrays, or of anything with a shape and a dtype.
     alpha: as in `power_transform`.
     is_weight: as in `power_transform`.
 
   Returns:
-    One `Description` a leaf, in the order of the tree.
+    One `Description` per leaf, in the order of the tree.
+
+  Raises:
+    ValueError: if alpha is below 1 or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> descriptions({'linear': {'b': jnp.zeros(3)}})[0].weight
+  False
   """
 
   def row(path, leaf):
-    chosen = bool(is_weight(path, leaf))
+    power = _exponent(alpha, is_weight, path, leaf)
+    chosen = power is not None
     default, why = leaves.decide(path, leaf)
     why = why if chosen == default else f'{why}, but is_weight chose otherwise'
-    a = alpha(path, leaf) if callable(alpha) and chosen else alpha
-    a = check_alpha(a) if chosen else 1.0  # pyright: ignore[reportArgumentType]
-    return Description(str(path), tuple(np.shape(leaf)), chosen, why, a)
+    power = check_alpha(power) if chosen else 1.0
+    shape = tuple(np.shape(leaf))
+    return Description(str(path), shape, chosen, power, _is_zero(leaf), why)
 
-  rows = jax.tree.leaves(
+  return jax.tree.leaves(
     leaves.map_with_path(row, params),
     is_leaf=lambda x: isinstance(x, Description),
   )
-  width = max([len(r.path) for r in rows] + [4])
-  print(f'{"leaf":<{width}}  {"shape":<18} weight  alpha  why')
-  for r in rows:
-    print(
-      f'{r.path:<{width}}  {r.shape!s:<18} {"yes" if r.weight else "no":<6}'
-      f'  {r.alpha:<5g}  {r.why}'
-    )
-  return rows
+
+
+def describe(
+  params: types.Params,
+  alpha: types.Alpha = 1.0,
+  is_weight: types.IsWeight = leaves.is_weight,
+) -> str:
+  """What a transform would do with every leaf, as a table to be printed.
+
+  Args:
+    params: a pytree of arrays, or of anything with a shape and a dtype.
+    alpha: as in `power_transform`.
+    is_weight: as in `power_transform`.
+
+  Returns:
+    The text of the table: the path and the shape of every leaf, whether it is a
+    weight, its power, whether all of its values are zero (from where no weight
+    moves for alpha > 1), and the reason why it is a weight or not.
+
+  Raises:
+    ValueError: if alpha is below 1 or not finite.
+
+  >>> import jax.numpy as jnp
+  >>> params = {'linear': {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}}
+  >>> print(describe(params, alpha=2.0))
+  leaf      shape    weight      alpha  all zero    why
+  --------  -------  --------  -------  ----------  -----------------...
+  linear/b  (3,)     no              1  yes         'b' is not the na...
+  linear/w  (2, 3)   yes             2  no          Haiku weight
+  """
+
+  def yes(value):
+    return 'yes' if value else 'no'
+
+  rows = [
+    (r.path, str(r.shape), yes(r.weight), r.alpha, yes(r.zero), r.why)
+    for r in descriptions(params, alpha, is_weight)
+  ]
+  headers = ('leaf', 'shape', 'weight', 'alpha', 'all zero', 'why')
+  return tabulate.tabulate(rows, headers)

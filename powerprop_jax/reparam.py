@@ -9,7 +9,7 @@ only, from which the one at theta follows by a division by zero at every pruned
 weight.)
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import haiku as hk
 
@@ -32,13 +32,33 @@ def reparameterise(
     transform: a `power.power_transform`.
 
   Returns:
-    A pair of the same type as f.
+    A pair of the same type as f. Its init raises ValueError if nothing is a
+    weight (see `power.exponents`), or if all values of a weight are zero.
+
+  Raises:
+    ValueError: if f is anything else.
+
+  References:
+    Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
+
+  >>> import jax
+  >>> f = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(2)(x)))
+  >>> g = reparameterise(f, power.power_transform(2.0))
+  >>> x = jax.numpy.ones((1, 3))
+  >>> theta, phi = f.init(jax.random.key(0), x), g.init(jax.random.key(0), x)
+  >>> bool(jax.numpy.allclose(g.apply(phi, x), f.apply(theta, x)))
+  True
   """
+
+  def start(theta) -> Any:
+    power.check_not_zero(theta, transform.powers(theta))
+    return transform.to_phi(theta)
+
   if isinstance(f, hk.TransformedWithState):
 
     def init_with_state(*args, **kwargs):
       theta, state = f.init(*args, **kwargs)
-      return transform.to_phi(theta), state
+      return start(theta), state
 
     def apply_with_state(phi, state, *args, **kwargs):
       return f.apply(transform.to_theta(phi), state, *args, **kwargs)
@@ -52,7 +72,7 @@ def reparameterise(
     )
 
   def init(*args, **kwargs):
-    return transform.to_phi(f.init(*args, **kwargs))
+    return start(f.init(*args, **kwargs))
 
   def apply(phi, *args, **kwargs):
     return f.apply(transform.to_theta(phi), *args, **kwargs)

@@ -34,6 +34,8 @@ ModelState: TypeAlias = chex.ArrayTree
 # Some leaves of a tree, by their '/'-joined paths.
 ByPath: TypeAlias = dict[str, jax.Array]
 IsWeight: TypeAlias = Callable[[Path, Any], bool]
+# The power of all weights, or a function that gives each weight its own.
+Alpha: TypeAlias = float | Callable[[Path, Any], chex.Numeric]
 Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
 
 

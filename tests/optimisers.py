@@ -5,7 +5,8 @@ from optax import contrib
 
 from powerprop_jax import leaves
 
-# Schedules end after the four steps that tests take.
+# Those that may be inside `target_propagation` and `powerprop`. Schedules end
+# after the four steps that tests take.
 OPTIMISERS = {
   'sgd': lambda: optax.sgd(0.1),
   'momentum': lambda: optax.sgd(0.1, momentum=0.9),
@@ -26,7 +27,6 @@ OPTIMISERS = {
   'ademamix': lambda: contrib.ademamix(0.1, weight_decay=0.1),
   'muon': lambda: contrib.muon(0.1, weight_decay=0.1),
   'prodigy': lambda: contrib.prodigy(0.1, weight_decay=0.1),
-  'schedule_free': lambda: contrib.schedule_free_sgd(0.1, weight_decay=0.1),
   'polyak_sgd': lambda: optax.polyak_sgd(),
   'multi_steps': lambda: optax.MultiSteps(
     optax.adamw(0.1), 2

@@ -1,11 +1,13 @@
 """Tests of the power map and of its transforms of trees."""
 
 import contextlib
+import functools
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from powerprop_jax import leaves
@@ -341,41 +343,158 @@ def test_change_alpha_preserves_the_function(old, new):
   assert not np.allclose(changed['linear']['w'], phi['linear']['w'])
 
 
-def test_describe(capsys):
+def test_descriptions():
   phi = {
     'embed': {'embeddings': jnp.ones((5, 2))},
-    'linear': {'b': jnp.ones(3), 'w': jnp.ones((2, 3))},
+    'linear': {'b': jnp.zeros(3), 'w': jnp.ones((2, 3))},
+    'output': {'w': jnp.zeros((3, 1))},
   }
-  rows = power.describe(phi, lambda path, leaf: 2.5)
+  rows = power.descriptions(phi, lambda path, leaf: 2.5)
   assert rows == [
-    power.Description('embed/embeddings', (5, 2), False, 'embedding', 1.0),
-    power.Description(
-      'linear/b', (3,), False, "'b' is not the name of a weight", 1.0
-    ),
-    power.Description('linear/w', (2, 3), True, 'Haiku weight', 2.5),
+    ('embed/embeddings', (5, 2), False, 1.0, False, 'embedding'),
+    ('linear/b', (3,), False, 1.0, True, "'b' is not the name of a weight"),
+    ('linear/w', (2, 3), True, 2.5, False, 'Haiku weight'),
+    ('output/w', (3, 1), True, 2.5, True, 'Haiku weight'),
   ]
-  lines = capsys.readouterr().out.splitlines()
-  assert lines[0].split() == ['leaf', 'shape', 'weight', 'alpha', 'why']
-  assert [line.split()[0] for line in lines[1:]] == [r.path for r in rows]
-  assert lines[3].split() == [
-    *('linear/w', '(2,', '3)', 'yes', '2.5', 'Haiku', 'weight')
-  ]
-  assert len({line.index(w) for line, w in zip(lines, ('why', 'emb'))}) == 2
+  # What is not known is not zero.
+  abstract = power.descriptions(jax.eval_shape(lambda: phi), 2.5)
+  assert abstract == [row._replace(zero=False) for row in rows]
+  traced = []
+  jax.jit(lambda x: traced.extend(power.descriptions(x, 2.5)))(phi)
+  assert traced == abstract
 
 
-def test_describe_says_when_the_default_was_overruled(capsys):
+def test_describe_is_a_table(capsys):
+  phi = {'linear': {'b': jnp.zeros(3), 'w': jnp.ones((2, 3))}}
+  text = power.describe(phi, 2.5)
+  assert capsys.readouterr().out == ''
+  head, rule, *lines = text.splitlines()
+  assert head.split() == [
+    *('leaf', 'shape', 'weight', 'alpha', 'all', 'zero', 'why')
+  ]
+  assert set(rule) == {'-', ' '}
+  assert [' '.join(line.split()) for line in lines] == [
+    "linear/b (3,) no 1 yes 'b' is not the name of a weight",
+    'linear/w (2, 3) yes 2.5 no Haiku weight',
+  ]
+
+
+def test_describe_says_when_the_default_was_overruled():
   phi = {'linear': {'b': jnp.ones(3), 'w': jnp.ones((2, 3))}}
-  rows = power.describe(phi, 2.0, lambda path, leaf: path == 'linear/b')
+  arguments = phi, 2.0, lambda path, leaf: path == 'linear/b'
+  rows = power.descriptions(*arguments)
   assert [(r.weight, r.alpha) for r in rows] == [(True, 2.0), (False, 1.0)]
   assert all('is_weight chose otherwise' in r.why for r in rows)
-  assert capsys.readouterr().out.count('is_weight chose otherwise') == 2
-  rows = power.describe(jax.eval_shape(lambda: phi), 2.0)
-  assert [(r.shape, r.weight) for r in rows] == [((3,), False), ((2, 3), True)]
-  assert [r.path for r in rows if r.weight] == ['linear/w']
+  assert power.describe(*arguments).count('is_weight chose otherwise') == 2
 
 
-def test_describe_agrees_with_the_weights_of_leaves(capsys):
+def test_descriptions_agree_with_the_weights_of_leaves():
   tree = _tree()
-  rows = power.describe(tree)
-  capsys.readouterr()
-  assert [r.weight for r in rows] == jax.tree.leaves(leaves.weight_mask(tree))
+  chosen = [row.weight for row in power.descriptions(tree)]
+  assert chosen == jax.tree.leaves(leaves.weight_mask(tree))
+
+
+# Nothing to reparameterise, and weights that cannot train.
+
+_OTHER_NAMES = {'layer': {'W': jnp.full((2, 3), 0.5), 'b': jnp.ones(3)}}
+
+
+@pytest.mark.parametrize('alpha', [2.0, lambda path, leaf: 1.0])
+def test_transforms_refuse_trees_without_a_weight(alpha):
+  transform = power.power_transform(alpha)
+  for f in (
+    transform.to_theta,
+    transform.to_phi,
+    transform.powers,
+    jax.jit(transform.to_theta),
+    lambda tree: transform.scale_by_jacobian(tree, tree),
+    lambda tree: power.change_alpha(tree, transform, transform),
+  ):
+    with pytest.raises(ValueError, match='There is no weight') as error:
+      f(_OTHER_NAMES)
+    # With the table of what the leaves are.
+    assert power.describe(_OTHER_NAMES) in str(error.value)
+
+
+def test_transforms_of_trees_in_which_nothing_has_to_be_a_weight():
+  baseline, transform = power.power_transform(1.0), power.power_transform(2.0)
+  w = _OTHER_NAMES['layer']['W']
+  assert baseline.to_theta(_OTHER_NAMES)['layer']['W'] is w
+  biases = {'linear': {'b': jnp.ones(3)}, 'norm': {'scale': jnp.ones(())}}
+  assert transform.to_theta(biases)['linear']['b'] is biases['linear']['b']
+  assert transform.to_theta({}) == {}
+  chosen = power.power_transform(2.0, lambda path, leaf: path == 'layer/W')
+  np.testing.assert_array_equal(
+    chosen.to_theta(_OTHER_NAMES)['layer']['W'], 0.25
+  )
+
+
+def test_check_not_zero():
+  params = {
+    'a': {'w': jnp.zeros((2, 2)), 'b': jnp.zeros(2)},
+    'b': {'w': jnp.zeros((2, 2)).at[1, 1].set(-1e-30)},
+    'c': {'w': np.zeros((2, 2), np.float32)},
+    'd': {'w': jnp.zeros((0, 2))},
+  }
+
+  def check(params, alpha):
+    power.check_not_zero(params, power.exponents(params, alpha))
+
+  with pytest.raises(
+    ValueError, match='initialiser.*is_weight.*alpha = 1.*floor'
+  ) as e:
+    check(params, 2.0)
+  assert "['a/w', 'c/w']" in str(e.value)
+  check(params, 1.0)
+  check(params, lambda path, leaf: 1.0 if path in ('a/w', 'c/w') else 2.0)
+  with pytest.raises(ValueError, match=r"\['c/w'\]"):
+    check(params, lambda path, leaf: 1.0 if path == 'a/w' else 2.0)
+  # Nothing is known of these.
+  check(jax.eval_shape(lambda: params), 2.0)
+  jax.jit(lambda params: check(params, 2.0))(params)
+
+
+def test_pruned_networks_still_change_their_power():
+  """Whole layers of zeros are no error after training has started."""
+  phi = {'linear': {'w': jnp.zeros((2, 2))}, 'last': {'w': jnp.ones((2, 2))}}
+  two, three = map(power.power_transform, (2.0, 3.0))
+  changed = power.change_alpha(phi, two, three)
+  np.testing.assert_array_equal(changed['linear']['w'], 0.0)
+
+
+def test_nats():
+  """Worked by hand, and by what is left of an idle weight."""
+  assert power.nats(2.0, 0.01, 50) == pytest.approx(1.0)
+  linear = optax.linear_schedule(0.1, 0.0, 10)  # 0.1 + 0.09 + ... + 0.01.
+  assert power.nats(3.0, linear, 10) == pytest.approx(3 * 0.55)
+  assert power.nats(3.0, linear, 100) == pytest.approx(3 * 0.55)
+  assert power.nats(2.0, optax.constant_schedule(0.01), 50) == pytest.approx(1)
+  assert power.nats(1.0, linear, 0) == 0.0
+  left = power.psi(0.7 * (1 - 1e-4) ** 5_000, 3.0) / power.psi(0.7, 3.0)
+  assert float(left) == pytest.approx(
+    np.exp(-power.nats(3.0, 1e-4, 5_000)), rel=1e-3
+  )
+  with pytest.raises(ValueError, match='got 0.5'):
+    power.nats(0.5, 0.01, 10)
+
+
+def test_schedules_are_told_from_powers_by_path():
+  for schedule in (
+    optax.linear_schedule(1.0, 2.0, 5),
+    optax.piecewise_constant_schedule(1.0, {2: 2.0}),
+    jax.jit(lambda count: 1.0 + count),
+    functools.partial(lambda scale, count: scale * count, 2.0),
+    lambda count, *, offset=0: 1.0,
+  ):
+    assert power.is_schedule(schedule)
+    with pytest.raises(ValueError, match='change_alpha'):
+      power.power_transform(schedule)
+  for by_path in (
+    lambda path, leaf: 2.0,
+    lambda *_: 2.0,
+    lambda path, leaf=None: 2.0,
+    functools.partial(lambda a, path, leaf: a, 2.0),
+    2.0,
+    np.float32(2.0),
+  ):
+    assert not power.is_schedule(by_path)

@@ -120,3 +120,36 @@ def test_anything_else_is_an_error(f):
   message = f'hk.transform or hk.transform_with_state, got {type(f).__name__}'
   with pytest.raises(ValueError, match=message):
     reparam.reparameterise(f, transform)  # pyright: ignore[reportArgumentType]
+
+
+def _zero_logits(x, is_training=None):
+  x = hk.Linear(8, name='hidden')(x)
+  return hk.Linear(3, w_init=jnp.zeros, name='logits')(x)
+
+
+def test_weights_of_zeros_are_refused():
+  x = X[:, 0, 0]
+  plain, with_state = (
+    hk.transform(_zero_logits),
+    hk.transform_with_state(_zero_logits),
+  )
+  transform = power.power_transform(2.0)
+  for f in (plain, with_state):
+    with pytest.raises(ValueError, match=r"\['logits/w'\] are zero"):
+      reparam.reparameterise(f, transform).init(KEY, x)
+    # Compiled, nothing is known of them.
+    jax.jit(reparam.reparameterise(f, transform).init)(KEY, x)
+  for alpha in (1.0, lambda path, _: 1.0 if path == 'logits/w' else 2.0):
+    baseline = power.power_transform(alpha)
+    phi = reparam.reparameterise(plain, baseline).init(KEY, x)
+    assert not np.any(phi['logits']['w'])
+
+
+def test_networks_without_a_weight_are_refused():
+  @hk.transform
+  def f(x):
+    return x @ hk.get_parameter('matrix', (2, 2), init=jnp.ones)
+
+  g = reparam.reparameterise(f, power.power_transform(2.0))
+  with pytest.raises(ValueError, match='There is no weight(.|\n)*matrix'):
+    g.init(KEY, X)

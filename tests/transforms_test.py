@@ -289,11 +289,11 @@ def test_drop_in_adds_up_no_rounding(alpha):
 
 @pytest.mark.parametrize('alpha', [1.0, 2.0, 3.25])
 def test_decay_outside_multiplies_phi(alpha):
-  """phi by 1 - d and theta by (1 - d)^alpha a step, without a gradient."""
+  """phi by 1 - d and theta by (1 - d)^alpha per step, without a gradient."""
   transform = power.power_transform(alpha)
   tx = optax.chain(
     transforms.target_propagation(optax.adam(0.1), transform),
-    optax.add_decayed_weights(-0.125, mask=leaves.weight_mask),
+    transforms.decay_phi(0.125),
   )
   phi = transform.to_phi(_init())
   no_grads = jax.tree.map(jnp.zeros_like, phi)
@@ -307,6 +307,161 @@ def test_decay_outside_multiplies_phi(alpha):
       after[layer]['w'], 0.875 ** (3 * alpha) * before[layer]['w'], rtol=1e-5
     )
     np.testing.assert_array_equal(decayed[layer]['b'], phi[layer]['b'])
+
+
+def _decay(tx, phi):
+  """What is added to phi in the first step."""
+  return _first_updates(tx, jax.tree.map(jnp.zeros_like, phi), phi)
+
+
+def _decayed(tx, phi):
+  """phi after the first step, without another update."""
+  return optax.apply_updates(phi, _decay(tx, phi))
+
+
+X = jnp.array([0.5, -0.25, 0.125, -0.0625, 0.0])
+
+
+@pytest.mark.parametrize(
+  ('norm', 'expected'),
+  [
+    ('l2', [0.4375, -0.21875, 0.109375, -0.0546875, 0.0]),
+    ('l1', [0.375, -0.125, 0.0, 0.0, 0.0]),
+    # X / (X + p r) with X = |phi|: 4/5, 2/3, 1/2, 1/3.
+    (1.0, [0.4, -0.25 * 2 / 3, 0.0625, -0.0625 / 3, 0.0]),
+    # X = |phi|^1.5 and p r = 1/16: the fourth is 1/16 times 1/5.
+    (0.5, [0.42488907, -0.16666667, 0.05177671, -0.0125, 0.0]),
+  ],
+)
+def test_decay_phi_by_hand(norm, expected):
+  phi = {'linear': {'w': X, 'b': X}, 'norm': {'scale': X}}
+  decayed = _decayed(transforms.decay_phi(0.125, norm), phi)
+  np.testing.assert_allclose(decayed['linear']['w'], expected, rtol=1e-6)
+  np.testing.assert_array_equal(decayed['linear']['b'], X)
+  np.testing.assert_array_equal(decayed['norm']['scale'], X)
+
+
+def test_p_norm_is_the_known_decay_to_first_order():
+  """p = 1 is the soft threshold, and p = 2 twice 'l2', up to rate squared."""
+  phi = {'w': jnp.linspace(0.1, 2.0, 50)}
+  for rate in (1e-2, 1e-3):
+    soft = _decayed(transforms.decay_phi(rate, 'l1'), phi)['w']
+    one = _decayed(transforms.decay_phi(rate, 1.0), phi)['w']
+    # phi^2 / (phi + r) - (phi - r) = r^2 / (phi + r).
+    np.testing.assert_allclose(
+      one - soft, rate**2 / (phi['w'] + rate), atol=2e-7
+    )
+    l2 = _decayed(transforms.decay_phi(2 * rate), phi)['w']
+    two = _decayed(transforms.decay_phi(rate, 2 - 1e-6), phi)['w']
+    # phi / (1 + 2 r) - phi (1 - 2 r) = phi (2 r)^2 / (1 + 2 r).
+    np.testing.assert_allclose(
+      two - l2, phi['w'] * (2 * rate) ** 2 / (1 + 2 * rate), atol=4e-7
+    )
+
+
+@pytest.mark.parametrize('norm', [0.5, 1.0, 1.5])
+def test_p_norm_descends_its_penalty(norm):
+  """Without overshooting: the step is the implicit one of rate |phi|^p."""
+  phi = {'w': jnp.array([0.7, -0.02, 3.0])}
+  rate = 1e-3
+  step = -_decay(transforms.decay_phi(rate, norm), phi)['w']
+  decayed = phi['w'] - step
+  gradient = norm * decayed * jnp.abs(phi['w']) ** (norm - 2)
+  np.testing.assert_allclose(step, rate * gradient, rtol=1e-5)
+  large = _decayed(transforms.decay_phi(100.0, norm), phi)['w']
+  assert np.all(large * phi['w'] >= 0)  # Zero only by rounding.
+
+
+@pytest.mark.parametrize('alpha', [1.5, 2.0, 4.0])
+def test_p_norm_on_theta_is_the_penalty_of_l2_on_phi(alpha):
+  """rate / 2 |phi|^2 = rate / 2 |theta|^(2 / alpha), by its gradient."""
+  rate = 1e-4
+  theta = {'w': jnp.array([0.7, -0.1, 1.3])}
+  step = -_decay(transforms.decay_phi(rate / 2, 2 / alpha), theta)['w']
+  with jax.enable_x64(True):
+    penalty = jax.vmap(
+      jax.grad(lambda x: rate / 2 * jnp.abs(power.psi_inverse(x, alpha)) ** 2)
+    )(jnp.asarray(theta['w'], jnp.float64))
+  np.testing.assert_allclose(step, penalty, rtol=5e-3)
+
+
+@pytest.mark.parametrize('norm', ['l2', 'l1', 0.5])
+def test_decay_phi_follows_a_schedule(norm):
+  schedule = optax.piecewise_constant_schedule(0.25, {2: 0.0})
+  tx = transforms.decay_phi(schedule, norm)
+  phi = {'w': X}
+  state, update = tx.init(phi), jax.jit(tx.update)
+  for step in range(4):
+    before = phi
+    updates, state = update({'w': jnp.zeros_like(X)}, state, phi)
+    phi = optax.apply_updates(phi, updates)
+    rate = 0.25 if step < 2 else 0.0
+    expected = _decayed(transforms.decay_phi(rate, norm), before)
+    np.testing.assert_allclose(phi['w'], expected['w'], rtol=1e-6)
+    assert np.array_equal(phi['w'], before['w']) == (step >= 2)
+  assert state.count == 4
+
+
+def test_decay_phi_scales_the_first_layer_that_matches():
+  phi = {name: {'w': X, 'b': X} for name in ('conv_1', 'conv_2', 'logits')}
+  scale = {'conv_1/': 0.5, '^conv': 2.0}
+  decayed = _decayed(transforms.decay_phi(0.125, scale=scale), phi)
+  for name, factor in (('conv_1', 0.5), ('conv_2', 2.0), ('logits', 1.0)):
+    np.testing.assert_array_equal(decayed[name]['w'], X * (1 - 0.125 * factor))
+    np.testing.assert_array_equal(decayed[name]['b'], X)
+
+
+def test_decay_phi_takes_another_choice_of_weights():
+  phi = {'linear': {'w': X, 'b': X}}
+  decayed = _decayed(
+    transforms.decay_phi(0.5, is_weight=lambda path, _: path == 'linear/b'), phi
+  )
+  np.testing.assert_array_equal(decayed['linear']['b'], 0.5 * X)
+  np.testing.assert_array_equal(decayed['linear']['w'], X)
+
+
+def test_decay_phi_keeps_dtypes_and_passes_none():
+  phi = {'a': {'w': X.astype(jnp.bfloat16)}, 'b': {'w': X}}
+  updates = {'a': {'w': X.astype(jnp.bfloat16)}, 'b': {'w': None}}
+  for rate in (0.25, optax.linear_schedule(0.25, 0.0, 9)):
+    tx = transforms.decay_phi(rate)
+    out, _ = jax.jit(tx.update)(updates, tx.init(phi), phi)
+    assert out['b']['w'] is None
+    assert out['a']['w'].dtype == jnp.bfloat16
+
+
+def test_decay_phi_refuses_what_it_cannot_do():
+  for arguments, message in (
+    ({'rate': -1e-4}, 'rate must be a finite number >= 0, got -0.0001'),
+    ({'rate': float('nan')}, 'rate must be .* got nan'),
+    ({'rate': 1.5}, 'rate must be at most 1'),
+    ({'rate': 0.5, 'scale': {'w': 3.0}}, 'at most 1 .* factor 3.0, got 0.5'),
+    ({'rate': 0.1, 'scale': {'w': -3.0}}, "'w' in scale must be .* got -3.0"),
+    ({'rate': 0.1, 'scale': {'(': 1.0}}, r"regular expressions, got '\('"),
+    ({'rate': 0.1, 'norm': 'l0'}, "'l1', 'l2' or in .* got 'l0'"),
+    ({'rate': 0.1, 'norm': 2.0}, 'got 2.0'),
+    ({'rate': 0.1, 'norm': 0}, 'got 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      transforms.decay_phi(**arguments)
+  tx = transforms.decay_phi(0.1, scale={'conv': 2.0, 'hidden': 1.0, 'b$': 1.0})
+  with pytest.raises(ValueError, match=r"\['conv', 'b\$'\] .* no weight"):
+    tx.init(_init())
+  with pytest.raises(ValueError, match='There is no weight'):
+    transforms.decay_phi(0.1).init({'layer': {'W': jnp.ones((2, 2))}})
+
+
+def test_decay_phi_under_inject_hyperparams():
+  tx = optax.inject_hyperparams(
+    transforms.decay_phi, static_args=('norm', 'is_weight')
+  )(rate=0.25, norm=1.0)
+  phi = {'w': X}
+  state = tx.init(phi)
+  state.hyperparams['rate'] = jnp.asarray(0.125)
+  zeros = {'w': jnp.zeros_like(X)}
+  updates, _ = jax.jit(tx.update)(zeros, state, phi)
+  expected = _decayed(transforms.decay_phi(0.125, 1.0), phi)
+  _assert_close(optax.apply_updates(phi, updates), expected)
 
 
 @pytest.mark.parametrize('alpha', [1.0, *ALPHAS])
@@ -424,7 +579,7 @@ def test_sharded_parameters_stay_sharded():
 
 def test_drop_in_refuses_parameters_without_names():
   params = [(jnp.ones((2, 2)), jnp.zeros(2))]
-  with pytest.raises(ValueError, match='There is no weight among the leaves'):
+  with pytest.raises(ValueError, match='There is no weight'):
     transforms.powerprop(optax.sgd(0.1), 2.0).init(params)
 
 
