@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     fresh: maps a key to (phi, model_state) of a new network.
     train: (memory, masks, anchors, data, key, index, retraining, report) -> the
       memory after training on (images, labels), of which the last may be -1.
-    choose: (memory, index, valid split) -> (mask by path, record of it).
+    choose: what `continual.learn_task` takes.
     accuracy: (theta, model_state, split) -> the accuracy of a network.
     logits: (theta, model_state, images) -> the logits.
     recall: (memory, task) -> (theta, model_state) of its network.
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
   omit: list[str]
   fresh: Callable[[jax.Array], tuple[Any, Any]]
   train: Callable[..., continual.Memory]
-  choose: continual_pruning.Choose
+  choose: continual.Choose | None
   accuracy: Callable[..., float]
   logits: Callable[..., jax.Array]
   recall: Callable[..., tuple[Any, Any]]
@@ -277,13 +277,9 @@ def make_problem(
   prepare = augment.usual(settings['dataset'], axis)
   functions = _make_functions(network.apply, prepare)
   evaluate = jax.jit(functions.accuracy)
-  choose: continual_pruning.Choose = lambda memory, index, split: ({}, {})
-  if method == 'epn':
-    choose = continual_pruning.make_epn(
-      settings, functions.accuracy, functions.mean_loss, transform, omit
-    )
-  elif method == 'packnet':
-    choose = continual_pruning.make_packnet(settings, transform)
+  choose = continual_pruning.make_choose(
+    settings, method, functions.accuracy, functions.mean_loss, transform, omit
+  )
   return Problem(
     layout=layout,
     transform=transform,

@@ -18,6 +18,7 @@ from experiments import continual_data
 from experiments import continual_inference
 from experiments import continual_problem
 from experiments import continual_progress
+from experiments import continual_pruning
 from experiments import runner
 from powerprop_jax import continual
 from powerprop_jax.continual import report as continual_report
@@ -80,30 +81,34 @@ def _learn(
       lambda count, metrics: log(count, {'task': index, **metrics}),
     )
 
-  def choose(memory):
+  def choose(memory, index, *valid):
+    assert problem.choose is not None
     find = _timed(seconds, 'search', problem.choose)
-    mask, found = find(memory, index, part(index, 'valid'))
-    record.update(found)
-    if settings['retrain_steps'] and mask:
+    mask, choice = find(memory, index, *valid)
+    record.update(continual_pruning.describe(choice))
+    if choice is not None:
+      record['search_seconds'] = seconds['search']
+    if settings['retrain_steps']:
       # Reported, and never decided by: what pruning leaves by itself.
       pruned = continual.store(memory, mask, problem.layout)
       test = part(index, 'test')
       record['pruned_test_accuracy'] = _accuracy(problem, memory, pruned, test)
-    return mask
+    return mask, choice
 
   masked = bool(progress.memory.owners)
-  memory, task = continual.learn_task(
+  memory, task, _ = continual.learn_task(
     progress.memory,
     index,
     problem.fresh(init_key),
     problem.layout,
     train=_timed(seconds, 'train', functools.partial(train, retraining=False)),
-    choose=choose,
+    choose=choose if problem.choose else None,
     retrain=_timed(
       seconds, 'retrain', functools.partial(train, retraining=True)
     )
     if settings['retrain_steps'] and masked
     else None,
+    valid=part(index, 'valid'),
     omit=problem.omit,
   )
   owners = memory.owners

@@ -122,6 +122,16 @@ def permuted(data: in_memory.Dataset, num_tasks: int, seed: int) -> Benchmark:
 
   Raises:
     ValueError: if there is no task.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import benchmarks
+  >>> from powerprop_jax.data import in_memory
+  >>> images = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
+  >>> part = in_memory.Split(images, np.array([0, 1]))
+  >>> data = in_memory.Dataset('tiny', part, part, part, num_classes=2)
+  >>> task = benchmarks.permuted(data, num_tasks=3, seed=0).task(2)
+  >>> sorted(task.train.images[1].ravel().tolist())
+  [4, 5, 6, 7]
   """
   _check_num_tasks(num_tasks)
   height, width, _ = data.train.images.shape[1:]
@@ -186,6 +196,16 @@ def rotated(
 
   Raises:
     ValueError: if there is no task, or the angle is impossible.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import benchmarks
+  >>> from powerprop_jax.data import in_memory
+  >>> images = np.array([[[[1], [2]], [[3], [4]]]], np.uint8)
+  >>> part = in_memory.Split(images, np.array([0]))
+  >>> data = in_memory.Dataset('tiny', part, part, part, num_classes=1)
+  >>> last = benchmarks.rotated(data, num_tasks=2).part(1, 'test')
+  >>> last.images[0, ..., 0].tolist()
+  [[4, 3], [2, 1]]
   """
   _check_num_tasks(num_tasks)
   if not 0 < max_angle < 360:
@@ -222,6 +242,15 @@ def split(data: in_memory.Dataset, classes_per_task: int = 2) -> Benchmark:
   Raises:
     ValueError: if a task would have less than two classes or the number does
       not divide, or if a part of a task would have no example.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import benchmarks
+  >>> from powerprop_jax.data import in_memory
+  >>> part = in_memory.Split(np.zeros((4, 2, 2, 1)), np.array([0, 3, 2, 1]))
+  >>> data = in_memory.Dataset('tiny', part, part, part, num_classes=4)
+  >>> benchmark = benchmarks.split(data, classes_per_task=2)
+  >>> benchmark.num_tasks, benchmark.part(1, 'test').labels.tolist()
+  (2, [1, 0])
   """
   if classes_per_task < 2 or data.num_classes % classes_per_task:
     divisors = range(2, data.num_classes + 1)

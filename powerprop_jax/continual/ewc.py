@@ -16,14 +16,14 @@ References:
 """
 
 from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from powerprop_jax.training import step as step_lib
-
-Params = Any  # A pytree of arrays.
+from powerprop_jax.types import Params
 
 
 class Anchor(NamedTuple):
@@ -34,12 +34,25 @@ class Anchor(NamedTuple):
     pull: sum_t strength F_t theta_t.
   """
 
-  fisher: Params
-  pull: Params
+  # Any to a type checker, so that leaves can be reached by their names.
+  fisher: Any
+  pull: Any
 
 
 def no_anchor(theta: Params) -> Anchor:
-  """The anchor of no task, whose penalty is zero."""
+  """The anchor of no task, whose penalty is zero.
+
+  Args:
+    theta: the weights, of which the shapes count.
+
+  Returns:
+    An `Anchor` of zeros.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import ewc
+  >>> ewc.no_anchor({'w': jnp.ones(2)}).pull
+  {'w': Array([0., 0.], dtype=float32)}
+  """
   zeros = lambda: jax.tree.map(jnp.zeros_like, theta)
   return Anchor(fisher=zeros(), pull=zeros())
 
@@ -51,7 +64,7 @@ def fisher(
   *,
   key: jax.Array | None = None,
   labels: jax.Array | None = None,
-) -> Params:
+) -> Any:
   """The diagonal of the Fisher information, averaged over examples.
 
   F is the mean of the squared gradient of log p(y | x, theta), with y drawn
@@ -64,8 +77,8 @@ def fisher(
     logits: maps (theta, images) to logits [n, classes]. Examples must not
       influence each other, as they would through the statistics of a batch.
     theta: the weights, after training.
-    images: what `logits` takes, with one row an example.
-    key: from which y is drawn.
+    images: what `logits` takes, with one row per example.
+    key: a PRNG key from which y is drawn.
     labels: int [n], in place of a key; examples of negative labels do not
       count.
 
@@ -74,6 +87,13 @@ def fisher(
 
   Raises:
     ValueError: if there is a key and labels, or neither, or no example.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import ewc
+  >>> logits = lambda theta, x: jnp.stack([theta['w'] * x, 0 * x], axis=-1)
+  >>> images, labels = jnp.array([1.0, 3.0]), jnp.array([0, 1])
+  >>> ewc.fisher(logits, {'w': jnp.float32(0)}, images, labels=labels)
+  {'w': Array(1.25, dtype=float32)}
   """
   if (key is None) == (labels is None):
     raise ValueError(
@@ -115,8 +135,8 @@ def add_task(
   """Holds later tasks to a task that was just learned.
 
   Args:
-    anchor: of the tasks before it, or `no_anchor`.
-    fisher: as of the function `fisher`.
+    anchor: the anchor of the tasks before it, or `no_anchor`.
+    fisher: the result of the function `fisher`.
     theta: the weights, after training.
     strength: how hard to hold them, not negative.
     held: a pytree of bools: which leaves to hold; None holds all. A head that
@@ -126,10 +146,19 @@ def add_task(
     The anchor of all tasks so far.
 
   Raises:
-    ValueError: if the strength is negative.
+    ValueError: if the strength is negative, infinite or NaN.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import ewc
+  >>> theta = {'w': jnp.array([1.0, -2.0])}
+  >>> fisher = {'w': jnp.array([0.5, 0.25])}
+  >>> ewc.add_task(ewc.no_anchor(theta), fisher, theta, strength=10.0).pull
+  {'w': Array([ 5., -5.], dtype=float32)}
   """
-  if not isinstance(strength, jax.Array) and not strength >= 0:
-    raise ValueError(f'strength must not be negative, got {strength}.')
+  if not isinstance(strength, jax.Array) and not 0 <= strength < math.inf:
+    raise ValueError(
+      f'strength must be finite and not negative, got {strength}.'
+    )
   if held is None:
     held = jax.tree.map(lambda _: True, theta)
   weighted = jax.tree.map(
@@ -152,11 +181,17 @@ def penalty(fisher: Params, pull: Params) -> step_lib.Penalty:
       return training.make_run_steps(step)(state, data, indices)
 
   Args:
-    fisher: of an `Anchor`.
-    pull: of the same.
+    fisher: that of an `Anchor`.
+    pull: that of the same `Anchor`.
 
   Returns:
     A function of (theta, masks) to a tree like theta: fisher * theta - pull.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import ewc
+  >>> gradient = ewc.penalty({'w': jnp.array([2.0])}, {'w': jnp.array([6.0])})
+  >>> gradient({'w': jnp.array([5.0])}, None)
+  {'w': Array([4.], dtype=float32)}
   """
 
   def gradient(theta, masks):

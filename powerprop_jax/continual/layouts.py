@@ -4,7 +4,7 @@ In continual learning (section 4 of the paper) a task is more than a mask of
 weights. The biases, the parameters and the statistics of normalisation, and the
 last layer belong to tasks too, and each leaf is of one of four kinds:
 
-  * `masked`: a weight has one owner, and a task one bit a weight;
+  * `masked`: a weight has one owner, and a task has one bit per weight;
   * `private`: starts afresh with every task, and each task stores its own;
   * `frozen`: learnt with the first task, and fixed from then on;
   * `shared`: changes with every task, by which earlier tasks are forgotten.
@@ -15,15 +15,16 @@ by path.
 
 from collections.abc import Collection, Mapping
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from powerprop_jax import leaves
+from powerprop_jax.types import ByPath
+from powerprop_jax.types import IsWeight
+from powerprop_jax.types import Params
 
-Params = Any  # A pytree of arrays.
-ByPath = dict[str, jax.Array]  # Some leaves of the parameters, by their path.
-
+Tree = TypeVar('Tree')
 _KINDS = {
   'weights': ('masked', 'private', 'shared'),
   'heads': ('private', 'shared'),
@@ -50,13 +51,37 @@ def _paths(params: Params) -> list[str]:
 
 
 def by_path(params: Params, paths: Collection[str]) -> ByPath:
-  """Some leaves of a tree, by their path."""
+  """Some leaves of a tree, by their path.
+
+  Args:
+    params: a pytree of arrays.
+    paths: the paths of the leaves that are asked for.
+
+  Returns:
+    A dictionary by path, in the order of the tree.
+
+  >>> from powerprop_jax.continual import layouts
+  >>> layouts.by_path({'linear': {'b': 0, 'w': 1}}, ['linear/w'])
+  {'linear/w': 1}
+  """
   found = zip(_paths(params), jax.tree.leaves(params))
   return {path: leaf for path, leaf in found if path in paths}
 
 
-def put(params: Params, found: Mapping[str, Any]) -> Params:
-  """A tree in which some leaves are others, given by their path."""
+def put(params: Tree, found: Mapping[str, Any]) -> Tree:
+  """A tree in which some leaves are others, given by their path.
+
+  Args:
+    params: a pytree of arrays.
+    found: the new leaves by path.
+
+  Returns:
+    A pytree of the structure of params.
+
+  >>> from powerprop_jax.continual import layouts
+  >>> layouts.put({'linear': {'b': 0, 'w': 1}}, {'linear/w': 7})
+  {'linear': {'b': 0, 'w': 7}}
+  """
   return leaves.map_with_path(lambda p, x: found.get(p, x), params)
 
 
@@ -68,7 +93,7 @@ def make_layout(
   biases: str = 'private',
   norm: str = 'private',
   head: str = 'logits',
-  is_weight: leaves.IsWeight = leaves.is_weight,
+  is_weight: IsWeight = leaves.is_weight,
 ) -> Layout:
   """Says how every leaf of a network is kept.
 
@@ -77,8 +102,11 @@ def make_layout(
     weights: 'masked', 'private' or 'shared'.
     heads: 'private', a last layer for every task, weights and all; or 'shared',
       one last layer that is kept as the other layers are.
-    biases: 'private', 'frozen' or 'shared': leaves beside a weight.
-    norm: likewise, for leaves of layers without a weight, and for statistics.
+    biases: 'private', 'frozen' or 'shared': the kind of the leaves beside a
+      weight.
+    norm: likewise, for the leaves of layers without a weight, and for the
+      statistics. With 'frozen', `learn_task` puts the statistics of the first
+      task back after the training of each later one.
     head: a regular expression, searched in the '/'-joined path, that tells the
       last layer.
     is_weight: a function of (path, leaf).
@@ -89,6 +117,18 @@ def make_layout(
   Raises:
     ValueError: if a kind is impossible, or masked weights would be forgotten
       through leaves that are shared, or no layer is the head.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> layer = {'b': jnp.zeros(2), 'w': jnp.ones((2, 2))}
+  >>> params = {'linear': layer, 'logits': layer}
+  >>> layout = continual.make_layout(params, biases='frozen')
+  >>> for path, kind in layout.kinds.items():
+  ...   print(path, kind)
+  linear/b frozen
+  linear/w masked
+  logits/b private
+  logits/w private
   """
   chosen = {'weights': weights, 'heads': heads, 'biases': biases, 'norm': norm}
   for name, value in chosen.items():
@@ -120,5 +160,18 @@ def make_layout(
 
 
 def paths_of(layout: Layout, kind: str) -> list[str]:
-  """The paths of the leaves of a kind."""
+  """The paths of the leaves of a kind.
+
+  Args:
+    layout: a `Layout`.
+    kind: 'masked', 'private', 'frozen' or 'shared'.
+
+  Returns:
+    A list of paths, in the order of the tree.
+
+  >>> from powerprop_jax import continual
+  >>> layout = continual.Layout({'a/w': 'masked', 'a/b': 'private'}, 'private')
+  >>> continual.layouts.paths_of(layout, 'masked')
+  ['a/w']
+  """
   return [path for path, k in layout.kinds.items() if k == kind]

@@ -3,25 +3,19 @@
 PackNet (Mallya and Lazebnik 2018) and EfficientPackNet (section 4 of the paper,
 Algorithm 1) train a network on a task, prune it, and protect the weights that
 are left from all later training; what was pruned is free for the next task. A
-task is stored as one bit a weight. PackNet gives each of T tasks 1/T of the
-weights. EPN gives a task what it needs: it searches for the lowest density at
-which the accuracy on validation data is at least gamma times that of the dense
-network, and ranks *all* weights, those of earlier tasks included, so that tasks
-share. The sparser the solutions are, as with Powerpropagation, the more fit.
+task is stored as one bit per weight. How the mask of a task is chosen is all in
+which the two differ: `packnet` gives each of T tasks 1/T of the weights, and
+`efficient_packnet` gives a task what it needs. `learn_task` is the frame of
+both: it takes a task through training, the choice of its mask, and retraining,
+and asks its caller for the training alone.
 
 What else a network has besides weights belongs to tasks too; a `layouts.Layout`
 says how each leaf is kept. Baselines are layouts: finetuning shares everything,
-a network a task is private throughout.
+and networks that learn one task each are private throughout.
 
-Decisions that Algorithm 1 leaves open, or prints otherwise:
-
-  * TopK(phi) is of |theta|: of one alpha the order is that of |phi|, and of
-    several only theta compares.
-  * s_l is the fraction that is kept, tried from the largest down. The loop as
-    printed ends one step after the target is missed; here the last mask that
-    met it counts (see `search`). A tie with the target meets it.
-  * Pruned weights are re-initialised, by the initialiser of their layer, when
-    the next task begins; zero would be a fixed point for alpha > 1.
+Pruned weights are re-initialised, by the initialiser of their layer, when the
+next task begins (line 13 of Algorithm 1): zero would be a fixed point for
+alpha > 1.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -31,8 +25,8 @@ References:
   iterative pruning <https://arxiv.org/abs/1711.05769>`_, CVPR 2018.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +35,10 @@ from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax.continual import layouts
 from powerprop_jax.sparse import masks
+from powerprop_jax.types import ByPath
+from powerprop_jax.types import ModelState
+from powerprop_jax.types import Params
 
-Params = Any  # A pytree of arrays.
-ModelState = Any
-ByPath = layouts.ByPath
 Layout = layouts.Layout
 
 
@@ -53,13 +47,14 @@ class Memory(NamedTuple):
 
   Attributes:
     phi: the parameters.
-    model_state: the statistics of normalisation.
-    owners: for every masked leaf an integer a weight, uint8, or uint16 past 255
-      tasks: 0 is free, t + 1 belongs to task t.
+    model_state: the statistics of normalisation; {} if there are none.
+    owners: by the path of every masked leaf, an integer per weight: 0 is free,
+      and t + 1 belongs to task t. They are uint8, and uint16 past 255 tasks.
   """
 
-  phi: Params
-  model_state: ModelState
+  # Any to a type checker, so that leaves can be reached by their names.
+  phi: Any
+  model_state: Any
   owners: ByPath
 
 
@@ -67,18 +62,43 @@ class Task(NamedTuple):
   """What is stored of a task that was learnt.
 
   Attributes:
-    packed: the masks of masked leaves, a bit a weight, as of `masks.pack`.
-    private: the task's own leaves (phi).
+    packed: the masks of masked leaves by path, one bit per weight, as
+      `masks.pack` returns them.
+    private: the task's own leaves (phi) by path.
     model_state: its statistics, or None if they are not private.
   """
 
   packed: ByPath
   private: ByPath
-  model_state: ModelState
+  model_state: Any
+
+
+# Maps (memory, masks) to the memory with what was trained under the masks.
+Train: TypeAlias = Callable[[Memory, masks.Masks], Memory]
+# Maps (memory, index of the task, *validation data) to the mask of the task by
+# path, and a record of the choice, which `learn_task` hands on.
+Choose: TypeAlias = Callable[..., tuple[ByPath, Any]]
 
 
 def init_memory(phi: Params, model_state: ModelState, layout: Layout) -> Memory:
-  """The memory of a network that has learnt nothing: all weights are free."""
+  """The memory of a network that has learnt nothing: all weights are free.
+
+  Args:
+    phi: the parameters of a network that was just initialised.
+    model_state: its statistics.
+    layout: how each leaf is kept, made by `make_layout`.
+
+  Returns:
+    A `Memory`.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.ones((2, 3))}, 'logits': {'w': jnp.ones(3)}}
+  >>> layout = continual.make_layout(phi)
+  >>> continual.init_memory(phi, {}, layout).owners
+  {'linear/w': Array([[0, 0, 0],
+         [0, 0, 0]], dtype=uint8)}
+  """
   masked = layouts.by_path(phi, layouts.paths_of(layout, 'masked'))
   owners = {p: jnp.zeros(x.shape, jnp.uint8) for p, x in masked.items()}
   return Memory(phi, model_state, owners)
@@ -96,6 +116,17 @@ def begin_task(
 
   Returns:
     The memory with which to train.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.zeros(3)}, 'logits': {'w': jnp.zeros(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> owners = {'linear/w': jnp.array([0, 1, 0], jnp.uint8)}
+  >>> memory = continual.Memory(phi, {}, owners)
+  >>> fresh = {'linear': {'w': jnp.ones(3)}, 'logits': {'w': jnp.ones(2)}}
+  >>> memory = continual.begin_task(memory, (fresh, {}), layout)
+  >>> memory.phi['linear']['w'], memory.phi['logits']['w']
+  (Array([1., 0., 1.], dtype=float32), Array([1., 1.], dtype=float32))
   """
   phi, model_state = fresh
   masked = layouts.by_path(memory.phi, memory.owners)
@@ -124,17 +155,29 @@ def _backward(memory: Memory, layout: Layout, owner: int, first: bool) -> Any:
 def training_masks(
   memory: Memory, layout: Layout, index: int, omit: Collection[str] = ()
 ) -> masks.Masks:
-  """Masks with which task `index` is trained: all forward, free ones backward.
+  """The masks with which task `index` is trained (line 4 of Algorithm 1).
+
+  All weights are used, and free ones alone may move.
 
   Args:
-    memory: as of `begin_task`.
+    memory: the memory returned by `begin_task`.
     layout: a `Layout`.
     index: the task, from 0.
     omit: paths of masked leaves whose weights of earlier tasks are left out of
-      the forward pass. Not in Algorithm 1.
+      the forward pass. This is not in Algorithm 1.
 
   Returns:
-    `masks.Masks`.
+    `masks.Masks` of the shapes of the parameters.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.ones(3)}, 'logits': {'w': jnp.ones(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> owners = {'linear/w': jnp.array([0, 1, 0], jnp.uint8)}
+  >>> memory = continual.Memory(phi, {}, owners)
+  >>> masks = continual.training_masks(memory, layout, 1)
+  >>> masks.backward['linear']['w'], masks.backward['logits']['w']
+  (Array([ True, False,  True], dtype=bool), Array([ True,  True], dtype=bool))
   """
   forward = leaves.map_with_path(
     lambda p, x: (
@@ -148,16 +191,31 @@ def training_masks(
 def retraining_masks(
   memory: Memory, layout: Layout, index: int, mask: ByPath
 ) -> masks.Masks:
-  """Masks with which the new weights of task `index` are trained once more.
+  """The masks with which the new weights of task `index` are trained again.
+
+  The weights in the task's mask are used, and those of them that the task was
+  the first to take may move.
 
   Args:
     memory: the memory in which the task owns its new weights.
     layout: a `Layout`.
     index: the task, from 0.
-    mask: its mask by path.
+    mask: the mask of the task by path.
 
   Returns:
-    `masks.Masks`.
+    `masks.Masks` of the shapes of the parameters.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.ones(3)}, 'logits': {'w': jnp.ones(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> owners = {'linear/w': jnp.array([0, 1, 2], jnp.uint8)}
+  >>> memory = continual.Memory(phi, {}, owners)
+  >>> mask = {'linear/w': jnp.array([False, True, True])}
+  >>> masks = continual.retraining_masks(memory, layout, 1, mask)
+  >>> masks.forward['linear']['w'], masks.backward['linear']['w']
+  (Array([False,  True,  True], dtype=bool),
+   Array([False, False,  True], dtype=bool))
   """
   forward = leaves.map_with_path(
     lambda p, x: mask.get(p, jnp.ones(x.shape, bool)), memory.phi
@@ -166,7 +224,25 @@ def retraining_masks(
 
 
 def claim(owners: ByPath, mask: ByPath, index: int) -> ByPath:
-  """Gives task `index` the free weights of its mask (line 12)."""
+  """Gives task `index` the free weights of its mask (line 12 of Algorithm 1).
+
+  Args:
+    owners: who owns each weight, by path.
+    mask: the mask of the task by path.
+    index: the task, from 0.
+
+  Returns:
+    The owners after the task, of the same shapes.
+
+  Raises:
+    ValueError: if there are too many tasks for an integer of 16 bits.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> owners = {'w': jnp.array([0, 0, 1], jnp.uint8)}
+  >>> continual.claim(owners, {'w': jnp.array([True, False, True])}, 1)
+  {'w': Array([2, 0, 1], dtype=uint8)}
+  """
   if index + 1 > jnp.iinfo(jnp.uint16).max:
     raise ValueError(f'There is no owner for task {index}: 65,535 at most.')
 
@@ -180,12 +256,43 @@ def claim(owners: ByPath, mask: ByPath, index: int) -> ByPath:
 
 
 def free_count(owners: ByPath) -> int:
-  """How many weights belong to no task."""
+  """How many weights belong to no task.
+
+  Args:
+    owners: who owns each weight, by path.
+
+  Returns:
+    A Python integer.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> continual.free_count({'w': jnp.array([0, 0, 1], jnp.uint8)})
+  2
+  """
   return sum(int(jnp.sum(o == 0)) for o in owners.values())
 
 
 def store(memory: Memory, mask: ByPath, layout: Layout) -> Task:
-  """What is kept of the task that the memory has just learnt."""
+  """What is kept of the task that the memory has just learnt.
+
+  Args:
+    memory: the memory after training.
+    mask: the mask of the task by path.
+    layout: a `Layout`.
+
+  Returns:
+    A `Task`.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.ones(3)}, 'logits': {'w': jnp.ones(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> memory = continual.init_memory(phi, {}, layout)
+  >>> mask = {'linear/w': jnp.array([True, False, True])}
+  >>> task = continual.store(memory, mask, layout)
+  >>> task.packed, list(task.private)
+  ({'linear/w': Array([160], dtype=uint8)}, ['logits/w'])
+  """
   private = layouts.by_path(memory.phi, layouts.paths_of(layout, 'private'))
   state = memory.model_state if layout.state == 'private' else None
   return Task(masks.pack(mask), private, state)
@@ -193,18 +300,31 @@ def store(memory: Memory, mask: ByPath, layout: Layout) -> Task:
 
 def recall(
   memory: Memory, task: Task, transform: power.PowerTransform
-) -> tuple[Params, ModelState]:
-  """The network of a task: (theta, model_state), from its stored mask alone.
+) -> tuple[Any, Any]:
+  """The network of a task, from its stored mask alone.
 
   Can be jit-compiled: all tasks of a network have the same structure.
 
   Args:
     memory: the memory after this or any later task.
-    task: as of `store`.
+    task: the task that `learn_task` or `store` returned.
     transform: the `power.power_transform` of the network.
 
   Returns:
-    The weights, zero outside of the mask, and the statistics.
+    (theta, model_state): the weights, zero outside of the mask, and the
+    statistics.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual, power
+  >>> phi = {'linear': {'w': jnp.array([3., 4., 5.])},
+  ...        'logits': {'w': jnp.ones(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> memory = continual.init_memory(phi, {}, layout)
+  >>> mask = {'linear/w': jnp.array([True, False, True])}
+  >>> task = continual.store(memory, mask, layout)
+  >>> theta, _ = continual.recall(memory, task, power.power_transform(2.0))
+  >>> theta['linear']['w']
+  Array([ 9.,  0., 25.], dtype=float32)
   """
   theta = transform.to_theta(layouts.put(memory.phi, task.private))
   mask = masks.unpack(task.packed, memory.owners)
@@ -214,12 +334,40 @@ def recall(
 
 
 def num_bytes(task: Task) -> int:
-  """The memory that a task takes for itself, in bytes."""
+  """The memory that a task takes for itself, in bytes.
+
+  Args:
+    task: a `Task`.
+
+  Returns:
+    A Python integer.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> packed = {'w': jnp.zeros(32, jnp.uint8)}  # A mask of 256 weights.
+  >>> continual.num_bytes(continual.Task(packed, {'b': jnp.zeros(16)}, None))
+  96
+  """
   return sum(x.nbytes for x in jax.tree.leaves(task))
 
 
-# (memory, masks) -> the memory with what was trained.
-Train = Callable[[Memory, masks.Masks], Memory]
+def _check_choice(owners: ByPath, mask: ByPath, omit: Collection[str]) -> None:
+  """Raises ValueError if a mask is not one of these weights."""
+  shapes = {path: jnp.shape(m) for path, m in mask.items()}
+  expected = {path: owner.shape for path, owner in owners.items()}
+  if shapes != expected:
+    raise ValueError(
+      f'choose returned a mask of the shapes {shapes}, and the masked weights'
+      f' have the shapes {expected}. Return one boolean array per masked leaf,'
+      ' by its path.'
+    )
+  for path in omit:
+    if bool(jnp.any(mask[path] & (owners[path] > 0))):
+      raise ValueError(
+        f'choose took weights of {path!r} that belong to earlier tasks, which'
+        f' omit={list(omit)} has left out of the training. Pass the same omit'
+        ' to the function that chooses.'
+      )
 
 
 def learn_task(
@@ -229,30 +377,79 @@ def learn_task(
   layout: Layout,
   *,
   train: Train,
-  choose: Callable[[Memory], ByPath],
+  choose: Choose | None = None,
   retrain: Train | None = None,
+  valid: Sequence[Any] = (),
   omit: Collection[str] = (),
-) -> tuple[Memory, Task]:
+) -> tuple[Memory, Task, Any]:
   """Learns a task: lines 4 to 14 of Algorithm 1, and the same for baselines.
+
+  `train` is any training loop that uses and moves what its masks say, such as
+  one of `training.make_train_step`. The statistics of normalisation it may move
+  too: where the layout freezes them, they are put back after each call from the
+  second task on. (Such a task is trained best with the normalisation of a
+  network that is evaluated, since that is the network that will be kept.)
 
   Args:
     memory: what earlier tasks left, or `init_memory`.
-    index: the task, from 0; how many will come is not asked.
+    index: the task, from 0. How many will come need not be known.
     fresh: (phi, model_state) of a network that was just initialised.
     layout: a `Layout`.
-    train: trains under masks.
-    choose: the mask of the task, by the path of masked leaves, chosen after
-      training: `packnet_mask`, or one that `search` finds.
-    retrain: trains the new weights under the mask; None leaves it out.
-    omit: as in `training_masks`.
+    train: maps (memory, masks) to the memory with what was trained.
+    choose: chooses the mask of the task after training, such as `packnet(...)`
+      or `efficient_packnet(...)`: maps (memory, index, *valid) to the mask, one
+      boolean array per masked leaf by its path, and a record of the choice.
+      None is for layouts without masked leaves.
+    retrain: trains the new weights under the mask once more, as `train` does;
+      None leaves it out.
+    valid: what `choose` is given besides, such as the validation images and
+      labels of the task.
+    omit: paths of masked leaves whose weights of earlier tasks the new task
+      does not use, as in `training_masks`; `choose` must leave them out too.
 
   Returns:
-    The memory, and the task to be stored.
+    (memory, task, record): the memory after the task, the task to be stored,
+    and what `choose` recorded, None without it.
+
+  Raises:
+    ValueError: if there is nothing to choose the mask of masked leaves, or it
+      returns a mask that does not fit.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'linear': {'w': jnp.array([3., -1., 2., 4.])},
+  ...        'logits': {'w': jnp.ones(2)}}
+  >>> layout = continual.make_layout(phi)
+  >>> memory = continual.init_memory(phi, {}, layout)
+  >>> memory, task, _ = continual.learn_task(
+  ...     memory, 0, (phi, {}), layout,
+  ...     train=lambda memory, masks: memory,
+  ...     choose=continual.packnet(num_tasks=2))
+  >>> memory.owners
+  {'linear/w': Array([1, 0, 0, 1], dtype=uint8)}
   """
+  if memory.owners and choose is None:
+    raise ValueError(
+      f'The weights {list(memory.owners)} are masked, and nothing chooses the'
+      ' mask of a task. Pass choose, such as packnet(...) or'
+      ' efficient_packnet(...).'
+    )
   memory = begin_task(memory, fresh, layout)
-  memory = train(memory, training_masks(memory, layout, index, omit))
-  mask = choose(memory)
+  frozen = layout.state == 'frozen' and index > 0
+
+  def run(train, memory, chosen):
+    # A copy, as compiled steps overwrite the state they are given.
+    kept = jax.tree.map(jnp.copy, memory.model_state) if frozen else None
+    memory = train(memory, chosen)
+    return memory._replace(model_state=kept) if frozen else memory
+
+  memory = run(train, memory, training_masks(memory, layout, index, omit))
+  mask, record = {}, None
+  if choose is not None:
+    mask, record = choose(memory, index, *valid)
+    _check_choice(memory.owners, mask, omit)
   memory = memory._replace(owners=claim(memory.owners, mask, index))
   if retrain is not None:
-    memory = retrain(memory, retraining_masks(memory, layout, index, mask))
-  return memory, store(memory, mask, layout)
+    chosen = retraining_masks(memory, layout, index, mask)
+    memory = run(retrain, memory, chosen)
+  return memory, store(memory, mask, layout), record

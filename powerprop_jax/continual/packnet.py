@@ -1,5 +1,10 @@
 """PackNet: every task takes an equal share of the weights.
 
+PackNet (Mallya and Lazebnik 2018) is what EfficientPackNet improves upon
+(section 4 of the paper). It has to know how many tasks will come: each of T
+takes 1/T of the weights of every layer, the largest among those that are free,
+and uses all weights of the tasks before it besides.
+
 References:
   Mallya and Lazebnik, `PackNet: Adding multiple tasks to a single network by
   iterative pruning <https://arxiv.org/abs/1711.05769>`_, CVPR 2018.
@@ -8,13 +13,14 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from powerprop_jax.continual import layouts
+from powerprop_jax.continual import memory as memory_lib
 from powerprop_jax.sparse import masks
-
-Params = Any  # A pytree of arrays.
-ByPath = layouts.ByPath
+from powerprop_jax.types import ByPath
+from powerprop_jax.types import Params
 
 
 def packnet_counts(
@@ -26,7 +32,7 @@ def packnet_counts(
   differ by at most one and add up to the layer.
 
   Args:
-    sizes: the number of weights of each masked leaf.
+    sizes: the number of weights of each masked leaf, by path.
     index: the task, from 0.
     num_tasks: T, known in advance.
 
@@ -35,6 +41,10 @@ def packnet_counts(
 
   Raises:
     ValueError: if there is no such task.
+
+  >>> from powerprop_jax import continual
+  >>> [continual.packnet_counts({'w': 10}, t, 3) for t in range(3)]
+  [{'w': 3}, {'w': 3}, {'w': 4}]
   """
   if not 0 <= index < num_tasks:
     raise ValueError(
@@ -47,17 +57,27 @@ def packnet_counts(
   }
 
 
-def packnet_mask(theta: Params, owners: ByPath, counts: Any) -> ByPath:
-  """PackNet's mask: its share of the free weights by layer, and all earlier.
+def packnet_mask(
+  params: Params, owners: ByPath, counts: Mapping[str, Any]
+) -> ByPath:
+  """PackNet's mask: the largest free weights of each layer, and all earlier.
 
   Args:
-    theta: the trained weights.
-    owners: who owns what.
-    counts: how many free weights to take of each leaf, as of `packnet_counts`;
-      ints or traced.
+    params: the trained weights. Since magnitudes are compared within a layer
+      only, theta and phi give the same mask.
+    owners: who owns each weight, by path.
+    counts: how many free weights to take of each leaf, as `packnet_counts`
+      returns them; integers or traced.
 
   Returns:
     Boolean arrays by path.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> owners = {'w': jnp.array([1, 0, 0, 0], jnp.uint8)}
+  >>> weights = {'w': jnp.array([0.1, -3.0, 2.0, 1.0])}
+  >>> continual.packnet_mask(weights, owners, {'w': 2})
+  {'w': Array([ True,  True,  True, False], dtype=bool)}
   """
 
   def mask(path, x):
@@ -66,5 +86,43 @@ def packnet_mask(theta: Params, owners: ByPath, counts: Any) -> ByPath:
     scores = jnp.where(free, jnp.abs(x), -1.0)
     return ~free | masks.top_count_mask(scores, counts[path])
 
-  found = layouts.by_path(theta, owners)
+  found = layouts.by_path(params, owners)
   return {path: mask(path, x) for path, x in found.items()}
+
+
+def packnet(num_tasks: int) -> memory_lib.Choose:
+  """PackNet's choice of the mask of a task, for `learn_task`.
+
+  Args:
+    num_tasks: T, how many tasks will come.
+
+  Returns:
+    A function of (memory, index) that returns the mask of the task by path, and
+    None, as there is nothing to record. Validation data, which it is given if
+    `learn_task` has some, are not looked at.
+
+  Raises:
+    ValueError: if num_tasks is below 1; and, when the function is called, if
+      there is no such task.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import continual
+  >>> phi = {'w': jnp.array([0.1, -3.0, 2.0, 1.0])}
+  >>> owners = {'w': jnp.array([1, 0, 0, 0], jnp.uint8)}
+  >>> choose = continual.packnet(num_tasks=4)
+  >>> choose(continual.Memory(phi, {}, owners), 1)
+  ({'w': Array([ True,  True, False, False], dtype=bool)}, None)
+  """
+  if num_tasks < 1:
+    raise ValueError(f'num_tasks must be at least 1, got {num_tasks}.')
+  # The counts are arguments: all tasks share one compiled function.
+  mask = jax.jit(packnet_mask)
+
+  def choose(memory, index, *valid):
+    del valid
+    sizes = {path: owner.size for path, owner in memory.owners.items()}
+    counts = packnet_counts(sizes, index, num_tasks)
+    counts = {path: jnp.int32(count) for path, count in counts.items()}
+    return mask(memory.phi, memory.owners, counts), None
+
+  return choose

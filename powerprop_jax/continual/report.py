@@ -9,12 +9,16 @@ results go straight into a JSON file: what was not measured is None.
 References:
   Chaudhry et al, `Riemannian walk for incremental learning
   <https://arxiv.org/abs/1801.10112>`_, 2018 (forgetting).
+  Lopez-Paz and Ranzato, `Gradient episodic memory for continual learning
+  <https://arxiv.org/abs/1706.08840>`_, 2017 (backward transfer, and forward
+  transfer before a task is learned).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tabulate
 
 _BLOCK = 1 << 20
 
@@ -40,30 +44,56 @@ def _plain(matrix: np.ndarray) -> list[list[float | None]]:
 def accuracy_report(
   rows: Sequence[Sequence[float | None]],
   independent: Sequence[float] | None = None,
+  initial: Sequence[float] | None = None,
 ) -> dict[str, Any]:
   """Accuracy, forgetting and transfer over a sequence of tasks.
 
-  What is forgotten of a task is the best accuracy on it, at any time before the
-  last task, less that after the last task; it is negative if later tasks
-  helped, and 0 for the last task. Forward transfer is the accuracy on a task
-  when it was just learned, less that of a network that learned it alone.
+  With R[i][t], the accuracy on task t after task i was learned, and T tasks
+  that are counted from 0:
+
+    * *Forgetting* of task t (Chaudhry et al. 2018) is the best accuracy on it
+      before the last task less that after it, max_i R[i][t] - R[T - 1][t] over
+      t <= i < T - 1. It is negative if later tasks helped, and 0 for the last.
+    * *Backward transfer* (Lopez-Paz and Ranzato 2017) is R[T - 1][t] - R[t][t]:
+      what all later tasks did to task t. Its mean is over all but the last.
+    * *Forward transfer*, ours, is R[t][t] - a[t], where a[t] is the accuracy of
+      a network that learned task t alone: what all earlier tasks did to the
+      learning of task t.
+    * *Zero-shot transfer* is what Lopez-Paz and Ranzato, and the library
+      Avalanche, call forward transfer: R[t - 1][t] - b[t], the accuracy on task
+      t before it is learned, less that of the network at its initialisation.
+      Networks with a head for every task have none to speak of, since the head
+      is new.
 
   Args:
     rows: row i holds the accuracies in [0, 1] on all tasks after task i was
       learned. What was not measured, or not learned yet, may be None, NaN or
       missing at the end of the row; the last row is complete.
-    independent: the accuracies of networks that learned a single task each.
+    independent: the accuracies a of networks that learned a single task each.
+    initial: the accuracies b on every task of a network that was just
+      initialised. With them, row i must hold that on task i + 1.
 
   Returns:
     A dict of 'accuracy_matrix', lists with None where nothing was measured;
-    'average_accuracy' and 'worst_accuracy' after the last task; 'forgetting',
-    a list, and 'mean_forgetting', over all tasks but the last; and, with
-    `independent`, 'forward_transfer', a list, and 'mean_forward_transfer', over
-    all tasks but the first. A mean over no task is None.
+    'average_accuracy' and 'worst_accuracy' after the last task; 'forgetting'
+    and 'backward_transfer', lists, with 'mean_forgetting' and
+    'mean_backward_transfer' over all tasks but the last; with `independent`,
+    'forward_transfer', a list, and 'mean_forward_transfer' over all tasks but
+    the first; and with `initial`, 'zero_shot_transfer', a list that starts with
+    None, and 'mean_zero_shot_transfer'. A mean over no task is None.
 
   Raises:
     ValueError: if the last row or the diagonal is incomplete, or `independent`
-      is too short.
+      or `initial` is too short, or there is no accuracy before a task for
+      `initial` to be compared with.
+
+  >>> from powerprop_jax.continual import report
+  >>> rows = [[0.75, 0.25], [0.5, 1.0]]
+  >>> found = report.accuracy_report(rows, initial=[0.125, 0.125])
+  >>> found['average_accuracy'], found['mean_forgetting']
+  (0.75, 0.25)
+  >>> found['mean_backward_transfer'], found['mean_zero_shot_transfer']
+  (-0.25, 0.125)
   """
   matrix = _square(rows)
   if not len(matrix):
@@ -78,12 +108,15 @@ def accuracy_report(
     for t in range(len(matrix))
   ]
   forgetting = np.array(best) - final
+  backward = final - learned
   report = {
     'accuracy_matrix': _plain(matrix),
     'average_accuracy': float(final.mean()),
     'worst_accuracy': float(final.min()),
     'forgetting': forgetting.tolist(),
     'mean_forgetting': _mean(forgetting[:-1]),
+    'backward_transfer': backward.tolist(),
+    'mean_backward_transfer': _mean(backward[:-1]),
   }
   if independent is not None:
     if len(independent) < len(matrix):
@@ -94,6 +127,22 @@ def accuracy_report(
     transfer = learned - np.asarray(independent, float)[: len(matrix)]
     report['forward_transfer'] = transfer.tolist()
     report['mean_forward_transfer'] = _mean(transfer[1:])
+  if initial is not None:
+    if len(initial) < len(matrix):
+      raise ValueError(
+        f'initial has {len(initial)} accuracies, {len(matrix)} tasks were'
+        ' learned. Evaluate a new network on each of them.'
+      )
+    before = np.diagonal(matrix, 1)
+    if np.isnan(before).any():
+      tasks = (1 + np.flatnonzero(np.isnan(before))).tolist()
+      raise ValueError(
+        f'Tasks {tasks} must be evaluated before they are learned, after the'
+        ' task before them, to be compared with initial.'
+      )
+    transfer = before - np.asarray(initial, float)[1 : len(matrix)]
+    report['zero_shot_transfer'] = [None, *transfer.tolist()]
+    report['mean_zero_shot_transfer'] = _mean(transfer)
   return report
 
 
@@ -120,6 +169,12 @@ def capacity_report(
 
   Raises:
     ValueError: if there are no weights, or other owners.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import report
+  >>> found = report.capacity_report({'w': np.array([0, 1, 1, 2])}, num_tasks=2)
+  >>> found['new_weights'], found['used'], found['backward_masked']
+  ([2, 1], [0.5, 0.75], [0.0, 0.5])
   """
   layers, new, size = {}, np.zeros(num_tasks, int), 0
   for path, owner in owners.items():
@@ -170,8 +225,8 @@ def mask_report(
   """What the masks of the tasks keep, and how far they are the same.
 
   Args:
-    packed: the masks of the tasks in the order of learning, by path, as of
-      `masks.pack`.
+    packed: the masks of the tasks in the order of learning, by path, as
+      `masks.pack` returns them.
     owners: as in `capacity_report`.
 
   Returns:
@@ -179,6 +234,13 @@ def mask_report(
     weights that each task uses; of 'overlap', a matrix: the weights in both
     masks as a share of those in either; and of 'reused', a list: the share of
     its weights that each task took from earlier ones.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import report
+  >>> packed = [{'w': np.uint8([0b1100_0000])}, {'w': np.uint8([0b0110_0000])}]
+  >>> found = report.mask_report(packed, {'w': np.array([1, 1, 2, 0])})
+  >>> found['density'], found['reused'], found['overlap'][0][1]
+  ([0.5, 0.5], [0.0, 0.5], 0.3333333333333333)
   """
   common = np.zeros((len(packed), len(packed)), int)
   reused, layers, size = np.zeros(len(packed), int), {}, 0
@@ -205,20 +267,28 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
 
   Args:
     runs: a dict for each run: 'method', 'alpha', 'average_accuracy' and
-      'worst_accuracy' as of `accuracy_report`, and 'capacity_used', as of
-      `capacity_report`, or None. Runs of one method and alpha are seeds. They
-      may have 'mean_forward_transfer'.
+      'worst_accuracy', as `accuracy_report` returns them, and 'capacity_used',
+      as `capacity_report` returns it, or None. Runs of one method and alpha are
+      seeds. They may have 'mean_forward_transfer'.
 
   Returns:
     A line for each method and alpha, in the order in which they first occur:
     the average accuracy ± its standard deviation over seeds, and the means over
     seeds of the accuracy on the worst task, of the capacity used, and of the
     forward transfer, if there is any.
+
+  >>> from powerprop_jax.continual import report
+  >>> run = {'method': 'epn', 'alpha': 2.0, 'capacity_used': 0.5}
+  >>> run |= {'average_accuracy': 0.96, 'worst_accuracy': 0.94}
+  >>> print(report.table([run]))
+  method      alpha    average    worst    capacity used
+  epn             2      96.00    94.00             50.0
   """
   groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
   for run in runs:
     groups.setdefault((run['method'], run['alpha']), []).append(run)
-  lines = [['method', 'alpha', 'average', 'worst', 'capacity used', 'transfer']]
+  headers = ['method', 'alpha', 'average', 'worst', 'capacity used', 'transfer']
+  rows = []
   for (method, alpha), seeds in groups.items():
     average = 100 * np.array([run['average_accuracy'] for run in seeds])
     worst = 100 * np.mean([run['worst_accuracy'] for run in seeds])
@@ -228,7 +298,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     capacity = '-' if np.isnan(used).any() else f'{100 * used.mean():.1f}'
     gains = [run.get('mean_forward_transfer') for run in seeds]
     gain = 100 * np.mean(np.array(gains, float))
-    lines.append(
+    rows.append(
       [
         method,
         f'{alpha:g}',
@@ -238,13 +308,13 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         '-' if np.isnan(gain) else f'{gain:.2f}',
       ]
     )
-  if all(line[-1] == '-' for line in lines[1:]):
-    lines = [line[:-1] for line in lines]
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  return '\n'.join(
-    '  '.join(
-      [line[0].ljust(widths[0])]
-      + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-    )
-    for line in lines
+  if all(row[-1] == '-' for row in rows):
+    headers, rows = headers[:-1], [row[:-1] for row in rows]
+  return tabulate.tabulate(
+    rows,
+    headers,
+    tablefmt='plain',
+    # The cells are texts, whose digits are as they should be.
+    disable_numparse=True,
+    colalign=['left', *['right'] * (len(headers) - 1)],
   )

@@ -30,7 +30,7 @@ References:
   <https://arxiv.org/abs/1906.10771>`_, CVPR 2019.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -40,8 +40,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax.sparse import masks
+from powerprop_jax.types import ByPath
+from powerprop_jax.types import Params
 
-ByPath = Mapping[str, jax.Array]
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -69,7 +70,14 @@ def rank(
     omit: paths of leaves of which only free weights may be chosen.
 
   Returns:
-    A `Ranking`.
+    A `Ranking` of int32 arrays of the shapes of the owners.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import search
+  >>> weights = {'w': jnp.array([-4.0, 1.0, 3.0])}
+  >>> ranking = search.rank(weights, {'w': jnp.array([1, 0, 0])})
+  >>> ranking.place['w'], ranking.free_place['w']
+  (Array([0, 2, 1], dtype=int32), Array([-1,  1,  0], dtype=int32))
   """
   paths = list(owners)
   scores = jnp.concatenate([jnp.abs(weights[p]).ravel() for p in paths])
@@ -97,17 +105,24 @@ def rank(
 
 def select(
   ranking: Ranking, count: int | jax.Array, max_new: int | jax.Array
-) -> dict[str, jax.Array]:
+) -> ByPath:
   """The mask of the largest weights.
 
   Args:
-    ranking: as of `rank`.
+    ranking: the result of `rank`.
     count: how many to keep of all weights, traced or not.
     max_new: how many of them may be free ones: the largest of these are kept,
       and the others leave their places empty.
 
   Returns:
     Boolean arrays by path.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import search
+  >>> weights = {'w': jnp.array([-4.0, 1.0, 3.0])}
+  >>> ranking = search.rank(weights, {'w': jnp.array([1, 0, 0])})
+  >>> search.select(ranking, count=2, max_new=3)
+  {'w': Array([ True, False,  True], dtype=bool)}
   """
   return {
     path: (place < count) & (ranking.free_place[path] < max_new)
@@ -130,6 +145,10 @@ def check_densities(
 
   Raises:
     ValueError: if a density is impossible, they do not rise, or none is left.
+
+  >>> from powerprop_jax.continual import search
+  >>> search.check_densities([0.1, 0.2, 0.5, 1], minimum=0.2)
+  [0.2, 0.5, 1.0]
   """
   found = [masks.check_density(p) for p in densities]
   if any(a >= b for a, b in itertools.pairwise(found)):
@@ -147,9 +166,9 @@ class Found(NamedTuple):
   """The result of a search, and what it cost.
 
   Attributes:
-    density: the lowest of which it is known that it meets the target; the
-      largest candidate if none did.
-    met: whether it does.
+    density: the lowest density that is known to meet the target; the largest
+      candidate if none did.
+    met: whether it meets the target.
     performance: its performance.
     evaluated: (density, performance) of every evaluation, in order.
   """
@@ -175,15 +194,20 @@ def _found(densities, target, evaluated) -> Found:
 def linear(
   evaluate: Evaluate, densities: Sequence[float], target: float
 ) -> Found:
-  """From the largest density down, until one misses the target.
+  """Tries densities from the largest down, until one misses the target.
 
   Args:
-    evaluate: the performance at a density.
-    densities: rising, as of `check_densities`.
+    evaluate: maps a density to the performance.
+    densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met: reaching it is enough.
 
   Returns:
-    What was `Found`.
+    A `Found`.
+
+  >>> from powerprop_jax.continual import search
+  >>> performance = {0.1: 0.5, 0.5: 0.8, 1.0: 0.9}
+  >>> search.linear(performance.get, [0.1, 0.5, 1.0], target=0.8).density
+  0.5
   """
   evaluated = []
   for density in reversed(densities):
@@ -206,14 +230,19 @@ def binary(
   largest is evaluated last, if none of the others met the target.
 
   Args:
-    evaluate: the performance at a density.
-    densities: rising, as of `check_densities`.
+    evaluate: maps a density to the performance.
+    densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met.
     num_steps: how many times to halve, with one evaluation each; that of the
       largest density may come on top.
 
   Returns:
-    What was `Found`.
+    A `Found`.
+
+  >>> from powerprop_jax.continual import search
+  >>> performance = {0.1: 0.5, 0.5: 0.8, 0.7: 0.9, 1.0: 0.9}
+  >>> search.binary(performance.get, [0.1, 0.5, 0.7, 1.0], 0.8, 2).evaluated
+  [(0.5, 0.8), (0.1, 0.5)]
   """
   evaluated = []
   # All below `low` miss; `high` meets, or is the largest and not yet known.
@@ -245,14 +274,21 @@ def taylor(
   tried one after another: a wrong prediction costs time, and no accuracy.
 
   Args:
-    evaluate: the performance at a density.
-    densities: rising, as of `check_densities`.
+    evaluate: maps a density to the performance.
+    densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met.
-    predicted: the rise of the loss at every density, as of `predicted_rise`.
-    tolerance: the largest rise to accept, as of `loss_tolerance`.
+    predicted: the rise of the loss at every density but the last, as
+      `predicted_rise` returns it; that of the last is not looked at.
+    tolerance: the largest rise to accept, such as `loss_tolerance`.
 
   Returns:
-    What was `Found`.
+    A `Found`.
+
+  >>> from powerprop_jax.continual import search
+  >>> performance = {0.1: 0.5, 0.5: 0.8, 1.0: 0.9}
+  >>> rises = [3.0, 0.1, 0.0]
+  >>> search.taylor(performance.get, [0.1, 0.5, 1.0], 0.8, rises, 0.2).evaluated
+  [(0.5, 0.8)]
   """
   last = len(densities) - 1
   # From the top: below the first that is intolerable nothing is trusted.
@@ -272,22 +308,39 @@ def loss_tolerance(gamma: float) -> float:
 
   exp(-loss) is the geometric mean of the probabilities of the right classes; it
   falls to gamma times itself when the loss rises by -log(gamma).
+
+  Args:
+    gamma: the share of the performance that is to be left, in [0, 1].
+
+  Returns:
+    A float, infinite for gamma = 0.
+
+  >>> from powerprop_jax.continual import search
+  >>> search.loss_tolerance(0.5)
+  0.6931471805599453
   """
   return -math.log(gamma) if gamma else math.inf
 
 
 def make_saliency(
   loss: Callable[..., jax.Array],
-) -> Callable[[Any, Any, Any], Any]:
+) -> Callable[[Params, Any, Any], Any]:
   """The rise of the loss by pruning each weight, to second order.
 
   Args:
     loss: maps (theta, args, batch) to the mean loss of a batch, a tuple of
-      arrays with one row an example.
+      arrays with one row per example.
 
   Returns:
     A pure function of (theta, args, batches), where the leading axis of batches
-    is that of the batches, that returns a tree of arrays as theta.
+    is that of the batches, that returns a tree of arrays like theta.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import search
+  >>> loss = lambda theta, args, batch: jnp.mean(batch[0]) * theta['w'].sum()
+  >>> saliency = search.make_saliency(loss)
+  >>> saliency({'w': jnp.array([1.0, 2.0])}, None, (jnp.ones((3, 4)),))
+  {'w': Array([1., 6.], dtype=float32)}
   """
 
   def saliency(theta, args, batches):
@@ -314,13 +367,21 @@ def predicted_rise(
   """The rise of the loss at every candidate, without evaluating any.
 
   Args:
-    saliency: as of `make_saliency`, by path.
-    ranking: as of `rank`.
+    saliency: the result of a function made by `make_saliency`, by path.
+    ranking: the result of `rank`.
     counts: how many weights each candidate keeps, [n].
     max_new: as in `select`.
 
   Returns:
     Floats [n].
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import search
+  >>> weights = {'w': jnp.array([-4.0, 1.0, 3.0])}
+  >>> ranking = search.rank(weights, {'w': jnp.zeros(3, int)})
+  >>> saliency = {'w': jnp.array([5.0, 0.5, 2.0])}
+  >>> search.predicted_rise(saliency, ranking, jnp.array([1, 2, 3]), 3)
+  Array([2.5, 0.5, 0. ], dtype=float32)
   """
 
   def rise(count):

@@ -25,19 +25,31 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Params = Any  # A pytree of arrays.
+from powerprop_jax.types import Params
+
 # Maps (t, images) to the logits [n, classes] of the network of task t, an int32
 # scalar that may be traced, as one that indexes stacked masks can.
 Logits = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-  """The entropy of each prediction, in nats: [..., classes] to [...]."""
+  """The entropy of each prediction, in nats.
+
+  Args:
+    logits: [..., classes].
+
+  Returns:
+    Floats [...].
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import task_inference
+  >>> task_inference.entropy(jnp.array([0.0, 0.0])) / jnp.log(2)
+  Array(1., dtype=float32)
+  """
   log_p = jax.nn.log_softmax(logits)
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -49,7 +61,7 @@ def _search(
   images: jax.Array,
   halving: bool,
 ) -> jax.Array:
-  """The task of least total cost, of logits to a number an image."""
+  """The task of least total cost; `cost` maps logits to a number per image."""
   if num_tasks < 1 or not len(images):
     raise ValueError(
       'There must be a task and an image to choose by, got'
@@ -94,6 +106,13 @@ def lowest_entropy(
 
   Raises:
     ValueError: if there is no task or no image.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import task_inference
+  >>> sure_of = jnp.array([0.1, 5.0, 0.2])  # How sure the network of task t is.
+  >>> logits = lambda t, x: jnp.stack([sure_of[t] * x, -sure_of[t] * x], -1)
+  >>> task_inference.lowest_entropy(logits, 3, jnp.ones(4))
+  Array(1, dtype=int32)
   """
   return _search(entropy, logits, num_tasks, images, halving)
 
@@ -120,6 +139,12 @@ def largest_logsumexp(
 
   Raises:
     ValueError: if there is no task or no image.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import task_inference
+  >>> logits = lambda t, x: jnp.stack([t * x, x], axis=-1)
+  >>> task_inference.largest_logsumexp(logits, 3, jnp.ones(4))
+  Array(2, dtype=int32)
   """
   return _search(
     lambda x: -jax.nn.logsumexp(x, axis=-1), logits, num_tasks, images, halving
@@ -159,6 +184,15 @@ def one_shot(
 
   Returns:
     The task, an int32 scalar.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import task_inference
+  >>> apply = lambda theta, x: x @ theta['w']
+  >>> w = jnp.zeros((2, 3, 2)).at[0, 0].set(jnp.array([4.0, -4.0]))
+  >>> thetas = {'w': w.at[1, 1].set(jnp.array([4.0, -4.0]))}
+  >>> images = jnp.array([[0.0, 1.0, 0.0]])  # The network of task 1 is sure.
+  >>> task_inference.one_shot(apply, thetas, images)
+  Array(1, dtype=int32)
   """
   num_tasks = len(jax.tree.leaves(thetas)[0])
 

@@ -145,29 +145,29 @@ class _Learner:
     return memory._replace(phi=state.phi, model_state=state.model_state)
 
   def choose(self, memory, density=0.3, omit=(), max_new=None):
-    if not memory.owners:
-      return {}
     theta = layouts.by_path(self.transform.to_theta(memory.phi), memory.owners)
     ranking = search.rank(theta, memory.owners, omit)
     size = sum(x.size for x in theta.values())
     limit = size if max_new is None else max_new
-    return search.select(ranking, int(density * size), limit)
+    return search.select(ranking, int(density * size), limit), None
 
   def learn(self, retrain=True, choose=None, omit=()):
     t = len(self.tasks)
-    self.memory, task = continual.learn_task(
+    choose = choose or (lambda memory, _: self.choose(memory, omit=omit))
+    self.memory, task, record = continual.learn_task(
       self.memory,
       t,
       self.fresh(jax.random.key(t)),
       self.layout,
       train=lambda memory, chosen: self.train(memory, chosen, t),
-      choose=choose or (lambda memory: self.choose(memory, omit=omit)),
+      choose=choose if self.memory.owners else None,
       retrain=(lambda memory, chosen: self.train(memory, chosen, t))
       if retrain
       else None,
       omit=omit,
     )
     self.tasks.append(task)
+    return record
 
   def recorded(self, t):
     return np.asarray(self.logits(self.memory, self.tasks[t], _data(t)[0]))
@@ -214,15 +214,6 @@ def test_earlier_tasks_stay_bit_for_bit(network, optimiser):
 )
 def test_every_layout_keeps_earlier_tasks(layout):
   learner = _Learner('conv', 2.0, 'adam', **layout)
-  if layout.get('norm') == 'frozen':  # Not to be trained on, as in a binary.
-    train = learner.train
-
-    def frozen(memory, chosen, t):
-      state = memory.model_state
-      after = train(memory, chosen, t)
-      return after._replace(model_state=state if t else after.model_state)
-
-    learner.train = frozen
   recorded = []
   for t in range(3):
     learner.learn()
@@ -233,6 +224,104 @@ def test_every_layout_keeps_earlier_tasks(layout):
   kinds = set(learner.layout.kinds.values())
   assert bool(task.private) == ('private' in kinds)
   assert (task.model_state is None) == (layout.get('norm') == 'frozen')
+
+
+def test_frozen_statistics_survive_steps_that_overwrite_them():
+  learner = _Learner('conv', norm='frozen')
+  learner.learn()
+  recorded = learner.recorded(0)
+  before = jax.tree.map(np.array, learner.memory.model_state)
+  train = learner.train
+
+  def donating(memory, chosen, t):
+    after = train(memory, chosen, t)
+    jax.tree.map(lambda x: x.delete(), memory.model_state)
+    return after
+
+  learner.train = donating
+  learner.learn()
+  chex.assert_trees_all_equal(learner.memory.model_state, before)
+  np.testing.assert_array_equal(learner.recorded(0), recorded)
+
+
+def test_retraining_of_the_first_task_moves_frozen_statistics():
+  learner = _Learner('conv', norm='frozen')
+  seen, train = [], learner.train
+
+  def recording(memory, chosen, t):
+    after = train(memory, chosen, t)
+    seen.append(jax.tree.map(np.array, after.model_state))
+    return after
+
+  learner.train = recording
+  learner.learn()
+  chex.assert_trees_all_equal(learner.memory.model_state, seen[1])
+  assert np.any(seen[0]['batchnorm/~/mean_ema']['average'] != 0)
+  assert np.any(
+    seen[0]['batchnorm/~/mean_ema']['average']
+    != seen[1]['batchnorm/~/mean_ema']['average']
+  )
+
+
+def test_masked_weights_need_a_choice():
+  learner = _Learner()
+  with pytest.raises(ValueError, match='nothing chooses the mask'):
+    continual.learn_task(
+      learner.memory,
+      0,
+      learner.fresh(jax.random.key(0)),
+      learner.layout,
+      train=lambda memory, chosen: memory,
+    )
+
+
+@pytest.mark.parametrize(
+  'mask',
+  [
+    {},
+    {'initial_linear/w': np.ones((16, 16), bool)},
+    {
+      'initial_linear/w': np.ones((16, 16), bool),
+      'linear_1/w': np.ones(12, bool),
+    },
+  ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask):
+  learner = _Learner()
+  with pytest.raises(ValueError, match='one boolean array per masked leaf'):
+    learner.learn(choose=lambda memory, index: (mask, None))
+
+
+def test_a_choice_that_forgets_what_is_omitted_is_refused():
+  learner, omit = _Learner(), ['initial_linear/w']
+  learner.learn(omit=omit)
+  with pytest.raises(ValueError, match='Pass the same omit'):
+    learner.learn(
+      omit=omit, choose=lambda memory, _: learner.choose(memory, density=1.0)
+    )
+
+
+def test_the_record_of_a_choice_and_validation_data_are_handed_on():
+  learner = _Learner()
+  given = []
+
+  def choose(memory, index, *valid):
+    given.append((index, *valid))
+    return learner.choose(memory)[0], 'a record'
+
+  memory, task, record = continual.learn_task(
+    learner.memory,
+    0,
+    learner.fresh(jax.random.key(0)),
+    learner.layout,
+    train=lambda memory, chosen: memory,
+    choose=choose,
+    valid=('images', 'labels'),
+  )
+  assert record == 'a record'
+  assert given == [(0, 'images', 'labels')]
+  assert isinstance(memory, continual.Memory)
+  assert isinstance(task, continual.Task)
 
 
 def test_finetuning_forgets():
@@ -315,7 +404,7 @@ def test_a_task_that_needs_no_new_weight_takes_none():
   learner = _Learner()
   learner.learn()
   owners = learner.memory.owners
-  learner.learn(choose=lambda memory: learner.choose(memory, max_new=0))
+  learner.learn(choose=lambda memory, _: learner.choose(memory, max_new=0))
   chex.assert_trees_all_equal(learner.memory.owners, owners)
   mask = masks.unpack(learner.tasks[1].packed, owners)
   assert sum(int(jnp.sum(m)) for m in mask.values()) > 0
@@ -360,20 +449,11 @@ def test_retraining_moves_new_weights_alone():
   )
 
 
-def _packnet(learner, t, num_tasks):
-  def choose(memory):
-    theta = learner.transform.to_theta(memory.phi)
-    sizes = {p: o.size for p, o in memory.owners.items()}
-    counts = continual.packnet_counts(sizes, t, num_tasks)
-    return continual.packnet_mask(theta, memory.owners, counts)
-
-  return choose
-
-
 def test_packnet_uses_every_weight_once():
   learner, recorded = _Learner(), []
+  choose = continual.packnet(num_tasks=3)
   for t in range(3):
-    learner.learn(choose=_packnet(learner, t, 3))
+    learner.learn(choose=choose)
     recorded.append(learner.recorded(t))
     for path, size in ('initial_linear/w', 256), ('linear_1/w', 192):
       owner = np.asarray(learner.memory.owners[path])
@@ -401,6 +481,28 @@ def test_packnet_counts_by_hand(size, num_tasks, counts):
 def test_packnet_knows_its_tasks(index):
   with pytest.raises(ValueError, match='set up for 3 tasks'):
     continual.packnet_counts({'w': 10}, index, 3)
+
+
+def test_packnet_needs_a_task():
+  with pytest.raises(ValueError, match='num_tasks must be at least 1, got 0'):
+    continual.packnet(0)
+
+
+def test_packnet_chooses_by_magnitude_and_layer():
+  phi = {
+    'a': {'w': jnp.array([-9.0, 1, -3, 2, 0.5, 0])},
+    'logits': {'w': jnp.array([0.1, -0.2, 0.3])},
+  }
+  owners = {
+    'a/w': jnp.array([1, 1, 0, 0, 0, 0], jnp.uint8),
+    'logits/w': jnp.array([0, 1, 0], jnp.uint8),
+  }
+  choose = continual.packnet(num_tasks=3)
+  # Validation data are not looked at.
+  mask, record = choose(continual.Memory(phi, {}, owners), 1, None, None)
+  np.testing.assert_array_equal(mask['a/w'], [1, 1, 1, 1, 0, 0])
+  np.testing.assert_array_equal(mask['logits/w'], [0, 1, 1])
+  assert record is None
 
 
 def test_packnet_mask_by_hand():

@@ -55,6 +55,36 @@ def test_accuracy_report_of_a_matrix_with_gaps():
   assert 'forward_transfer' not in report
 
 
+def test_transfer_of_lopez_paz_and_ranzato_by_hand():
+  # R[t - 1][t] is 0.3 and 0.4, where the networks began at 0.1 and 0.6.
+  rows = [[0.9, 0.3], [0.95, 0.8, 0.4], [0.7, 0.85, 0.6]]
+  report = continual_report.accuracy_report(rows, initial=[0.5, 0.1, 0.6, 0.2])
+  assert report['backward_transfer'] == pytest.approx([-0.2, 0.05, 0])
+  assert report['mean_backward_transfer'] == pytest.approx(-0.15 / 2)
+  assert report['zero_shot_transfer'][0] is None
+  assert report['zero_shot_transfer'][1:] == pytest.approx([0.2, -0.2])
+  assert report['mean_zero_shot_transfer'] == pytest.approx(0, abs=1e-12)
+  assert 'forward_transfer' not in report
+  # What was measured before a task was learned is no part of what is forgotten.
+  without = continual_report.accuracy_report(_ROWS)
+  assert report['forgetting'] == without['forgetting']
+  assert report['backward_transfer'] == without['backward_transfer']
+  assert 'zero_shot_transfer' not in without
+  json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'initial', 'message'),
+  [
+    ([[0.9, 0.1], [0.9, 0.8]], [0.1], 'initial has 1 accuracies, 2 tasks'),
+    (_ROWS, [0.1] * 3, r'Tasks \[1, 2\] must be evaluated before they'),
+  ],
+)
+def test_transfer_before_learning_needs_its_numbers(rows, initial, message):
+  with pytest.raises(ValueError, match=message):
+    continual_report.accuracy_report(rows, initial=initial)
+
+
 def test_what_stays_bit_for_bit_is_not_forgotten_at_all():
   rows = [[0.1 + 0.2], [0.1 + 0.2, 0.7], [0.1 + 0.2, 0.7, 0.6]]
   report = continual_report.accuracy_report(rows)
@@ -67,6 +97,10 @@ def test_accuracy_report_of_a_single_task():
   assert report['average_accuracy'] == report['worst_accuracy'] == 0.9
   assert report['forgetting'] == [0.0]
   assert report['mean_forgetting'] is report['mean_forward_transfer'] is None
+  assert report['mean_backward_transfer'] is None
+  report = continual_report.accuracy_report([[0.9]], initial=[0.1])
+  assert report['zero_shot_transfer'] == [None]
+  assert report['mean_zero_shot_transfer'] is None
 
 
 @pytest.mark.parametrize(
@@ -162,14 +196,16 @@ def test_table_by_hand():
     _run('epn', 2.0, 0.98, 0.97, 0.4),
   ]
   assert continual_report.table(runs).splitlines() == [
-    'method    alpha       average  worst  capacity used',
-    'epn           2  97.50 ± 0.71  96.00           35.0',
-    'finetune      1         50.00  10.00              -',
+    'method      alpha       average    worst    capacity used',
+    'epn             2  97.50 ± 0.71    96.00             35.0',
+    'finetune        1         50.00    10.00                -',
   ]
   runs[0]['mean_forward_transfer'] = -0.02
   runs[2]['mean_forward_transfer'] = 0.01
   assert continual_report.table(runs).splitlines() == [
-    'method    alpha       average  worst  capacity used  transfer',
-    'epn           2  97.50 ± 0.71  96.00           35.0     -0.50',
-    'finetune      1         50.00  10.00              -         -',
+    'method      alpha       average    worst    capacity used    transfer',
+    'epn             2  97.50 ± 0.71    96.00             35.0       -0.50',
+    'finetune        1         50.00    10.00                -           -',
   ]
+  headers = ['method', 'alpha', 'average', 'worst', 'capacity', 'used']
+  assert continual_report.table([]).split() == headers
