@@ -30,7 +30,7 @@ extensions = [
   'sphinx.ext.napoleon',
   'sphinx.ext.viewcode',
 ]
-myst_enable_extensions = ['dollarmath']
+myst_enable_extensions = ['deflist', 'dollarmath']
 myst_heading_anchors = 3
 
 # Lists of names only, of what other pages describe.

@@ -19,7 +19,11 @@ import powerprop_jax
 _ROOT = pathlib.Path(__file__).parent.parent
 _DOCS = _ROOT / 'docs'
 _PAGES = [_ROOT / 'README.md', *sorted(_DOCS.glob('*.md'))]
-_WITH_COMMANDS = [*_PAGES, _ROOT / 'experiments' / 'README.md']
+_WITH_COMMANDS = [
+  *_PAGES,
+  _ROOT / 'CONTRIBUTING.md',
+  _ROOT / 'experiments' / 'README.md',
+]
 
 
 def _blocks(path, language):
