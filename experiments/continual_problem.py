@@ -17,6 +17,7 @@ from experiments import continual_pruning
 from experiments import optimiser_flags
 from experiments import runner
 from powerprop_jax import continual
+from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax.continual import ewc
@@ -171,7 +172,7 @@ def _make_anchor(settings, logits, transform, layout):
       images,
       key=key,
     )
-    held = layouts.put(
+    held = leaves.put(
       jax.tree.map(lambda _: False, theta), dict.fromkeys(shared, True)
     )
     strength = settings['ewc_strength']

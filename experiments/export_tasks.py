@@ -11,6 +11,7 @@ from experiments import continual_problem
 from experiments import continual_progress
 from powerprop_jax import continual
 from powerprop_jax import export
+from powerprop_jax import leaves
 from powerprop_jax.continual import layouts
 from powerprop_jax.data import in_memory
 from powerprop_jax.export import format as export_format
@@ -65,7 +66,7 @@ def load(found: checkpoint.Checkpoint, data_dir: str | None) -> Tasks:
 
   def private(task, network):
     state = {} if task.model_state is None else {'state': task.model_state}
-    return {'theta': layouts.by_path(network['theta'], own)} | state
+    return {'theta': leaves.by_path(network['theta'], own)} | state
 
   return Tasks(
     alpha=settings['alpha'],

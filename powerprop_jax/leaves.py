@@ -7,10 +7,9 @@ of Haiku, Flax and Equinox. Pass a function of (path, leaf) of your own wherever
 `is_weight` is an argument to choose otherwise.
 """
 
-from collections.abc import Callable
-import functools
+from collections.abc import Callable, Collection, Mapping
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from powerprop_jax import types
 
 Path = types.Path
 IsWeight = types.IsWeight
+T = TypeVar('T')
 
 # Leaves are weights if the last part of their path is one of these names ...
 _WEIGHT_NAMES = {
@@ -216,22 +216,6 @@ def _path(tree: Any, key_path: tuple[Any, ...]) -> types.Path:
   return path
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree by their paths.
-
-  Raises:
-    ValueError: if two leaves have the same path.
-  """
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  named = {name(path): leaf for path, leaf in leaves}
-  if len(named) < len(leaves):
-    raise ValueError(
-      f'Two leaves of the tree have the same path. Rename one: {sorted(named)}.'
-    )
-  return named
-
-
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """`jax.tree.map` with the leaf's `Path` as the first argument of f."""
   return jax.tree_util.tree_map_with_path(
@@ -252,6 +236,52 @@ def paths(tree: Any) -> list[types.Path]:
   ['linear/b', 'linear/w']
   """
   return jax.tree.leaves(map_with_path(lambda path, _: path, tree))
+
+
+def by_path(tree: Any, only: Collection[str] | None = None) -> dict[str, Any]:
+  """The leaves of a tree by their paths, in the order of the tree.
+
+  Args:
+    tree: a pytree.
+    only: the paths of the leaves to return; None returns all.
+
+  Returns:
+    A dict of leaves.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+
+  >>> from powerprop_jax import leaves
+  >>> tree = {'linear': {'w': 1.0, 'b': 0.0}}
+  >>> leaves.by_path(tree)
+  {'linear/b': 0.0, 'linear/w': 1.0}
+  >>> leaves.by_path(tree, only=['linear/w'])
+  {'linear/w': 1.0}
+  """
+  found = list(zip(map(str, paths(tree)), jax.tree.leaves(tree)))
+  named = dict(found)
+  if len(named) < len(found):
+    raise ValueError(
+      f'Two leaves of the tree have the same path. Rename one: {sorted(named)}.'
+    )
+  return {p: x for p, x in found if only is None or p in only}
+
+
+def put(tree: T, found: Mapping[str, Any]) -> T:
+  """A tree in which some leaves are replaced, given by their paths.
+
+  Args:
+    tree: a pytree.
+    found: the new leaves by path; other entries are left out.
+
+  Returns:
+    A pytree of the structure of tree.
+
+  >>> from powerprop_jax import leaves
+  >>> leaves.put({'linear': {'w': 1.0, 'b': 0.0}}, {'linear/w': 7.0})
+  {'linear': {'b': 0.0, 'w': 7.0}}
+  """
+  return map_with_path(lambda path, x: found.get(path, x), tree)
 
 
 def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:

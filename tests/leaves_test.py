@@ -829,3 +829,17 @@ def test_axes_of_other_leaves():
     *((0,), (), (1,)),
   )
   assert leaves.axes('temperature', np.ones(())) == ((), (), ())
+
+
+def test_leaves_by_path():
+  params = {'a': {'w': jnp.ones(2), 'b': jnp.zeros(1)}, 'c': {'w': jnp.ones(3)}}
+  assert list(leaves.by_path(params)) == ['a/b', 'a/w', 'c/w']
+  assert list(leaves.by_path(params, ['c/w', 'a/w'])) == ['a/w', 'c/w']
+  found = leaves.put(params, {'a/w': jnp.full(2, 7.0), 'other': 0})
+  np.testing.assert_array_equal(found['a']['w'], [7, 7])
+  assert found['c']['w'] is params['c']['w']
+
+
+def test_two_leaves_of_one_path():
+  with pytest.raises(ValueError, match='same path'):
+    leaves.by_path({'a': {'b': 1}, 'a/b': 2})

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from powerprop_jax import leaves
 from powerprop_jax import power
-from powerprop_jax.continual import layouts
 from powerprop_jax.continual import memory as memory_lib
 from powerprop_jax.continual import search as search_lib
 from powerprop_jax.sparse import masks
@@ -83,13 +83,13 @@ def _compile(
 ) -> _Compiled:
   def rank(phi, owners):
     theta = transform.to_theta(phi)
-    weights = layouts.by_path(theta, owners)
+    weights = leaves.by_path(theta, owners)
     return theta, search_lib.rank(weights, owners, omit)
 
   def prune(theta, ranking, count, max_new):
     mask = search_lib.select(ranking, count, max_new)
-    weights = layouts.by_path(theta, mask)
-    return layouts.put(theta, masks.apply_mask(weights, mask))
+    weights = leaves.by_path(theta, mask)
+    return leaves.put(theta, masks.apply_mask(weights, mask))
 
   def predict(theta, model_state, ranking, counts, max_new, valid):
     size = counts[-1]
@@ -100,7 +100,7 @@ def _compile(
     )
     assert loss is not None  # `_check` refuses the search without it.
     saliency = search_lib.make_saliency(loss)(dense, model_state, batches)
-    found = layouts.by_path(saliency, ranking.place)
+    found = leaves.by_path(saliency, ranking.place)
     return search_lib.predicted_rise(found, ranking, counts[:-1], max_new)
 
   return _Compiled(*map(jax.jit, (rank, prune, predict, search_lib.select)))

@@ -13,18 +13,13 @@ Leaves are known by their '/'-joined path, and groups of them are dictionaries
 by path.
 """
 
-from collections.abc import Collection, Mapping
 import re
-from typing import Any, NamedTuple, TypeVar
-
-import jax
+from typing import NamedTuple
 
 from powerprop_jax import leaves
-from powerprop_jax.types import ByPath
 from powerprop_jax.types import IsWeight
 from powerprop_jax.types import Params
 
-Tree = TypeVar('Tree')
 _KINDS = {
   'weights': ('masked', 'private', 'shared'),
   'heads': ('private', 'shared'),
@@ -43,46 +38,6 @@ class Layout(NamedTuple):
 
   kinds: dict[str, str]
   state: str
-
-
-def _paths(params: Params) -> list[str]:
-  tree = leaves.map_with_path(lambda p, _: str(p), params)
-  return jax.tree.leaves(tree)
-
-
-def by_path(params: Params, paths: Collection[str]) -> ByPath:
-  """Some leaves of a tree, by their path.
-
-  Args:
-    params: a pytree of arrays.
-    paths: the paths of the leaves that are asked for.
-
-  Returns:
-    A dictionary by path, in the order of the tree.
-
-  >>> from powerprop_jax.continual import layouts
-  >>> layouts.by_path({'linear': {'b': 0, 'w': 1}}, ['linear/w'])
-  {'linear/w': 1}
-  """
-  found = zip(_paths(params), jax.tree.leaves(params))
-  return {path: leaf for path, leaf in found if path in paths}
-
-
-def put(params: Tree, found: Mapping[str, Any]) -> Tree:
-  """A tree in which some leaves are others, given by their path.
-
-  Args:
-    params: a pytree of arrays.
-    found: the new leaves by path.
-
-  Returns:
-    A pytree of the structure of params.
-
-  >>> from powerprop_jax.continual import layouts
-  >>> layouts.put({'linear': {'b': 0, 'w': 1}}, {'linear/w': 7})
-  {'linear': {'b': 0, 'w': 7}}
-  """
-  return leaves.map_with_path(lambda p, x: found.get(p, x), params)
 
 
 def make_layout(
@@ -150,7 +105,7 @@ def make_layout(
       return weights
     return biases if path.rpartition('/')[0] in layers else norm
 
-  paths = _paths(params)
+  paths = [str(path) for path in leaves.paths(params)]
   if heads == 'private' and not any(re.search(head, path) for path in paths):
     raise ValueError(
       f'No layer matches head={head!r}, of {sorted(layers)}. Name the last one,'

@@ -99,7 +99,7 @@ def init_memory(phi: Params, model_state: ModelState, layout: Layout) -> Memory:
   {'linear/w': Array([[0, 0, 0],
          [0, 0, 0]], dtype=uint8)}
   """
-  masked = layouts.by_path(phi, layouts.paths_of(layout, 'masked'))
+  masked = leaves.by_path(phi, layouts.paths_of(layout, 'masked'))
   owners = {p: jnp.zeros(x.shape, jnp.uint8) for p, x in masked.items()}
   return Memory(phi, model_state, owners)
 
@@ -129,15 +129,15 @@ def begin_task(
   (Array([1., 0., 1.], dtype=float32), Array([1., 1.], dtype=float32))
   """
   phi, model_state = fresh
-  masked = layouts.by_path(memory.phi, memory.owners)
-  renewed = layouts.by_path(phi, memory.owners)
-  found = layouts.by_path(phi, layouts.paths_of(layout, 'private'))
+  masked = leaves.by_path(memory.phi, memory.owners)
+  renewed = leaves.by_path(phi, memory.owners)
+  found = leaves.by_path(phi, layouts.paths_of(layout, 'private'))
   for path, owner in memory.owners.items():
     found[path] = jnp.where(owner == 0, renewed[path], masked[path])
   if layout.state != 'private':
     model_state = memory.model_state
   return memory._replace(
-    phi=layouts.put(memory.phi, found), model_state=model_state
+    phi=leaves.put(memory.phi, found), model_state=model_state
   )
 
 
@@ -293,7 +293,7 @@ def store(memory: Memory, mask: ByPath, layout: Layout) -> Task:
   >>> task.packed, list(task.private)
   ({'linear/w': Array([160], dtype=uint8)}, ['logits/w'])
   """
-  private = layouts.by_path(memory.phi, layouts.paths_of(layout, 'private'))
+  private = leaves.by_path(memory.phi, layouts.paths_of(layout, 'private'))
   state = memory.model_state if layout.state == 'private' else None
   return Task(masks.pack(mask), private, state)
 
@@ -326,11 +326,11 @@ def recall(
   >>> theta['linear']['w']
   Array([ 9.,  0., 25.], dtype=float32)
   """
-  theta = transform.to_theta(layouts.put(memory.phi, task.private))
+  theta = transform.to_theta(leaves.put(memory.phi, task.private))
   mask = masks.unpack(task.packed, memory.owners)
-  used = masks.apply_mask(layouts.by_path(theta, memory.owners), mask)
+  used = masks.apply_mask(leaves.by_path(theta, memory.owners), mask)
   state = memory.model_state if task.model_state is None else task.model_state
-  return layouts.put(theta, used), state
+  return leaves.put(theta, used), state
 
 
 def num_bytes(task: Task) -> int:

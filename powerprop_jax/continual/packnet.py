@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from powerprop_jax.continual import layouts
+from powerprop_jax import leaves
 from powerprop_jax.continual import memory as memory_lib
 from powerprop_jax.sparse import masks
 from powerprop_jax.types import ByPath
@@ -86,7 +86,7 @@ def packnet_mask(
     scores = jnp.where(free, jnp.abs(x), -1.0)
     return ~free | masks.top_count_mask(scores, counts[path])
 
-  found = layouts.by_path(params, owners)
+  found = leaves.by_path(params, owners)
   return {path: mask(path, x) for path, x in found.items()}
 
 

@@ -145,7 +145,7 @@ class _Learner:
     return memory._replace(phi=state.phi, model_state=state.model_state)
 
   def choose(self, memory, density=0.3, omit=(), max_new=None):
-    theta = layouts.by_path(self.transform.to_theta(memory.phi), memory.owners)
+    theta = leaves.by_path(self.transform.to_theta(memory.phi), memory.owners)
     ranking = search.rank(theta, memory.owners, omit)
     size = sum(x.size for x in theta.values())
     limit = size if max_new is None else max_new
@@ -193,7 +193,7 @@ def test_earlier_tasks_stay_bit_for_bit(network, optimiser):
   assert sum(int(jnp.sum(m)) for m in earlier) > 0
   for path, owner in learner.memory.owners.items():
     was, now = (
-      np.asarray(layouts.by_path(phi, [path])[path])
+      np.asarray(leaves.by_path(phi, [path])[path])
       for phi in (alone[4], learner.memory.phi)
     )
     frozen = np.asarray(owner)
@@ -363,7 +363,7 @@ def test_free_weights_move_at_alpha_3():
   )
   for path, mask in free.items():
     old, new, after = (
-      np.asarray(layouts.by_path(x, [path])[path])
+      np.asarray(leaves.by_path(x, [path])[path])
       for x in (phi, renewed.phi, trained.phi)
     )
     np.testing.assert_array_equal(old[~mask], new[~mask])
@@ -386,16 +386,16 @@ def test_private_leaves_start_afresh_and_frozen_ones_stay():
     'logits/w',
   ]
   chex.assert_trees_all_equal(
-    layouts.by_path(memory.phi, private), layouts.by_path(fresh[0], private)
+    leaves.by_path(memory.phi, private), leaves.by_path(fresh[0], private)
   )
   chex.assert_trees_all_equal(memory.model_state, fresh[1])
-  frozen = layouts.by_path(learner.memory.phi, ['linear_1/b'])
+  frozen = leaves.by_path(learner.memory.phi, ['linear_1/b'])
   assert np.any(np.asarray(frozen['linear_1/b']) != 0)
   chex.assert_trees_all_equal(
-    layouts.by_path(memory.phi, ['linear_1/b']), frozen
+    leaves.by_path(memory.phi, ['linear_1/b']), frozen
   )
   chosen = continual.training_masks(memory, learner.layout, 1)
-  backward = layouts.by_path(chosen.backward, [*private, 'linear_1/b'])
+  backward = leaves.by_path(chosen.backward, [*private, 'linear_1/b'])
   assert not np.any(backward.pop('linear_1/b'))
   assert all(np.all(m) for m in backward.values())
 
@@ -415,7 +415,7 @@ def test_the_first_layer_of_earlier_tasks_can_be_left_out():
   learner.learn()
   owned = learner.memory.owners['initial_linear/w'] > 0
   chosen = continual.training_masks(learner.memory, learner.layout, 1, omit)
-  forward = layouts.by_path(chosen.forward, leaves_of(learner))
+  forward = leaves.by_path(chosen.forward, leaves_of(learner))
   np.testing.assert_array_equal(forward.pop('initial_linear/w'), ~owned)
   assert all(np.all(m) for m in forward.values())
   recorded = learner.recorded(0)
@@ -438,14 +438,14 @@ def test_retraining_moves_new_weights_alone():
   mask = masks.unpack(learner.tasks[1].packed, learner.memory.owners)
   chosen = continual.retraining_masks(learner.memory, learner.layout, 1, mask)
   for path, owner in learner.memory.owners.items():
-    found = layouts.by_path(chosen.backward, [path])[path]
+    found = leaves.by_path(chosen.backward, [path])[path]
     np.testing.assert_array_equal(found, owner == 2)
     np.testing.assert_array_equal(
-      layouts.by_path(chosen.forward, [path])[path], mask[path]
+      leaves.by_path(chosen.forward, [path])[path], mask[path]
     )
-  assert np.all(layouts.by_path(chosen.backward, ['logits/w'])['logits/w'])
+  assert np.all(leaves.by_path(chosen.backward, ['logits/w'])['logits/w'])
   assert not np.any(
-    layouts.by_path(chosen.backward, ['linear_1/b'])['linear_1/b']
+    leaves.by_path(chosen.backward, ['linear_1/b'])['linear_1/b']
   )
 
 
@@ -562,17 +562,17 @@ def test_recall_needs_nothing_that_is_not_masked():
   spoilt = {
     path: jnp.where(owner == 1, x, jnp.nan)
     for (path, x), owner in zip(
-      layouts.by_path(learner.memory.phi, learner.memory.owners).items(),
+      leaves.by_path(learner.memory.phi, learner.memory.owners).items(),
       learner.memory.owners.values(),
     )
   }
   nothing = {
     path: jnp.full_like(x, jnp.nan)
-    for path, x in layouts.by_path(
+    for path, x in leaves.by_path(
       learner.memory.phi, layouts.paths_of(learner.layout, 'private')
     ).items()
   }
-  phi = layouts.put(learner.memory.phi, spoilt | nothing)
+  phi = leaves.put(learner.memory.phi, spoilt | nothing)
   learner.memory = learner.memory._replace(phi=phi)
   np.testing.assert_array_equal(learner.recorded(0), recorded)
 
@@ -615,11 +615,3 @@ def test_impossible_layouts(options, message):
   params = {'linear': {'w': jnp.ones(2)}, 'logits': {'w': jnp.ones(2)}}
   with pytest.raises(ValueError, match=message):
     layouts.make_layout(params, **options)
-
-
-def test_leaves_by_path():
-  params = {'a': {'w': jnp.ones(2), 'b': jnp.zeros(1)}, 'c': {'w': jnp.ones(3)}}
-  assert sorted(layouts.by_path(params, ['a/w', 'c/w'])) == ['a/w', 'c/w']
-  found = layouts.put(params, {'a/w': jnp.full(2, 7.0)})
-  np.testing.assert_array_equal(found['a']['w'], [7, 7])
-  assert found['c']['w'] is params['c']['w']
