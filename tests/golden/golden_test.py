@@ -1,0 +1,106 @@
+"""Tests that every binary computes what it did when `golden.json` was recorded.
+
+On the machine and with the versions of the recording every bit has to be the
+same; elsewhere accuracies and the numbers of weights that layers keep.
+"""
+
+from collections.abc import Iterator
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+_HERE = pathlib.Path(__file__).parent
+_SPEC = importlib.util.spec_from_file_location(
+  'golden_record', _HERE / 'record.py'
+)
+assert _SPEC and _SPEC.loader
+record = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(record)
+
+_GOLDEN = json.loads((_HERE / 'golden.json').read_text())
+_FLAGS = json.loads((_HERE / 'old_help.json').read_text())
+_TOLERANCE = 0.03
+
+
+@pytest.fixture(scope='module')
+def recorder(tmp_path_factory):
+  """Runs a command once, also if several entries need it."""
+  return record.Recorder(tmp_path_factory.mktemp('golden'))
+
+
+def _numbers(content: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+  """The leaves of a JSON document, by path."""
+  if isinstance(content, dict | list):
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for name, value in items:
+      yield from _numbers(value, f'{path}/{name}')
+  else:
+    yield path, content
+
+
+def _differences(found: Any, expected: Any, tolerance: float) -> list[str]:
+  """What differs between two JSON documents, one line a leaf."""
+  found, expected = dict(_numbers(found)), dict(_numbers(expected))
+  lines = []
+  for path in sorted(found.keys() | expected.keys()):
+    a, b = found.get(path, 'absent'), expected.get(path, 'absent')
+    if a == b:
+      continue
+    numbers = isinstance(a, float | int) and isinstance(b, float | int)
+    if not (numbers and abs(a - b) <= tolerance):
+      lines.append(f'{path}: {a}, recorded {b}')
+  return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', record.ENTRIES)
+def test_results_are_those_recorded(recorder, name):
+  found = json.loads(json.dumps(recorder.record(name)))
+  expected = _GOLDEN['entries'][name]
+  same = (record.machine(), record.versions()) == (
+    _GOLDEN['machine'],
+    _GOLDEN['versions'],
+  )
+  if same:
+    differences = _differences(found, expected, 0.0)
+  else:
+    differences = _differences(
+      found.get('accuracies'), expected.get('accuracies'), _TOLERANCE
+    )
+    if not record.ENTRIES[name].ranked:
+      differences += _differences(found.get('kept'), expected.get('kept'), 0.0)
+  assert not differences, '\n'.join(differences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('binary', record.BINARIES)
+def test_no_flag_is_lost(binary):
+  found = record.flags_of(binary)
+  for name, flag in _FLAGS[binary].items():
+    assert name in found, f'--{name} of {binary} is gone.'
+    assert found[name]['type'] == flag['type'], name
+    assert set(found[name]['choices']) >= set(flag['choices']), name
+
+
+def test_every_command_is_recorded():
+  assert list(_GOLDEN['entries']) == list(record.ENTRIES)
+  assert all(_GOLDEN['entries'].values())
+
+
+def test_every_binary_has_a_command():
+  assert {entry.binary for entry in record.ENTRIES.values()} == set(
+    record.BINARIES
+  )
+  assert list(_FLAGS) == list(record.BINARIES)
+
+
+@pytest.mark.parametrize('name', record.ENTRIES)
+def test_every_flag_is_given(name):
+  """A new default of a flag must not change what a command means."""
+  entry = record.ENTRIES[name]
+  missing = _FLAGS[entry.binary].keys() - entry.flags.keys() - record.PLACES
+  # Without a density, the masks in use are written.
+  assert missing <= {'density'}
