@@ -31,6 +31,7 @@ from powerprop_jax import export
 from powerprop_jax import plots
 from powerprop_jax import power
 from powerprop_jax import training
+from powerprop_jax import types
 from powerprop_jax.data import augment
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
@@ -95,7 +96,7 @@ class Functions(NamedTuple):
 
   init: Callable[..., training.TrainState]
   run_steps: Callable[..., tuple[training.TrainState, training.Metrics]]
-  to_theta: Callable[[training.Params], training.Params]
+  to_theta: Callable[[types.Params], types.Params]
   sweeps: dict[str, Callable[..., list[float]]]  # By scope.
 
 

@@ -15,6 +15,7 @@ from experiments import optimiser_flags
 from experiments import runner
 from powerprop_jax import power
 from powerprop_jax import training
+from powerprop_jax import types
 from powerprop_jax.data import augment
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
@@ -54,7 +55,7 @@ class Functions(NamedTuple):
   init_masks: training.MaskStep
   update_masks: training.MaskStep
   run_steps: Callable[..., tuple[training.TrainState, Any]]
-  theta: Callable[[training.TrainState], training.Params]
+  theta: Callable[[training.TrainState], types.Params]
   accuracy: Callable[..., jax.Array]
   method: methods.Method
   layer_flops: dict[str, float]

@@ -52,14 +52,17 @@ def apply_mask(tree: Params, mask: Mask) -> Params:
   reach weights that the mask protects.
 
   Args:
-    tree: a pytree of arrays.
+    tree: a pytree of arrays. Where it has None, as a gradient has for what is
+      frozen, so has the result.
     mask: a pytree of boolean arrays of the same structure and shapes.
 
   Returns:
     A pytree of the structure, shapes and dtypes of tree.
   """
   return jax.tree.map(
-    lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), mask, tree
+    lambda m, x: None if x is None else jnp.where(m, x, jnp.zeros_like(x)),
+    mask,
+    tree,
   )
 
 

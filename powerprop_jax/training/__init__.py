@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from powerprop_jax.training.step import LossFn
 from powerprop_jax.training.step import MaskStep
 from powerprop_jax.training.step import Metrics
-from powerprop_jax.training.step import Params
 from powerprop_jax.training.step import Penalty
 from powerprop_jax.training.step import TrainState
 from powerprop_jax.training.step import TrainStep
@@ -16,7 +15,6 @@ from powerprop_jax.training.step import make_mask_updates
 from powerprop_jax.training.step import make_run_steps
 from powerprop_jax.training.step import make_train_step
 from powerprop_jax.training.step import masked_theta
-from powerprop_jax.training.step import reset_moments
 
 if TYPE_CHECKING:
   from powerprop_jax.training import checkpoint
@@ -29,7 +27,6 @@ __all__ = (
   'LossFn',
   'MaskStep',
   'Metrics',
-  'Params',
   'Penalty',
   'TrainState',
   'TrainStep',
@@ -44,7 +41,6 @@ __all__ = (
   'make_run_steps',
   'make_train_step',
   'masked_theta',
-  'reset_moments',
 )
 
 

@@ -4,10 +4,10 @@ One step is the line of section 2 of the paper, with masks:
 
   phi -> theta -> mask -> loss -> gradient at theta -> optimiser -> mask -> phi
 
-The gradient is taken at theta, outside the power map, so optimisers see an
-ordinary network and masks are scored by the same gradient. The update is masked
-after the optimiser and not before: momentum and weight decay would move a
-protected weight whose gradient alone is masked.
+The gradient is taken at theta, outside the power map, so that optimisers see an
+ordinary network and masks are scored by the same gradient. How an optimiser
+works under masks is said in `sparse.masking`; `sparse.sparsify` has the same
+parts as an optax transformation, for training loops of another make.
 
 Data sets that fit on the device are trained on in compiled chunks of many
 steps, without any Python in between.
@@ -16,33 +16,36 @@ steps, without any Python in between.
 from collections.abc import Callable
 import functools
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from powerprop_jax import power
+from powerprop_jax import types
+from powerprop_jax.sparse import masking
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import updaters
 
-Params = Any
-ModelState = Any
-Batch = Any
-Metrics = dict[str, jax.Array]
+Batch: TypeAlias = Any  # Whatever the loss takes.
+Metrics: TypeAlias = dict[str, jax.Array]
 # (theta, model_state, key, batch) -> (loss, (model_state, metrics))
-LossFn = Callable[
-  [Params, ModelState, jax.Array, Batch],
-  tuple[jax.Array, tuple[ModelState, Metrics]],
+LossFn: TypeAlias = Callable[
+  [types.Params, types.ModelState, jax.Array, Batch],
+  tuple[jax.Array, tuple[types.ModelState, Metrics]],
 ]
 
 
 class TrainState(NamedTuple):
-  """Everything that training changes, and all a checkpoint has to hold.
+  """Everything that training changes, and all that a checkpoint has to hold.
 
   Attributes:
-    phi: the parameters.
-    model_state: statistics of the network, as of BatchNorm; {} if it has none.
+    phi: the parameters, dense ones. What the masks cut keeps its value here,
+      and `to_theta(phi)` is therefore *not* the sparse network: `masked_theta`
+      is, and is what has to be evaluated, exported and reported.
+    model_state: statistics of the network, such as those of BatchNorm; {} if it
+      has none.
     opt_state: the state of the optimiser.
     masks: `masks.Masks`.
     step: the number of steps taken, an int32 scalar.
@@ -50,29 +53,50 @@ class TrainState(NamedTuple):
       `jax.random.fold_in(key, t)`.
   """
 
-  phi: Params
-  model_state: ModelState
+  phi: types.Params
+  model_state: types.ModelState
   opt_state: optax.OptState
   masks: masks_lib.Masks
   step: jax.Array
   key: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-MaskStep = Callable[[TrainState, Batch], TrainState]
-Penalty = Callable[[Params, masks_lib.Masks], Params]
+TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+MaskStep: TypeAlias = Callable[[TrainState, Batch], TrainState]
+Penalty: TypeAlias = Callable[[types.Params, masks_lib.Masks], types.Params]
 
 
 def init_state(
   key: jax.Array,
-  theta: Params,
-  model_state: ModelState,
+  theta: types.Params,
+  model_state: types.ModelState,
   tx: optax.GradientTransformation,
   transform: power.PowerTransform,
 ) -> TrainState:
-  """The state of a dense network at step 0, from ordinary parameters theta."""
-  # Copies, because compiled steps donate the state, and the caller's arrays
-  # would go with it.
+  """The state of a dense network at step 0, from ordinary parameters theta.
+
+  The arrays are copies, because compiled steps donate the state, and those of
+  the caller would go with it.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from powerprop_jax import power
+  >>> transform = power.power_transform(2.0)
+  >>> theta = {'linear': {'w': jnp.array([4.0, -9.0])}}
+  >>> key, tx = jax.random.key(0), optax.sgd(0.1)
+  >>> init_state(key, theta, {}, tx, transform).phi
+  {'linear': {'w': Array([ 2., -3.], dtype=float32)}}
+
+  Args:
+    key: the PRNG key of the run.
+    theta: the parameters, as the network's own initialisation makes them.
+    model_state: statistics of the network; {} if it has none.
+    tx: a transformation of gradients at theta into updates of phi, such as
+      `transforms.target_propagation(optax.adam(1e-3), transform)`.
+    transform: a `power.power_transform`.
+
+  Returns:
+    A `TrainState` with masks of ones.
+  """
   key, phi, model_state = jax.tree.map(
     jnp.copy, (key, transform.to_phi(theta), model_state)
   )
@@ -105,8 +129,29 @@ def _mean_statistics(model_state, axis_name):
   return jax.tree.map(mean, model_state)
 
 
-def masked_theta(state: TrainState, transform: power.PowerTransform) -> Params:
-  """The weights the network uses: where(forward, psi(phi), 0)."""
+def masked_theta(
+  state: TrainState, transform: power.PowerTransform
+) -> types.Params:
+  """The weights that the network uses: where(forward, psi(phi), 0).
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from powerprop_jax import power
+  >>> from powerprop_jax.sparse import masks
+  >>> transform, tx = power.power_transform(2.0), optax.sgd(0.1)
+  >>> key, theta = jax.random.key(0), {'w': jnp.array([4.0, 9.0])}
+  >>> state = init_state(key, theta, {}, tx, transform)
+  >>> mask = {'w': jnp.array([True, False])}
+  >>> state = state._replace(masks=masks.Masks(mask, mask))
+  >>> masked_theta(state, transform)
+  {'w': Array([4., 0.], dtype=float32)}
+
+  Args:
+    state: a `TrainState`.
+    transform: the `power.power_transform` of its phi.
+
+  Returns:
+    A pytree of the structure, shapes and dtypes of `state.phi`.
+  """
   return masks_lib.apply_mask(
     transform.to_theta(state.phi), state.masks.forward
   )
@@ -120,6 +165,28 @@ def make_train_step(
   penalty: Penalty | None = None,
 ) -> TrainStep:
   """One step of training, a pure function to be compiled by its caller.
+
+  The optimiser sees the gradient and the parameters where the backward mask is
+  True and zero elsewhere, and its update is masked again, so that it trains the
+  network without the weights that may not move (see `sparse.masking`).
+
+  It is also given what extended transformations of optax ask for: `value`, the
+  loss; `grad`, the masked gradient; and `value_fn`, the loss as a function of
+  theta. All of them are those of theta, as the gradient is: a line search goes
+  inside `target_propagation`.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from powerprop_jax import power, transforms
+  >>> def loss_fn(theta, model_state, key, batch):
+  ...   return jnp.sum(theta['w'] * batch), (model_state, {})
+  >>> transform = power.power_transform(2.0)
+  >>> tx = transforms.target_propagation(optax.sgd(0.1), transform)
+  >>> theta, key = {'w': jnp.array([4.0])}, jax.random.key(0)
+  >>> state = init_state(key, theta, {}, tx, transform)
+  >>> step = jax.jit(make_train_step(loss_fn, tx, transform))
+  >>> state, metrics = step(state, jnp.array([1.0]))
+  >>> state.phi, metrics  # phi = 2 - 0.1 * 1 * 2 |phi|.
+  ({'w': Array([1.6], dtype=float32)}, {'loss': Array(4., dtype=float32)})
 
   Args:
     loss_fn: maps (theta, model_state, key, batch) to (loss, (model_state,
@@ -136,25 +203,41 @@ def make_train_step(
   Returns:
     A function of (state, batch) that returns (state, metrics), `metrics` with
     the loss added under 'loss'.
+
+  References:
+    Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
   """
 
   def train_step(state, batch):
+    masks = state.masks
     theta = transform.to_theta(state.phi)
+    key = jax.random.fold_in(state.key, state.step)
     grads, model_state, metrics = _gradient(
-      loss_fn,
-      masks_lib.apply_mask(theta, state.masks.forward),
-      state,
-      jax.random.fold_in(state.key, state.step),
-      batch,
+      loss_fn, masks_lib.apply_mask(theta, masks.forward), state, key, batch
     )
     if axis_name is not None:
       grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
       model_state = _mean_statistics(model_state, axis_name)
     if penalty is not None:
-      extra = penalty(theta, state.masks)
-      grads = jax.tree.map(jnp.add, grads, extra)
-    updates, opt_state = tx.update(grads, state.opt_state, state.phi)
-    updates = masks_lib.apply_mask(updates, state.masks.backward)
+      grads = jax.tree.map(jnp.add, grads, penalty(theta, masks))
+
+    def value_fn(seen):
+      # Frozen weights are in the network, though the optimiser sees zeros.
+      used = jax.tree.map(jnp.where, masks.backward, seen, theta)
+      used = masks_lib.apply_mask(used, masks.forward)
+      loss, _ = loss_fn(used, state.model_state, key, batch)
+      return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
+
+    updates, opt_state = masking.masked_update(
+      tx,
+      grads,
+      state.opt_state,
+      state.phi,
+      masks,
+      value=metrics['loss'],
+      grad=grads,
+      value_fn=value_fn,
+    )
     state = state._replace(
       phi=optax.apply_updates(state.phi, updates),
       model_state=model_state,
@@ -164,47 +247,6 @@ def make_train_step(
     return state, metrics
 
   return train_step
-
-
-def reset_moments(
-  tx: optax.GradientTransformation,
-  opt_state: optax.OptState,
-  phi: Params,
-  where: Any,
-) -> optax.OptState:
-  """Puts the statistics of some parameters back to their initial values.
-
-  Works for every optimiser: what in its state belongs to a parameter is found
-  by `optax.tree_utils.tree_map_params`. Statistics of another shape than the
-  parameter, as the row sums of Adafactor, belong to many and stay.
-
-  Args:
-    tx: the transformation.
-    opt_state: its state.
-    phi: the parameters.
-    where: a pytree of boolean arrays: which entries of phi start afresh.
-
-  Returns:
-    A state of the same structure.
-  """
-
-  def is_missing(x):
-    return isinstance(x, optax.MaskedNode)
-
-  def select(value, mask):
-    if is_missing(value):
-      return value
-    return mask if jnp.shape(value) == mask.shape else False
-
-  selected = optax.tree_utils.tree_map_params(
-    tx,
-    select,
-    opt_state,
-    where,
-    transform_non_params=lambda _: False,
-    is_leaf=is_missing,
-  )
-  return jax.tree.map(jnp.where, selected, tx.init(phi), opt_state)
 
 
 def _mean_gradient(loss_fn, theta, state, batches):
@@ -221,15 +263,6 @@ def _mean_gradient(loss_fn, theta, state, batches):
   return jax.tree.map(lambda g: g / n, total)
 
 
-def _with_masks(state, tx, phi, masks):
-  """The state under other masks; what they free starts with new moments."""
-  grown = jax.tree.map(
-    lambda now, was: now & ~was, masks.backward, state.masks.backward
-  )
-  opt_state = reset_moments(tx, state.opt_state, phi, grown)
-  return state._replace(phi=phi, opt_state=opt_state, masks=masks)
-
-
 def make_mask_updates(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
@@ -241,6 +274,22 @@ def make_mask_updates(
 
   They are functions of their own, which the host calls every so many steps: in
   the train step, under `lax.cond`, they would double its compilation time.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from powerprop_jax import power, transforms
+  >>> from powerprop_jax.sparse import distributions, updaters
+  >>> def loss_fn(theta, model_state, key, batch):
+  ...   return jnp.sum((theta['w'] - batch) ** 2), (model_state, {})
+  >>> transform = power.power_transform(2.0)
+  >>> tx = transforms.target_propagation(optax.adam(0.1), transform)
+  >>> half = updaters.magnitude(distributions.uniform(0.5))
+  >>> init_masks, update_masks = make_mask_updates(loss_fn, tx, half, transform)
+  >>> theta, key = {'w': jnp.array([4.0, 1.0])}, jax.random.key(0)
+  >>> state = init_state(key, theta, {}, tx, transform)
+  >>> batches = jnp.zeros([1, 2])  # One batch.
+  >>> state = update_masks(init_masks(state, batches), batches)
+  >>> state.masks.forward
+  {'w': Array([ True, False], dtype=bool)}
 
   Args:
     loss_fn: as in `make_train_step`.
@@ -254,11 +303,14 @@ def make_mask_updates(
   Returns:
     Two pure functions of (state, batches) that return a state: one makes the
     masks at the start, the other updates them. The leading axis of batches is
-    that of the batches over which the gradient is averaged.
+    that of the batches over which the gradient is averaged. Both raise
+    ValueError when they are traced if the state of tx cannot follow masks (see
+    `masking.check_resettable`).
   """
 
   def inputs(state, batches):
     """The key, the weights and the gradient, which an updater sees."""
+    masking.check_resettable(tx, state.phi)
     theta = transform.to_theta(state.phi)
     masked = masks_lib.apply_mask(theta, state.masks.forward)
     grads = _mean_gradient(loss_fn, masked, state, batches)
@@ -268,8 +320,15 @@ def make_mask_updates(
     key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
     return key, theta, grads
 
+  def with_masks(state, phi, masks):
+    opt_state = masking.change_masks(
+      tx, state.opt_state, phi, state.masks, masks
+    )
+    return state._replace(phi=phi, opt_state=opt_state, masks=masks)
+
   def init_masks(state, batches):
-    return state._replace(masks=updater.init(*inputs(state, batches)))
+    masks = updater.init(*inputs(state, batches))
+    return with_masks(state, state.phi, masks)
 
   def update_masks(state, batches):
     key, theta, grads = inputs(state, batches)
@@ -284,7 +343,7 @@ def make_mask_updates(
       state.phi,
       transform.to_phi(new_theta),
     )
-    return _with_masks(state, tx, phi, masks)
+    return with_masks(state, phi, masks)
 
   return init_masks, update_masks
 
@@ -299,11 +358,17 @@ def batch_indices(
   depends on the key and the step alone, so training goes on from any step as if
   it had never stopped.
 
+  >>> import jax
+  >>> indices = batch_indices(jax.random.key(0), 0, 2, 3, size=6)
+  >>> indices.shape, sorted(indices.ravel().tolist())
+  ((2, 3), [0, 1, 2, 3, 4, 5])
+
   Args:
     key: a PRNG key.
-    start: the first step.
+    start: the first step; this and all numbers below are integers of Python, or
+      concrete ones of numpy or JAX.
     num_steps: the number of steps.
-    batch_size: examples a step.
+    batch_size: the number of examples per step.
     size: the number of examples of the data set.
 
   Returns:
@@ -330,15 +395,28 @@ def _stream(key, epochs, offset, size):
 
 def make_run_steps(
   train_step: TrainStep,
-) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
   """A chunk of training steps over data that lie on the device.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from powerprop_jax import power
+  >>> def loss_fn(theta, model_state, key, batch):
+  ...   return jnp.mean((theta['w'] - batch) ** 2), (model_state, {})
+  >>> transform, tx = power.power_transform(1.0), optax.sgd(0.5)
+  >>> key, theta = jax.random.key(0), {'w': jnp.array(0.0)}
+  >>> state = init_state(key, theta, {}, tx, transform)
+  >>> run = jax.jit(make_run_steps(make_train_step(loss_fn, tx, transform)))
+  >>> data, indices = jnp.array([0.0, 1.0, 2.0]), jnp.array([[1, 1], [0, 2]])
+  >>> state, metrics = run(state, data, indices)
+  >>> int(state.step), metrics['loss']
+  (2, Array([1., 1.], dtype=float32))
 
   Args:
     train_step: a function made by `make_train_step`.
 
   Returns:
     A pure function of (state, data, indices), where data is a pytree of arrays
-    with one row an example and indices is an int array [steps, batch]. It
+    with one row per example and indices is an int array [steps, batch]. It
     returns the state and the metrics of every step, stacked.
   """
 

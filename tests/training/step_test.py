@@ -126,19 +126,89 @@ def test_masks_hold_for_every_optimiser(name):
     assert (old != new)[mask].any()
 
   after = update_masks(state, batch)
-  grown = jax.tree.map(lambda a, b: a & ~b, after.masks.backward, active)
-  assert [int(g.sum()) for g in jax.tree.leaves(grown)] == [0, 1, 3]
-  by_shape = {g.shape: g for g in jax.tree.leaves(grown)}
+  changed = jax.tree.map(lambda a, b: a ^ b, after.masks.backward, active)
+  # As many are cut as are grown.
+  assert [int(c.sum()) for c in jax.tree.leaves(changed)] == [0, 2, 6]
+  by_shape = {c.shape: c for c in jax.tree.leaves(changed)}
+  fresh = tx.init(masks.apply_mask(after.phi, after.masks.backward))
   reset = False
   for initial, old, new in zip(
-    *map(
-      jax.tree.leaves, (tx.init(after.phi), state.opt_state, after.opt_state)
-    )
+    *map(jax.tree.leaves, (fresh, state.opt_state, after.opt_state))
   ):
     where = by_shape.get(old.shape, False)
     np.testing.assert_array_equal(new, jnp.where(where, initial, old))
     reset |= bool((new != old).any())
   assert reset == (name not in _WITHOUT_MOMENTS)
+
+
+def test_optimisers_are_given_the_loss_and_its_gradient():
+  """The step of Polyak by hand: value / |g|^2 g, which the power scales."""
+  state, step = _linear_problem(2.0, optax.polyak_sgd(max_learning_rate=10.0))
+  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
+  state, _ = step(state, batch)
+  # The loss is 6.25 and its gradient (5, 10) and 5 for the bias.
+  rate = 6.25 / (5**2 + 10**2 + 5**2)
+  np.testing.assert_allclose(
+    state.phi['linear']['w'],
+    [2 - rate * 5 * 4, -1 - rate * 10 * 2],
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(state.phi['linear']['b'], 0.5 - rate * 5)
+
+
+def test_a_plateau_lowers_the_rate():
+  plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+  state, step = _linear_problem(1.0, optax.chain(optax.sgd(0.0), plateau))
+  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
+  for _ in range(2):  # The loss stays what it is at a rate of 0.
+    state, _ = step(state, batch)
+  assert optax.tree_utils.tree_get(state.opt_state, 'scale') == 0.5
+
+
+def test_a_line_search_sees_the_loss_of_the_masked_network():
+  search = optax.scale_by_backtracking_linesearch(8, store_grad=True)
+  state, step = _linear_problem(2.0, optax.chain(optax.sgd(4.0), search))
+  forward = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
+  backward = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(False)}}
+  state = state._replace(masks=masks.Masks(forward, backward))
+  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
+  before = state
+  state, metrics = step(state, batch)
+  # theta = (4, 0), b = 0.5 is frozen. The error is 4.5 and dL/dw = (9, ..).
+  np.testing.assert_allclose(metrics['loss'], 4.5**2)
+  found = optax.tree_utils.tree_get(state.opt_state, 'learning_rate')
+  value = optax.tree_utils.tree_get(state.opt_state, 'value')
+  np.testing.assert_allclose(value, (4 - 4 * found * 9 + 0.5) ** 2, rtol=1e-5)
+  assert 0 < value < 4.5**2  # A step of 4 * 9 is too long, and was shortened.
+  np.testing.assert_array_equal(
+    state.phi['linear']['b'], before.phi['linear']['b']
+  )
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['init', 'update'])
+def test_state_that_cannot_follow_masks_is_refused_before_training(which):
+  transform = power.power_transform(2.0)
+  tx = transforms.target_propagation(optax.flatten(optax.adam(0.1)), transform)
+  state, _ = _linear_problem(2.0, tx)
+  change = training.make_mask_updates(
+    _squared_error, tx, updaters.dense(), transform
+  )[which]
+  with pytest.raises(ValueError, match=r'optax\.flatten'):
+    jax.eval_shape(change, state, (jnp.ones([1, 1, 2]), jnp.zeros([1, 1])))
+
+
+def test_an_infinite_gradient_of_a_cut_weight_harms_no_other():
+  clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+  state, step = _linear_problem(2.0, clipped)
+  cut = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
+  state = state._replace(masks=masks.Masks(cut, cut))
+  # The derivative for the second weight, 2 * 4.5 * 1e38, is infinite.
+  batch = (jnp.array([[1.0, 1e38]]), jnp.array([0.0]))
+  new, _ = step(state, batch)
+  # The gradient of the others is (9, 9), clipped to norm 1.
+  np.testing.assert_allclose(
+    new.phi['linear']['w'], [2 - 0.1 / np.sqrt(2) * 4, -1], rtol=1e-6
+  )
 
 
 def test_masks_are_scored_by_the_mean_gradient():
