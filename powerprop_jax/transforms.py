@@ -217,7 +217,8 @@ def scale_by_power_jacobian(
     transform: a `power.power_transform`.
 
   Returns:
-    A gradient transformation without state.
+    A gradient transformation without state. Its init raises ValueError if
+    nothing is a weight, or if all values of a weight are zero.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
@@ -231,11 +232,16 @@ def scale_by_power_jacobian(
   [[-3. -1.]]
   """
 
+  def init_fn(params):
+    state = optax.EmptyState()
+    _check_start(params, transform.powers(params), state, 0.0)
+    return state
+
   def update_fn(updates, state, params=None):
     params = _required(params)
     return transform.scale_by_jacobian(updates, params), state
 
-  return optax.GradientTransformation(optax.init_empty_state, update_fn)
+  return optax.GradientTransformation(init_fn, update_fn)
 
 
 class PowerpropState(NamedTuple):

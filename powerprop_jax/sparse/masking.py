@@ -18,6 +18,7 @@ What shares one number among many weights, as the row sums of Adafactor do,
 knows the size of a layer; there the sparse and the small network differ.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -55,8 +56,10 @@ def masked_update(
     opt_state: the state of the optimiser.
     params: the parameters.
     masks: what the optimiser may move is their `backward`.
-    **extra_args: what the update of tx is given beside them. A gradient that
-      comes as `grad` is masked as `grads` is.
+    **extra_args: what the update of tx is given beside them. For line searches
+      a gradient that comes as `grad` is masked as `grads` is, and a loss that
+      comes as `value_fn` is evaluated with the values of params where the mask
+      hides them.
 
   Returns:
     The updates, zero where the backward mask is False, and the new state.
@@ -65,6 +68,15 @@ def masked_update(
     extra_args['grad'] = masks_lib.apply_mask(
       extra_args['grad'], masks.backward
     )
+  if 'value_fn' in extra_args:
+    value_fn = extra_args['value_fn']
+
+    @functools.wraps(value_fn)  # Optax looks at the names of its arguments.
+    def evaluate(seen, *args, **kwargs):
+      whole = jax.tree.map(jnp.where, masks.backward, seen, params)
+      return value_fn(whole, *args, **kwargs)
+
+    extra_args['value_fn'] = evaluate
   updates, opt_state = optax.with_extra_args_support(tx).update(
     masks_lib.apply_mask(grads, masks.backward),
     opt_state,

@@ -170,10 +170,10 @@ def make_train_step(
   True and zero elsewhere, and its update is masked again, so that it trains the
   network without the weights that may not move (see `sparse.masking`).
 
-  It is also given what extended transformations of optax ask for: `value`, the
-  loss; `grad`, the masked gradient; and `value_fn`, the loss as a function of
-  theta. All of them are those of theta, as the gradient is: a line search goes
-  inside `target_propagation`.
+  It is also given the loss as `value`, which `optax.polyak_sgd` and
+  `optax.contrib.reduce_on_plateau` ask for. Line searches, which evaluate the
+  loss anew, need a loop of their own: this step cannot know whether they do so
+  in theta, inside `target_propagation`, or in phi, outside of it.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from powerprop_jax import power, transforms
@@ -221,13 +221,6 @@ def make_train_step(
     if penalty is not None:
       grads = jax.tree.map(jnp.add, grads, penalty(theta, masks))
 
-    def value_fn(seen):
-      # Frozen weights are in the network, though the optimiser sees zeros.
-      used = jax.tree.map(jnp.where, masks.backward, seen, theta)
-      used = masks_lib.apply_mask(used, masks.forward)
-      loss, _ = loss_fn(used, state.model_state, key, batch)
-      return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
-
     updates, opt_state = masking.masked_update(
       tx,
       grads,
@@ -235,8 +228,6 @@ def make_train_step(
       state.phi,
       masks,
       value=metrics['loss'],
-      grad=grads,
-      value_fn=value_fn,
     )
     state = state._replace(
       phi=optax.apply_updates(state.phi, updates),

@@ -134,6 +134,34 @@ def test_the_gradient_among_the_extra_arguments_is_masked_too():
   )
 
 
+def test_a_line_search_sees_frozen_weights_at_their_place():
+  """By hand: the second weight is frozen at 2, and part of every loss."""
+  search = optax.scale_by_backtracking_linesearch(8, store_grad=True)
+  tx = optax.chain(optax.sgd(4.0), search)
+  params, mask = {'w': jnp.array([3.0, 2.0])}, {'w': jnp.array([True, False])}
+
+  def loss(params, scale):
+    return scale * jnp.sum(params['w'] ** 2)
+
+  value, grads = jax.value_and_grad(loss)(params, 1.0)
+  updates, state = masking.masked_update(
+    tx,
+    grads,
+    tx.init(params),
+    params,
+    masks.Masks(mask, mask),
+    value=value,
+    grad=grads,
+    value_fn=loss,
+    scale=1.0,
+  )
+  new = 3.0 + float(updates['w'][0])
+  found = optax.tree_utils.tree_get(state, 'value')
+  np.testing.assert_allclose(found, new**2 + 2.0**2, rtol=1e-6)
+  assert found < value  # A step of 4 * 6 is too long, and was shortened.
+  assert updates['w'][1] == 0.0
+
+
 def test_frozen_parts_without_a_gradient_pass_through():
   """As Equinox has them: None, where no gradient was asked for."""
   tx = optax.sgd(0.1, momentum=0.9)

@@ -165,24 +165,17 @@ def test_a_plateau_lowers_the_rate():
   assert optax.tree_utils.tree_get(state.opt_state, 'scale') == 0.5
 
 
-def test_a_line_search_sees_the_loss_of_the_masked_network():
-  search = optax.scale_by_backtracking_linesearch(8, store_grad=True)
-  state, step = _linear_problem(2.0, optax.chain(optax.sgd(4.0), search))
-  forward = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
-  backward = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(False)}}
-  state = state._replace(masks=masks.Masks(forward, backward))
-  batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
-  before = state
-  state, metrics = step(state, batch)
-  # theta = (4, 0), b = 0.5 is frozen. The error is 4.5 and dL/dw = (9, ..).
-  np.testing.assert_allclose(metrics['loss'], 4.5**2)
-  found = optax.tree_utils.tree_get(state.opt_state, 'learning_rate')
-  value = optax.tree_utils.tree_get(state.opt_state, 'value')
-  np.testing.assert_allclose(value, (4 - 4 * found * 9 + 0.5) ** 2, rtol=1e-5)
-  assert 0 < value < 4.5**2  # A step of 4 * 9 is too long, and was shortened.
-  np.testing.assert_array_equal(
-    state.phi['linear']['b'], before.phi['linear']['b']
-  )
+@pytest.mark.parametrize('chained', [False, True])
+def test_init_state_refuses_weights_that_start_at_zero(chained):
+  transform = power.power_transform(2.0)
+  tx = transforms.target_propagation(optax.sgd(0.1), transform)
+  if chained:
+    tx = optax.chain(
+      optax.sgd(0.1), transforms.scale_by_power_jacobian(transform)
+    )
+  theta = {'linear': {'w': jnp.zeros([3, 2]), 'b': jnp.zeros(2)}}
+  with pytest.raises(ValueError, match=r"'linear/w'.*zero"):
+    training.init_state(jax.random.key(0), theta, {}, tx, transform)
 
 
 @pytest.mark.parametrize('which', [0, 1], ids=['init', 'update'])
