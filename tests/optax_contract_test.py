@@ -144,6 +144,19 @@ def _trajectory(name):
   return steps, update, len(traces)
 
 
+# Two compilations of one update differ by rounding. Muon magnifies it: each of
+# its five Newton-Schulz steps multiplies small singular values, and the errors
+# in them, by 3.4445.
+_MAGNIFIES = {'muon': 3.4445**5}
+
+
+def _atol(name, updates, atol):
+  """The error of an update of this size that is rounding."""
+  size = max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(updates))
+  units = 8 * float(jnp.finfo(jnp.float32).eps) * size
+  return max(atol, units * _MAGNIFIES.get(name, 1.0))
+
+
 @each_optimiser
 def test_step_is_the_inner_step_at_theta_times_the_jacobian(name):
   inner = _inner(name)
@@ -156,7 +169,8 @@ def test_step_is_the_inner_step_at_theta_times_the_jacobian(name):
       _theta(step.phi),
       **optimisers.EXTRA_ARGS.get(name, {}),
     )
-    _assert_close(step.updates, _times_jacobian(updates, step.phi))
+    expected = _times_jacobian(updates, step.phi)
+    _assert_close(step.updates, expected, atol=_atol(name, expected, 1e-6))
     _assert_close(step.new_state, new_state, rtol=1e-4, atol=1e-5)
   assert any(np.any(u) for u in jax.tree.leaves(steps[-1].updates))
 
@@ -176,7 +190,9 @@ def test_drop_in_step_is_the_difference_of_thetas(name):
       step.phi, _times_jacobian(inner_updates, step.phi)
     )
     _assert_close(
-      optax.apply_updates(theta, updates), _theta(phi), rtol=1e-5, atol=1e-5
+      optax.apply_updates(theta, updates),
+      _theta(phi),
+      atol=_atol(name, inner_updates, 1e-5),
     )
     np.testing.assert_array_equal(updates['b'], inner_updates['b'])
     assert updates['w'][1, 2] == 0.0
