@@ -17,6 +17,7 @@ References:
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jax.scipy import ndimage
 import numpy as np
 
 from powerprop_jax.data import in_memory
+from powerprop_jax.training import classification
 
 _PARTS = ('train', 'valid', 'test')
 
@@ -43,6 +45,7 @@ class Benchmark(NamedTuple):
       made anew, and the same, at every call.
     part: maps t and 'train', 'valid' or 'test' to that part of task t alone.
       To evaluate earlier tasks takes their test parts only.
+    size: maps the same to the number of its examples, and does not make it.
   """
 
   name: str
@@ -51,6 +54,7 @@ class Benchmark(NamedTuple):
   input_shape: tuple[int, ...]
   task: Callable[[int], in_memory.Dataset]
   part: Callable[[int, str], in_memory.Split]
+  size: Callable[[int, str], int]
 
 
 def _benchmark(
@@ -59,24 +63,36 @@ def _benchmark(
   num_tasks: int,
   num_classes: int,
   convert: Callable[[int, in_memory.Split], in_memory.Split],
+  count: Callable[[int, in_memory.Split], int] = lambda t, part: len(
+    part.labels
+  ),
 ) -> Benchmark:
-  """The benchmark whose task t is `convert(t, part)` of every part."""
+  """The benchmark whose task t is `convert(t, part)` of every part.
 
-  def part(t, which):
+  That has `count(t, part)` examples.
+  """
+
+  def found(t, which):
     if not 0 <= t < num_tasks:
       raise ValueError(
         f'{name} has the tasks 0 to {num_tasks - 1}, there is no task {t}.'
       )
     if which not in _PARTS:
       raise ValueError(f'A part is one of {_PARTS}, got {which!r}.')
-    return convert(t, getattr(data, which))
+    return getattr(data, which)
+
+  def part(t, which):
+    return convert(t, found(t, which))
+
+  def size(t, which):
+    return count(t, found(t, which))
 
   def task(t):
     parts = {which: part(t, which) for which in _PARTS}
     return in_memory.Dataset(f'{name}/{t}', **parts, num_classes=num_classes)
 
   shape = tuple(data.train.images.shape[1:])
-  return Benchmark(name, num_tasks, num_classes, shape, task, part)
+  return Benchmark(name, num_tasks, num_classes, shape, task, part, size)
 
 
 def _check_num_tasks(num_tasks: int) -> None:
@@ -271,11 +287,95 @@ def split(data: in_memory.Dataset, classes_per_task: int = 2) -> Benchmark:
         ' sorted, and every class should occur.'
       )
 
+  def rows(t, part):
+    return np.flatnonzero(np.asarray(part.labels) // classes_per_task == t)
+
   def convert(t, part):
-    labels = np.asarray(part.labels)
-    rows = np.flatnonzero(labels // classes_per_task == t)
-    return _put(part.images[rows], labels[rows] - t * classes_per_task)
+    chosen = rows(t, part)
+    labels = np.asarray(part.labels)[chosen] - t * classes_per_task
+    return _put(part.images[chosen], labels)
 
   return _benchmark(
-    f'split_{data.name}', data, num_tasks, classes_per_task, convert
+    f'split_{data.name}',
+    data,
+    num_tasks,
+    classes_per_task,
+    convert,
+    lambda t, part: len(rows(t, part)),
   )
+
+
+def _check_part(benchmark: Benchmark, t: int, part: in_memory.Split) -> None:
+  """Raises ValueError if a network of the benchmark cannot learn a part."""
+  shape = tuple(part.images.shape[1:])
+  if shape != benchmark.input_shape:
+    raise ValueError(
+      f'Task {t} of {benchmark.name} has images of the shape {shape}, and the'
+      f' others have {benchmark.input_shape}. Resize them.'
+    )
+  if not len(part.labels):
+    raise ValueError(
+      f'Task {t} of {benchmark.name} has a part without examples.'
+    )
+  labels = jnp.asarray(part.labels)
+  least, most = int(jnp.min(labels)), int(jnp.max(labels))
+  if least < 0 or most >= benchmark.num_classes:
+    raise ValueError(
+      f'Task {t} of {benchmark.name} has labels from {least} to {most}, and'
+      f' {benchmark.num_classes} classes. Labels of a task start at 0.'
+    )
+
+
+def padded(benchmark: Benchmark) -> Benchmark:
+  """The same tasks with parts of one shape, for functions that compile once.
+
+  The tasks of `split` differ in size. Here every part is filled up at the end
+  to the largest of its kind, by black images of the label
+  `classification.PADDING`, -1: accuracies do not count them, and training
+  should draw from the examples before them.
+
+  Args:
+    benchmark: any `Benchmark`.
+
+  Returns:
+    A `Benchmark` whose 'train' parts are all of one shape, as are the 'valid'
+    and the 'test' parts. Its `size` does not count what was added.
+
+  Raises:
+    ValueError: when a part is asked for, if a network could not learn it: its
+      images have another shape than `input_shape`, a label is not in [0,
+      num_classes), or it is empty.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import benchmarks
+  >>> from powerprop_jax.data import in_memory
+  >>> images, labels = np.zeros((5, 2, 2, 1)), np.array([0, 1, 1, 2, 3])
+  >>> part = in_memory.Split(images, labels)
+  >>> data = in_memory.Dataset('tiny', part, part, part, num_classes=4)
+  >>> benchmark = benchmarks.padded(benchmarks.split(data))
+  >>> [benchmark.part(t, 'train').labels.tolist() for t in range(2)]
+  [[0, 1, 1], [0, 1, -1]]
+  """
+
+  @functools.cache
+  def rows(which):
+    return max(benchmark.size(t, which) for t in range(benchmark.num_tasks))
+
+  def part(t, which):
+    found = benchmark.part(t, which)
+    _check_part(benchmark, t, found)
+    images, labels = found
+    padding = rows(which) - len(labels)
+    if not padding:
+      return found
+    images = jnp.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
+    labels = jnp.pad(
+      labels, (0, padding), constant_values=classification.PADDING
+    )
+    return _put(images, labels)
+
+  def task(t):
+    parts = {which: part(t, which) for which in _PARTS}
+    return benchmark.task(t)._replace(**parts)
+
+  return benchmark._replace(part=part, task=task)

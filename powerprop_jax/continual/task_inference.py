@@ -24,11 +24,14 @@ References:
   <https://arxiv.org/abs/2010.03759>`_, 2020.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from powerprop_jax.types import ModelState
 from powerprop_jax.types import Params
 
 # Maps (t, images) to the logits [n, classes] of the network of task t, an int32
@@ -203,3 +206,107 @@ def one_shot(
     return jnp.mean(entropy(apply(mixed, images)))
 
   return jnp.argmin(jax.grad(mean_entropy)(jnp.full(num_tasks, 1 / num_tasks)))
+
+
+# Maps (networks of all tasks, images) to the task that a rule chooses.
+_Rule = Callable[[Any, jax.Array], jax.Array]
+
+
+def _make_rules(
+  logits: Callable[[Any, Any, jax.Array], jax.Array], num_tasks: int
+) -> dict[str, _Rule]:
+  """The rules by name, over stacked (theta, model_state) of all tasks."""
+
+  def trying(rule, **options):
+    def choose(networks, images):
+      def of_task(t, images):
+        theta, model_state = jax.tree.map(lambda x: x[t], networks)
+        return logits(theta, model_state, images)
+
+      return rule(of_task, num_tasks, images, **options)
+
+    return choose
+
+  def mixing(**options):
+    def choose(networks, images):
+      thetas, states = networks
+      # Statistics are mixed as weights are.
+      state = jax.tree.map(
+        lambda x: jnp.mean(x, axis=0, dtype=jnp.float32).astype(x.dtype), states
+      )
+      apply = lambda theta, x: logits(theta, state, x)
+      return one_shot(apply, thetas, images, **options)
+
+    return choose
+
+  return {
+    'entropy': trying(lowest_entropy),
+    'entropy_halving': trying(lowest_entropy, halving=True),
+    'logsumexp': trying(largest_logsumexp),
+    'one_shot': mixing(),
+    'one_shot_normalised': mixing(normalise=True),
+  }
+
+
+def compare_rules(
+  logits: Callable[[Any, Any, jax.Array], jax.Array],
+  networks: tuple[Params, ModelState],
+  images_of: Callable[[int], jax.Array],
+  num_tasks: int,
+  batch_sizes: Sequence[int] = (1, 10, 100),
+  num_images: int = 200,
+) -> dict[str, dict[str, float]]:
+  """How often each rule finds the task of a batch of images.
+
+  Args:
+    logits: maps (theta, model_state, images) to the logits [n, classes].
+    networks: (theta, model_state) of all tasks, as `memory.recall` returns
+      them, stacked: each leaf has a leading axis of tasks.
+    images_of: maps a task to test images of it.
+    num_tasks: how many tasks there are.
+    batch_sizes: the numbers of images of one task to choose by.
+    num_images: how many images of each task to try, at most.
+
+  Returns:
+    By the name of the rule a dict of {batch size: share}, over all whole
+    batches of all tasks; the batch size is a string, as JSON has it. Batch
+    sizes of which there is no whole batch are left out.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax.continual import task_inference
+  >>> def logits(theta, model_state, images):  # Sure of images like theta.
+  ...   return (images @ theta)[:, None] * jnp.array([1.0, -1.0])
+  >>> thetas = 9.0 * jnp.eye(2)
+  >>> images_of = lambda t: jnp.tile(jnp.eye(2)[t], (4, 1))
+  >>> found = task_inference.compare_rules(
+  ...     logits, (thetas, {}), images_of, num_tasks=2, batch_sizes=[1])
+  >>> found['entropy']
+  {'1': 1.0}
+  """
+  rules = _make_rules(logits, num_tasks)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def found(name, networks, batches, t):
+    choose = functools.partial(rules[name], networks)
+    # The gradients of so many batches are in memory together.
+    chosen = jax.lax.map(choose, batches, batch_size=20)
+    return jnp.mean(chosen == t)
+
+  shares: dict[str, dict[str, list[jax.Array]]] = {name: {} for name in rules}
+  for t in range(num_tasks):
+    images = images_of(t)[:num_images]
+    for size in batch_sizes:
+      count = len(images) // size
+      if not count:
+        continue
+      batches = images[: count * size]
+      batches = batches.reshape(count, size, *images.shape[1:])
+      for name in rules:
+        share = found(name, networks, batches, t)
+        shares[name].setdefault(str(size), []).append(share)
+  return {
+    name: {
+      size: float(jnp.mean(jnp.stack(values))) for size, values in row.items()
+    }
+    for name, row in shares.items()
+  }

@@ -193,3 +193,70 @@ def test_every_part_of_a_split_task_needs_examples():
     ValueError, match='no valid examples of task 2, classes 4'
   ):
     benchmarks.split(data._replace(valid=valid))
+
+
+def test_sizes_are_told_without_making_parts():
+  for benchmark in _benchmarks(_data()):
+    for t in range(5):
+      for which in ('train', 'valid', 'test'):
+        count = len(benchmark.part(t, which).labels)
+        assert benchmark.size(t, which) == count
+  with pytest.raises(ValueError, match='there is no task 5'):
+    benchmark.size(5, 'train')
+
+
+def _uneven():
+  """Five tasks of two classes with 6, 5, 6, 6 and 4 training examples."""
+  data = _data()
+  labels = np.delete(np.arange(30) % 10, [2, 8, 9]).astype(np.int32)
+  train = in_memory.Split(data.train.images[:27], labels)
+  return benchmarks.split(data._replace(train=train))
+
+
+def test_padded_parts_have_one_shape():
+  plain = _uneven()
+  benchmark = benchmarks.padded(plain)
+  assert [plain.size(t, 'train') for t in range(5)] == [6, 5, 6, 6, 4]
+  for t in range(5):
+    images, labels = benchmark.part(t, 'train')
+    size = plain.size(t, 'train')
+    assert benchmark.size(t, 'train') == size
+    assert images.shape == (6, 4, 4, 1)
+    assert images.dtype == np.uint8 and labels.dtype == np.int32
+    np.testing.assert_array_equal(labels[:size], plain.part(t, 'train').labels)
+    np.testing.assert_array_equal(images[:size], plain.part(t, 'train').images)
+    assert labels[size:].tolist() == [-1] * (6 - size)
+    assert not images[size:].any()
+    np.testing.assert_array_equal(benchmark.task(t).train.labels, labels)
+    # All test parts have eight examples.
+    assert benchmark.part(t, 'test').labels.tolist() == [0, 1] * 4
+
+
+def test_parts_of_equal_tasks_are_not_padded():
+  plain = benchmarks.permuted(_data(), 3, seed=0)
+  benchmark = benchmarks.padded(plain)
+  for which in ('train', 'valid', 'test'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      benchmark.part(2, which),
+      plain.part(2, which),
+    )
+
+
+@pytest.mark.parametrize(
+  ('part', 'message'),
+  [
+    (([4, 4, 3], [0, 1]), r'the shape \(4, 4, 3\), and the others'),
+    (([4, 4, 1], [0, 2]), 'labels from 0 to 2, and 2 classes'),
+    (([4, 4, 1], [-1, 1]), 'labels from -1 to 1, and 2 classes'),
+    (([4, 4, 1], []), 'without examples'),
+  ],
+)
+def test_tasks_that_a_network_cannot_learn(part, message):
+  shape, labels = part
+  found = in_memory.Split(
+    np.zeros((len(labels), *shape), np.uint8), np.array(labels, np.int32)
+  )
+  benchmark = benchmarks.split(_data())._replace(part=lambda t, which: found)
+  with pytest.raises(ValueError, match=f'Task 3 of split_set has .*{message}'):
+    benchmarks.padded(benchmark).part(3, 'train')

@@ -178,3 +178,38 @@ def test_one_shot_by_hand(normalise):
     assert choose(weights, jnp.eye(2)[t : t + 1]) == t
   # Of masks without a weight none is better.
   assert choose(0 * weights, jnp.ones((1, 2))) == 0
+
+
+def test_rules_are_compared_on_whole_batches():
+  # The network of task t is sure of images of t, and of no other.
+  def logits(theta, model_state, images):
+    del model_state
+    return (images * theta['w'][None]) @ jnp.array([[1.0, -1.0]] * 3)
+
+  found = task_inference.compare_rules(
+    logits,
+    ({'w': 9.0 * jnp.eye(3)}, {}),
+    lambda t: jnp.eye(3)[jnp.full(25, t)],
+    num_tasks=3,
+    batch_sizes=(1, 10, 100),
+    num_images=20,
+  )
+  for rule in ('entropy', 'entropy_halving', 'logsumexp'):
+    assert found[rule] == {'1': 1.0, '10': 1.0}  # There are no hundred images.
+  assert found.keys() >= {'one_shot', 'one_shot_normalised'}
+
+
+def test_a_rule_that_is_always_wrong():
+  def logits(theta, model_state, images):
+    del model_state
+    return (images @ theta)[:, None] * jnp.array([1.0, -1.0])
+
+  # The network of task t is sure of images of the other task.
+  found = task_inference.compare_rules(
+    logits,
+    (9.0 * jnp.eye(2)[::-1], {}),
+    lambda t: jnp.tile(jnp.eye(2)[t], (4, 1)),
+    num_tasks=2,
+    batch_sizes=[2],
+  )
+  assert found['entropy'] == found['logsumexp'] == {'2': 0.0}
