@@ -4,8 +4,10 @@ Everything is built and read offline: the theme is Sphinx's own, and formulas
 become MathML, which browsers draw by themselves.
 """
 
+import ast
 import importlib
 import pathlib
+import pkgutil
 import re
 import sys
 import types
@@ -65,6 +67,42 @@ html_show_copyright = False
 html_static_path = ['_static']
 html_css_files = ['wide.css']
 html_math_renderer = 'mathml'
+
+
+def _modules(match):
+  """A section for every module of a package."""
+  names = [
+    f'{match[1]}.{module.name}'
+    for module in pkgutil.iter_modules(
+      importlib.import_module(match[1]).__path__
+    )
+    if not module.ispkg
+  ]
+  return '\n'.join(
+    f'## `{name.removeprefix("powerprop_jax.")}`\n\n'
+    f'```{{eval-rst}}\n.. automodule:: {name}\n```\n'
+    for name in names
+  )
+
+
+def _programs(match):
+  """A section for every program of a folder, with its code."""
+  folder = pathlib.Path(__file__).parent.parent / match[1]
+  return '\n'.join(
+    f'## `{path.stem}`\n\n'
+    f'{ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]}\n\n'
+    f'```bash\npython -m {match[1]}.{path.stem}\n```\n\n'
+    f'```{{literalinclude}} ../{match[1]}/{path.name}\n'
+    ':language: python\n```\n'
+    for path in sorted(folder.glob('*.py'))
+  )
+
+
+def _expand(app, docname, source):
+  """Writes out what a page asks for, so that it forgets nothing."""
+  del app, docname
+  for kind, sections in ('modules', _modules), ('programs', _programs):
+    source[0] = re.sub(rf'<!-- {kind}: (\S+) -->', sections, source[0])
 
 
 def _as_restructured_text(app, what, name, obj, options, lines):
@@ -143,6 +181,7 @@ def _formula(translator, node):
 
 def setup(app):
   """Registers the functions above."""
+  app.connect('source-read', _expand)
   app.connect('autodoc-process-docstring', _as_restructured_text, priority=1)
   app.connect('autodoc-skip-member', _skip)
   app.connect('missing-reference', _find)

@@ -107,10 +107,19 @@ def test_exports_of_packages_are_listed(site):
       )
 
 
-def test_every_module_is_in_the_reference():
-  text = '\n'.join(path.read_text() for path in _DOCS.glob('api_*.md'))
-  documented = re.findall(r'automodule:: (powerprop_jax[\w.]*)', text)
+@pytest.mark.slow
+def test_every_module_is_in_the_reference(site):
+  text = '\n'.join(path.read_text() for path in site.glob('api_*.html'))
+  documented = re.findall(r'id="module-(powerprop_jax[\w.]*)"', text)
   assert sorted(documented) == sorted(_modules())
+
+
+@pytest.mark.slow
+def test_every_example_is_on_its_page(site):
+  text = (site / 'examples.html').read_text()
+  names = {path.stem for path in (_ROOT / 'examples').glob('*.py')}
+  assert names
+  assert all(f'python -m examples.{name}' in text for name in names)
 
 
 _WITH_PYTHON = [p for p in _PAGES if any(_blocks(p, 'python'))]
