@@ -16,16 +16,15 @@ by which settings were chosen; LOG.md says what they showed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
 import json
 import pathlib
 import re
-import sys
 from typing import Any
 
-from absl import app
-from absl import flags
 import tabulate
 
+from experiments.support import config
 from powerprop_jax import plots
 from powerprop_jax.plots import style
 
@@ -480,30 +479,30 @@ def render(text: str) -> str:
   return _TABLE.sub(table, text)
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags of this binary."""
-  flags.DEFINE_bool(
-    'check',
+@dataclasses.dataclass(frozen=True)
+class Settings(config.Settings):
+  """What is done with tables that differ."""
+
+  check: bool = config.flag(
     False,
     'Whether to change nothing, and to fail where a table differs from the'
     ' results.',
-    flag_values=values,
   )
 
 
-def main(argv: Sequence[str]) -> None:
-  del argv
+def main(settings: Settings) -> None:
+  """Writes tables and figures, or checks the tables."""
   found = {name: (ROOT / name).read_text() for name in DOCUMENTS}
   wanted = {name: render(text) for name, text in found.items()}
   different = [name for name in DOCUMENTS if found[name] != wanted[name]]
-  if flags.FLAGS.check:
+  if settings.check:
     if different:
-      print(
-        f'error: tables of {", ".join(different)} differ from'
-        ' experiments/results. Run: python -m experiments.render',
-        file=sys.stderr,
+      config.fail(
+        f'tables of {", ".join(different)} differ from experiments/results.'
+        ' Run: python -m experiments.render',
+        1,
       )
-    sys.exit(bool(different))
+    return
   for name in different:
     (ROOT / name).write_text(wanted[name])
   paper = load('mnist_pruning-paper')
@@ -517,5 +516,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags(flags.FLAGS)
-  app.run(main)
+  config.run(main, Settings)

@@ -14,6 +14,7 @@ import sys
 from absl import flags
 import pytest
 
+from experiments.support import config
 import powerprop_jax
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -160,8 +161,14 @@ def test_commands_exist(path):
       continue
     assert importlib.util.find_spec(module) is not None, module
     if module.startswith('experiments.'):
+      program = importlib.import_module(module)
+      if hasattr(program, 'Settings'):
+        presets = getattr(program, 'presets', None)
+        # Raises if a flag is unknown or its value is impossible.
+        config.parse(program.Settings, arguments, presets and presets.PRESETS)
+        continue
       values = flags.FlagValues()
-      importlib.import_module(module).define_flags(values)
+      program.define_flags(values)
       # Raises if a flag is unknown or its value is impossible.
       rest = values([module, *arguments])
       assert rest == [module], f'{module}: {rest[1:]} are no flags'
