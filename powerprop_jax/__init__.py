@@ -21,6 +21,7 @@ from powerprop_jax.power import psi_inverse
 from powerprop_jax.sparse.masks import Masks
 from powerprop_jax.sparse.masks import apply_mask
 from powerprop_jax.sparse.masks import topk_mask
+from powerprop_jax.sparse.sparsify import sparsify
 from powerprop_jax.training.step import TrainState
 from powerprop_jax.training.step import init_state
 from powerprop_jax.training.step import make_train_step
@@ -71,6 +72,7 @@ __all__ = (
   'reparameterise',
   'scale_by_power_jacobian',
   'sparse',
+  'sparsify',
   'target_propagation',
   'topk_mask',
   'training',

@@ -8,8 +8,13 @@ from powerprop_jax.sparse import pruning
 from powerprop_jax.sparse import report
 from powerprop_jax.sparse import schedules
 from powerprop_jax.sparse import updaters
+from powerprop_jax.sparse.sparsify import Sparse
+from powerprop_jax.sparse.sparsify import SparseState
+from powerprop_jax.sparse.sparsify import sparsify
 
 __all__ = (
+  'Sparse',
+  'SparseState',
   'distributions',
   'flops',
   'masking',
@@ -17,5 +22,6 @@ __all__ = (
   'pruning',
   'report',
   'schedules',
+  'sparsify',
   'updaters',
 )

@@ -79,7 +79,9 @@ def snip(
     scores = jax.tree.map(lambda x, g: jnp.abs(x * g), theta, grads)
     return protocol.same(_largest(scores, counts(theta), scope, is_weight))
 
-  return protocol.MaskUpdater(init, protocol.unchanged)
+  return protocol.MaskUpdater(
+    init, protocol.unchanged, starts_from_gradient=True
+  )
 
 
 def _largest(scores, wanted, scope, is_weight):

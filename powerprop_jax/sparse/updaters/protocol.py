@@ -31,12 +31,15 @@ class MaskUpdater(NamedTuple):
       gradient is taken at the masked weights, with respect to all of them.
       `theta` holds all weights, those that are masked included, and is returned
       with the values of grown weights replaced.
+    starts_from_gradient: whether `init` reads the gradient, which is not known
+      before training. Where it does not, the gradient may be None.
   """
 
   init: Callable[[jax.Array, Params, Grads], Masks]
   update: Callable[
     [jax.Array, jax.Array, Params, Masks, Grads], tuple[Params, Masks]
   ]
+  starts_from_gradient: bool = False
 
 
 def same(mask: Any) -> Masks:
