@@ -5,6 +5,10 @@ network only, leaving other parameters untouched, and sparsity counts weights
 only. A leaf is told apart by its name, the last part of its path, in the trees
 of Haiku, Flax and Equinox. Pass a function of (path, leaf) of your own wherever
 `is_weight` is an argument to choose otherwise.
+
+Names also tell which dimensions of a weight are the inputs and the units of a
+layer, and which are layers of a stack (`axes`). Pass a function of your own
+wherever `axes` is an argument where they do not.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +23,7 @@ from powerprop_jax import types
 
 Path = types.Path
 IsWeight = types.IsWeight
-T = TypeVar('T')
+_Tree = TypeVar('_Tree')
 
 # Leaves are weights if the last part of their path is one of these names ...
 _WEIGHT_NAMES = {
@@ -35,7 +39,21 @@ _EMBEDDING_NAMES = ('embeddings', 'embedding')
 
 
 def decide(path: str, leaf: Any, embeddings: bool = False) -> tuple[bool, str]:
-  """Whether a leaf is a weight, and why."""
+  """Whether a leaf is a weight, and why.
+
+  Args:
+    path: the '/'-joined path of the leaf.
+    leaf: the array, or anything with a dtype.
+    embeddings: whether embedding tables count as weights.
+
+  Returns:
+    The decision of `is_weight`, and its reason in some words.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import leaves
+  >>> leaves.decide('linear/w', jnp.ones((2, 3)))
+  (True, 'Haiku weight')
+  """
   name = path.rsplit('/', 1)[-1]
   owner = getattr(path, 'owner', None)
   classes = [c.__name__ for c in owner.__mro__] if owner else []
@@ -69,6 +87,13 @@ def is_weight(path: str, leaf: Any, *, embeddings: bool = False) -> bool:
 
   Returns:
     A bool.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import leaves
+  >>> leaves.is_weight('linear/w', jnp.ones((2, 3)))
+  True
+  >>> leaves.is_weight('linear/b', jnp.ones(3))
+  False
   """
   return decide(path, leaf, embeddings)[0]
 
@@ -160,9 +185,11 @@ def axes(
     outputs.
 
   >>> import jax.numpy as jnp
-  >>> axes('conv2_d_transpose/w', jnp.ones((2, 2, 8, 3)))
+  >>> from powerprop_jax import leaves
+  >>> leaves.axes('conv2_d_transpose/w', jnp.ones((2, 2, 8, 3)))
   Axes(stack=(), inputs=(3,), outputs=(2,))
-  >>> axes('ScanBlock_0/Attention_0/query/kernel', jnp.ones((6, 32, 4, 8)))
+  >>> kernel = jnp.ones((6, 32, 4, 8))
+  >>> leaves.axes('ScanBlock_0/Attention_0/query/kernel', kernel)
   Axes(stack=(0,), inputs=(1,), outputs=(2, 3))
   """
   ndim = len(np.shape(leaf))
@@ -217,7 +244,21 @@ def _path(tree: Any, key_path: tuple[Any, ...]) -> types.Path:
 
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """`jax.tree.map` with the leaf's `Path` as the first argument of f."""
+  """`jax.tree.map` with the `Path` of the leaf as the first argument of f.
+
+  Args:
+    f: a function of a path and one leaf of every tree.
+    tree: a pytree, which gives the paths.
+    *rest: pytrees of the structure of tree, or with subtrees at its leaves.
+
+  Returns:
+    A pytree of the structure of tree.
+
+  >>> from powerprop_jax import leaves
+  >>> tree = {'linear': {'w': 1.0, 'b': 0.0}}
+  >>> leaves.map_with_path(lambda path, x: f'{path} is {x}', tree)
+  {'linear': {'b': 'linear/b is 0.0', 'w': 'linear/w is 1.0'}}
+  """
   return jax.tree_util.tree_map_with_path(
     lambda key_path, *leaves: f(_path(tree, key_path), *leaves), tree, *rest
   )
@@ -232,7 +273,8 @@ def paths(tree: Any) -> list[types.Path]:
   Returns:
     One `types.Path` per leaf.
 
-  >>> paths({'linear': {'w': 1.0, 'b': 0.0}})
+  >>> from powerprop_jax import leaves
+  >>> leaves.paths({'linear': {'w': 1.0, 'b': 0.0}})
   ['linear/b', 'linear/w']
   """
   return jax.tree.leaves(map_with_path(lambda path, _: path, tree))
@@ -267,7 +309,7 @@ def by_path(tree: Any, only: Collection[str] | None = None) -> dict[str, Any]:
   return {p: x for p, x in found if only is None or p in only}
 
 
-def put(tree: T, found: Mapping[str, Any]) -> T:
+def put(tree: _Tree, found: Mapping[str, Any]) -> _Tree:
   """A tree in which some leaves are replaced, given by their paths.
 
   Args:
@@ -296,6 +338,11 @@ def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
 
   Returns:
     A pytree of bools of the structure of params.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import leaves
+  >>> leaves.weight_mask({'linear': {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}})
+  {'linear': {'b': False, 'w': True}}
   """
   return map_with_path(lambda p, x: bool(is_weight(p, x)), params)
 
@@ -303,13 +350,35 @@ def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
 def weight_rows(
   params: Any, is_weight: types.IsWeight, *rest: Any
 ) -> list[tuple[Any, ...]]:
-  """(path, leaf, leaves of rest) of every weight, in the order of the tree."""
-  paths = jax.tree.leaves(map_with_path(lambda p, _: p, params))
-  rows = zip(paths, jax.tree.leaves(params), *map(jax.tree.leaves, rest))
+  """The weights of a tree, with their paths and with what belongs to them.
+
+  Args:
+    params: a pytree of arrays.
+    is_weight: a function of (path, leaf).
+    *rest: pytrees of the structure of params.
+
+  Returns:
+    (path, leaf, leaves of rest) of every weight, in the order of the tree.
+
+  Raises:
+    ValueError: if no leaf is a weight.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import leaves
+  >>> params = {'linear': {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}}
+  >>> [path for path, _ in leaves.weight_rows(params, leaves.is_weight)]
+  ['linear/w']
+  """
+  found = paths(params)
+  rows = zip(found, jax.tree.leaves(params), *map(jax.tree.leaves, rest))
   chosen = [row for row in rows if is_weight(row[0], row[1])]
   if not chosen:
+    reasons = [
+      f'{path} ({decide(path, leaf)[1]})'
+      for path, leaf in zip(found, jax.tree.leaves(params))
+    ]
     raise ValueError(
-      f'There is no weight among the leaves {[str(p) for p in paths]}. Pass'
-      ' is_weight to say which are weights.'
+      f'There is no weight among the leaves: {", ".join(reasons) or "none"}.'
+      ' Pass is_weight to say which are weights.'
     )
   return chosen

@@ -54,7 +54,7 @@ class PowerTransform(NamedTuple):
   to_theta: Callable[[types.Params], types.Params]
   to_phi: Callable[[types.Params], types.Params]
   scale_by_jacobian: Callable[[types.Updates, types.Params], types.Updates]
-  powers: Callable[[types.Params], Any]
+  powers: Callable[[types.Params], types.Powers]
 
 
 def check_alpha(alpha: chex.Numeric) -> float:
@@ -69,7 +69,8 @@ def check_alpha(alpha: chex.Numeric) -> float:
   Raises:
     ValueError: if alpha is not in [1, inf), or is a traced value.
 
-  >>> check_alpha(2)
+  >>> from powerprop_jax import power
+  >>> power.check_alpha(2)
   2.0
   """
   try:
@@ -133,7 +134,8 @@ def abs_power(x: jax.Array, exponent: float) -> jax.Array:
     An array of the shape and dtype of x.
 
   >>> import jax.numpy as jnp
-  >>> print(abs_power(jnp.array([-4.0, 9.0]), 1.5))
+  >>> from powerprop_jax import power
+  >>> print(power.abs_power(jnp.array([-4.0, 9.0]), 1.5))
   [ 8. 27.]
   """
   magnitude = jnp.abs(x)
@@ -164,7 +166,8 @@ def psi_derivative(x: jax.Array, alpha: float) -> jax.Array:
     ValueError: if alpha is below 1 or not finite.
 
   >>> import jax.numpy as jnp
-  >>> print(psi_derivative(jnp.array([-3.0, 0.0]), alpha=2.0))
+  >>> from powerprop_jax import power
+  >>> print(power.psi_derivative(jnp.array([-3.0, 0.0]), alpha=2.0))
   [6. 0.]
   """
   alpha = check_alpha(alpha)
@@ -205,7 +208,8 @@ def psi(x: jax.Array, alpha: float) -> jax.Array:
     ValueError: if alpha is below 1 or not finite.
 
   >>> import jax.numpy as jnp
-  >>> print(psi(jnp.array([-3.0, 0.5]), alpha=2.0))
+  >>> from powerprop_jax import power
+  >>> print(power.psi(jnp.array([-3.0, 0.5]), alpha=2.0))
   [-9.    0.25]
   """
   alpha = check_alpha(alpha)
@@ -242,7 +246,8 @@ def psi_inverse(x: jax.Array, alpha: float) -> jax.Array:
     ValueError: if alpha is below 1 or not finite.
 
   >>> import jax.numpy as jnp
-  >>> print(psi_inverse(jnp.array([-9.0, 0.25]), alpha=2.0))
+  >>> from powerprop_jax import power
+  >>> print(power.psi_inverse(jnp.array([-9.0, 0.25]), alpha=2.0))
   [-3.   0.5]
   """
   alpha = check_alpha(alpha)
@@ -258,9 +263,11 @@ def is_traced(value: Any) -> bool:
   Returns:
     A bool.
 
-  >>> is_traced(2.0)
+  >>> import jax
+  >>> from powerprop_jax import power
+  >>> power.is_traced(2.0)
   False
-  >>> jax.make_jaxpr(lambda x: print(is_traced(x)))(2.0).eqns
+  >>> jax.make_jaxpr(lambda x: print(power.is_traced(x)))(2.0).eqns
   True
   []
   """
@@ -277,9 +284,10 @@ def is_schedule(alpha: Any) -> bool:
     True if alpha can be called with one argument and not with two.
 
   >>> import optax
-  >>> is_schedule(optax.linear_schedule(1.0, 2.0, 1000))
+  >>> from powerprop_jax import power
+  >>> power.is_schedule(optax.linear_schedule(1.0, 2.0, 1000))
   True
-  >>> is_schedule(lambda path, leaf: 2.0), is_schedule(2.0)
+  >>> power.is_schedule(lambda path, leaf: 2.0), power.is_schedule(2.0)
   (False, False)
   """
   if not callable(alpha):
@@ -313,7 +321,7 @@ def exponents(
   params: types.Params,
   alpha: types.Alpha,
   is_weight: types.IsWeight = leaves.is_weight,
-) -> Any:
+) -> types.Powers:
   """The power of every leaf: alpha at weights, 1.0 elsewhere.
 
   Looked up by path at every call: a tree of powers, closed over, would fit no
@@ -336,7 +344,9 @@ def exponents(
       them, pass.)
 
   >>> import jax.numpy as jnp
-  >>> exponents({'linear': {'w': jnp.ones((2, 2)), 'b': jnp.ones(2)}}, 3.0)
+  >>> from powerprop_jax import power
+  >>> params = {'linear': {'w': jnp.ones((2, 2)), 'b': jnp.ones(2)}}
+  >>> power.exponents(params, 3.0)
   {'linear': {'b': 1.0, 'w': 3.0}}
   """
   found = []
@@ -368,7 +378,7 @@ def _is_zero(x: Any) -> bool:
   return x.size > 0 and not any_of(x != 0)
 
 
-def check_not_zero(params: types.Params, powers: Any) -> None:
+def check_not_zero(params: types.Params, powers: types.Powers) -> None:
   """Checks that no weight with a power starts as an array of zeros.
 
   Zero is a fixed point of the update for alpha > 1 (section 2 of the paper):
@@ -385,9 +395,10 @@ def check_not_zero(params: types.Params, powers: Any) -> None:
       message names the leaves and the remedies.
 
   >>> import jax.numpy as jnp
+  >>> from powerprop_jax import power
   >>> params = {'linear': {'w': jnp.zeros((2, 2)), 'b': jnp.zeros(2)}}
-  >>> check_not_zero(params, exponents(params, 1.0))
-  >>> check_not_zero(params, exponents(params, 2.0))
+  >>> power.check_not_zero(params, power.exponents(params, 1.0))
+  >>> power.check_not_zero(params, power.exponents(params, 2.0))
   Traceback (most recent call last):
     ...
   ValueError: All values of ['linear/w'] are zero, ...
@@ -433,7 +444,8 @@ def power_transform(
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
 
   >>> import jax.numpy as jnp
-  >>> transform = power_transform(2.0)
+  >>> from powerprop_jax import power
+  >>> transform = power.power_transform(2.0)
   >>> phi = {'linear': {'w': jnp.array([[3.0, -0.5]]), 'b': jnp.ones(2)}}
   >>> print(transform.to_theta(phi)['linear']['w'])
   [[ 9.   -0.25]]
@@ -486,9 +498,10 @@ def change_alpha(
     A pytree of the structure and the shapes of phi.
 
   >>> import jax.numpy as jnp
+  >>> from powerprop_jax import power
   >>> phi = {'linear': {'w': jnp.array([[4.0, -1.0]])}}
-  >>> new = change_alpha(phi, power_transform(1.0), power_transform(2.0))
-  >>> print(new['linear']['w'])
+  >>> one, two = power.power_transform(1.0), power.power_transform(2.0)
+  >>> print(power.change_alpha(phi, one, two)['linear']['w'])
   [[ 2. -1.]]
   """
   return new.to_phi(old.to_theta(phi))
@@ -512,7 +525,8 @@ def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
   Raises:
     ValueError: if alpha is below 1 or not finite.
 
-  >>> nats(2.0, 1e-4, 50_000)
+  >>> from powerprop_jax import power
+  >>> power.nats(2.0, 1e-4, 50_000)
   10.0
   """
   alpha = check_alpha(alpha)
@@ -561,7 +575,8 @@ def descriptions(
     ValueError: if alpha is below 1 or not finite.
 
   >>> import jax.numpy as jnp
-  >>> descriptions({'linear': {'b': jnp.zeros(3)}})[0].weight
+  >>> from powerprop_jax import power
+  >>> power.descriptions({'linear': {'b': jnp.zeros(3)}})[0].weight
   False
   """
 
@@ -601,8 +616,9 @@ def describe(
     ValueError: if alpha is below 1 or not finite.
 
   >>> import jax.numpy as jnp
+  >>> from powerprop_jax import power
   >>> params = {'linear': {'w': jnp.ones((2, 3)), 'b': jnp.zeros(3)}}
-  >>> print(describe(params, alpha=2.0))
+  >>> print(power.describe(params, alpha=2.0))
   leaf      shape    weight      alpha  all zero    why
   --------  -------  --------  -------  ----------  -----------------...
   linear/b  (3,)     no              1  yes         'b' is not the na...

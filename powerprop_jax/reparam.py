@@ -41,9 +41,12 @@ def reparameterise(
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
 
+  >>> import haiku as hk
   >>> import jax
+  >>> from powerprop_jax import power
+  >>> from powerprop_jax import reparam
   >>> f = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(2)(x)))
-  >>> g = reparameterise(f, power.power_transform(2.0))
+  >>> g = reparam.reparameterise(f, power.power_transform(2.0))
   >>> x = jax.numpy.ones((1, 3))
   >>> theta, phi = f.init(jax.random.key(0), x), g.init(jax.random.key(0), x)
   >>> bool(jax.numpy.allclose(g.apply(phi, x), f.apply(theta, x)))

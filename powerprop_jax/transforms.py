@@ -116,7 +116,7 @@ _OUTSIDE: dict[type, Callable[[Any], bool]] = {
 
 
 def _check_start(
-  params: types.Params, powers: Any, state: Any, floor: chex.Numeric
+  params: types.Params, powers: types.Powers, state: Any, floor: chex.Numeric
 ) -> None:
   """Refuses what would not train, or not as the inner optimiser means it."""
   if _is_zero(floor):
@@ -165,8 +165,11 @@ def target_propagation(
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
 
   >>> import jax.numpy as jnp
+  >>> import optax
+  >>> from powerprop_jax import power
+  >>> from powerprop_jax import transforms
   >>> transform = power.power_transform(2.0)
-  >>> tx = target_propagation(optax.sgd(0.5), transform)
+  >>> tx = transforms.target_propagation(optax.sgd(0.5), transform)
   >>> phi = {'linear': {'w': jnp.array([[3.0, -1.0]])}}
   >>> grads = {'linear': {'w': jnp.array([[1.0, 1.0]])}}
   >>> updates, state = tx.update(grads, tx.init(phi), phi)
@@ -224,7 +227,10 @@ def scale_by_power_jacobian(
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
 
   >>> import jax.numpy as jnp
-  >>> link = scale_by_power_jacobian(power.power_transform(2.0))
+  >>> import optax
+  >>> from powerprop_jax import power
+  >>> from powerprop_jax import transforms
+  >>> link = transforms.scale_by_power_jacobian(power.power_transform(2.0))
   >>> tx = optax.chain(optax.sgd(0.5), link)
   >>> phi = {'linear': {'w': jnp.array([[3.0, -1.0]])}}
   >>> grads = {'linear': {'w': jnp.array([[1.0, 1.0]])}}
@@ -351,7 +357,9 @@ def powerprop(
     <https://arxiv.org/abs/2506.02630>`_, 2025.
 
   >>> import jax.numpy as jnp
-  >>> tx = powerprop(optax.sgd(0.5), alpha=2.0)
+  >>> import optax
+  >>> from powerprop_jax import transforms
+  >>> tx = transforms.powerprop(optax.sgd(0.5), alpha=2.0)
   >>> theta = {'linear': {'w': jnp.array([[4.0, -1.0]])}}
   >>> grads = {'linear': {'w': jnp.array([[0.5, 0.5]])}}
   >>> updates, state = tx.update(grads, tx.init(theta), theta)
@@ -466,7 +474,8 @@ def decay_phi(
     Norm <https://arxiv.org/abs/2404.10824>`_, 2024.
 
   >>> import jax.numpy as jnp
-  >>> tx = decay_phi(0.25, scale={'^output': 2.0})
+  >>> from powerprop_jax import transforms
+  >>> tx = transforms.decay_phi(0.25, scale={'^output': 2.0})
   >>> phi = {name: {'w': jnp.ones((1, 2))} for name in ('hidden', 'output')}
   >>> zeros = {name: {'w': jnp.zeros((1, 2))} for name in phi}
   >>> updates, state = tx.update(zeros, tx.init(phi), phi)

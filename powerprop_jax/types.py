@@ -36,6 +36,8 @@ ByPath: TypeAlias = dict[str, jax.Array]
 IsWeight: TypeAlias = Callable[[Path, Any], bool]
 # The power of all weights, or a function that gives each weight its own.
 Alpha: TypeAlias = float | Callable[[Path, Any], chex.Numeric]
+# The powers as floats, of the structure of the parameters; 1.0 at other leaves.
+Powers: TypeAlias = Any
 Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
 
 

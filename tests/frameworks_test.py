@@ -241,6 +241,44 @@ def test_equinox():
   assert losses[-1] < 0.75 * losses[0]
 
 
+@pytest.mark.parametrize('form', ['drop-in', 'phi'])
+def test_equinox_with_frozen_parts(form):
+  """Gradients and parameters of what is frozen are None."""
+  model = EquinoxNetwork(jax.random.key(0))
+  trained = eqx.tree_at(
+    lambda tree: tree.output,
+    jax.tree.map(lambda _: False, model),
+    jax.tree.map(lambda _: True, model.output),
+  )
+  params, frozen = eqx.partition(model, trained)
+  transform = power.power_transform(ALPHA)
+  if form == 'phi':
+    tx, to_theta = (
+      transforms.target_propagation(_inner(), transform),
+      transform.to_theta,
+    )
+    params = transform.to_phi(params)
+  else:
+    tx, to_theta = _powerprop(), lambda params: params
+
+  def loss_fn(theta):
+    return _loss(jax.vmap(eqx.combine(theta, frozen))(_flowers()[0]))
+
+  @eqx.filter_jit
+  def step(params, state):
+    loss, grads = eqx.filter_value_and_grad(loss_fn)(to_theta(params))
+    updates, state = tx.update(grads, state, params)
+    return eqx.apply_updates(params, updates), state, loss
+
+  state = tx.init(params)
+  losses = []
+  for _ in range(STEPS):
+    params, state, loss = step(params, state)
+    losses.append(loss)
+  assert params.hidden.weight is None
+  assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.parametrize(
   ('parameters', 'weight'),
   [
