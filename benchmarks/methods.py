@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 import time
 from typing import Any
 
-from absl import flags
 import jax
 import numpy as np
 
-from experiments import methods
-from experiments import sparse_problem
-from experiments import sparse_training
+from experiments.support import config
+from experiments.support import methods
+from experiments.support import problem as problem_lib
 from powerprop_jax import training
 from powerprop_jax.data import in_memory
 from powerprop_jax.sparse import masks
@@ -30,12 +29,9 @@ Step = Callable[[Any, Any], Any]
 UNMASKED = 'no masks'
 
 
-def make_problem(data: in_memory.Dataset, *args: str) -> sparse_problem.Problem:
+def make_problem(data: in_memory.Dataset, *args: str) -> problem_lib.Problem:
   """The problem of `experiments.sparse_training` with these flags."""
-  values = flags.FlagValues()
-  sparse_training.define_flags(values)
-  values(['benchmark', *args])
-  return sparse_problem.make_problem(values.flag_values_dict(), data, 0)
+  return problem_lib.make(config.parse(problem_lib.Settings, args), data)
 
 
 def unmasked(step: training.TrainStep) -> training.TrainStep:
@@ -50,7 +46,7 @@ def unmasked(step: training.TrainStep) -> training.TrainStep:
 
 
 def make_steps(
-  problems: Mapping[str, sparse_problem.Problem], state: Any, batch: Any
+  problems: Mapping[str, problem_lib.Problem], state: Any, batch: Any
 ) -> dict[str, tuple[str, Step]]:
   """Every program there is: the methods that run it, and its compiled step."""
   dense = problems['dense'].step

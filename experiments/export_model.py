@@ -33,7 +33,8 @@ import jax.numpy as jnp
 
 from experiments import common
 from experiments import export_tasks
-from experiments import sparse_problem
+from experiments.support import config as config_lib
+from experiments.support import problem as problem_lib
 from powerprop_jax import export
 from powerprop_jax.data import in_memory
 from powerprop_jax.export import format as export_format
@@ -112,9 +113,10 @@ def _from_mnist_pruning(path: pathlib.Path, data_dir: str | None) -> Trained:
 def _from_sparse_training(
   found: checkpoint.Checkpoint, data_dir: str | None
 ) -> Trained:
-  settings = found.config
-  data = sparse_problem.load(settings, data_dir)
-  problem = sparse_problem.make_problem(settings, data, num_workers=0)
+  settings = config_lib.restored(
+    problem_lib.Settings, found.config, data_dir=data_dir, num_workers=0
+  )
+  problem = problem_lib.make(settings, problem_lib.load(settings))
   state = jax.eval_shape(problem.init)
   wanted = {
     'phi': state.phi,
@@ -124,7 +126,7 @@ def _from_sparse_training(
   there = checkpoint.fill({'state': wanted}, found, partial=True)['state']
   theta, masks = problem.transform.to_theta(there['phi']), there['masks']
   return Trained(
-    alpha=settings['alpha'],
+    alpha=settings.alpha,
     theta=masks_lib.apply_mask(theta, masks.forward),
     masks=masks.forward,
     state=there['model_state'],

@@ -6,26 +6,27 @@ range of densities, without retraining, and evaluates each of them:
   python -m experiments.mnist_pruning --alphas=1,2,3 --seeds=5
 
 The default data set, mnist_5k, comes with an installed package. The results are
-written to --out_dir: config.json, metrics.jsonl, one file a run in runs/,
+written to --out_dir: config.json, metrics.jsonl, one file per run in runs/,
 summary.json and three figures. A command that was interrupted continues when it
 is given again; what is finished is not computed a second time.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
-import pathlib
 import time
 from typing import Any, NamedTuple
 
-from absl import app
-from absl import flags
+from etils import epath
 import jax
 import numpy as np
 
-from experiments import common
-from experiments import optimiser_flags
-from experiments import runner
 from experiments.presets import mnist_pruning as presets
+from experiments.support import config
+from experiments.support import optimisers
+from experiments.support import output
+from experiments.support import runs
+from experiments.support import settings as settings_lib
 from powerprop_jax import analysis
 from powerprop_jax import export
 from powerprop_jax import plots
@@ -38,49 +39,74 @@ from powerprop_jax.models import networks
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
 from powerprop_jax.training import classification
+from powerprop_jax.training import feeds
+from powerprop_jax.training import loop
+
+_CHUNK = 500  # Steps between two looks at the loss.
+# Less than this keeps none of the 266,200 weights of the network.
+_LEAST_KEPT = 1e-5
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags of this binary."""
-  string = functools.partial(flags.DEFINE_string, flag_values=values)
-  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-  several = functools.partial(flags.DEFINE_list, flag_values=values)
-  string('dataset', 'mnist_5k', 'mnist_5k, idx, or the name of a TFDS set.')
-  string('data_dir', None, 'Where TFDS or idx files lie.')
-  several('alphas', ['1', '2', '3', '4'], 'Powers, each at least 1.')
-  integer('seeds', 3, 'Runs of each alpha.', 1)
-  integer('steps', 5_000, 'Training steps.', 1)
-  integer('batch_size', 60, 'Examples a step.', 1)
-  integer('max_shift', 0, 'Pixels to move training images by, at most.', 0)
-  several(
-    'update_rule',
-    ['target_propagation'],
-    'target_propagation, chain_rule, or both: whether the optimiser sees the'
-    ' gradient at theta or the one at phi.',
+@dataclasses.dataclass(frozen=True)
+class Settings(
+  optimisers.Optimiser,
+  optimisers.Decay,
+  settings_lib.Data,
+  settings_lib.Output,
+):
+  """What is trained and how it is pruned."""
+
+  alphas: tuple[float, ...] = config.flag(
+    (1.0, 2.0, 3.0, 4.0),
+    'The powers, each at least 1; 1 is the baseline.',
+    check=power.check_alpha,
+    decides=False,
   )
-  several(
-    'scope',
-    ['layer'],
-    'layer, global, or both: whether each layer is pruned to a density, or all'
-    ' weights together.',
+  seeds: int = config.flag(
+    3,
+    'The number of runs of each alpha.',
+    low=1,
+    high=settings_lib.MAX_RUNS,
+    decides=False,
   )
-  several('kept', presets.KEPT, 'Fractions of the weights to keep.')
-  string('out_dir', 'results/mnist_pruning', 'Folder of results.')
-  names = sorted(presets.PRESETS)
-  flags.DEFINE_enum('preset', None, names, 'Settings.', flag_values=values)
-  optimiser_flags.define_flags(values)
+  steps: int = config.flag(
+    5_000,
+    'The number of training steps.',
+    low=1,
+    high=settings_lib.MAX_STEPS,
+  )
+  batch_size: int = config.flag(60, 'The number of examples per step.', low=1)
+  max_shift: int = config.flag(
+    0, 'By how many pixels training images are moved at most.', low=0
+  )
+  update_rule: tuple[str, ...] = config.flag(
+    ('target_propagation',),
+    'Whether the optimiser sees the gradient at theta (target_propagation) or'
+    ' the one at phi (chain_rule).',
+    choices=optimisers.UPDATE_RULES,
+    decides=False,
+  )
+  scope: tuple[str, ...] = config.flag(
+    ('layer',),
+    'Whether each layer is pruned to a density, or all weights together.',
+    choices=('layer', 'global'),
+  )
+  kept: tuple[float, ...] = config.flag(
+    presets.KEPT,
+    'The fractions of the weights to keep.',
+    check=masks.check_density,
+  )
+  out_dir: str = config.like(
+    settings_lib.Output, 'out_dir', 'results/mnist_pruning'
+  )
 
-
-# The flags that decide the result of a run; the others say which runs.
-_RUN_FLAGS = (
-  'dataset',
-  'steps',
-  'batch_size',
-  'max_shift',
-  'scope',
-  'kept',
-  *optimiser_flags.NAMES,
-)
+  def __post_init__(self):
+    super().__post_init__()
+    if min(self.kept) < _LEAST_KEPT:
+      raise ValueError(
+        f'--kept={min(self.kept):g} keeps no weight at all. Keep at least'
+        f' {_LEAST_KEPT:g}.'
+      )
 
 
 class Job(NamedTuple):
@@ -90,102 +116,147 @@ class Job(NamedTuple):
   update_rule: str
   seed: int
 
+  @property
+  def name(self) -> str:
+    """The name of its files."""
+    return f'alpha={self.alpha}-{self.update_rule}-seed={self.seed}'
+
 
 class Functions(NamedTuple):
   """What the runs of one alpha and update rule share, compiled."""
 
   init: Callable[..., training.TrainState]
-  run_steps: Callable[..., tuple[training.TrainState, training.Metrics]]
+  run_steps: feeds.RunSteps
   to_theta: Callable[[types.Params], types.Params]
   sweeps: dict[str, Callable[..., list[float]]]  # By scope.
 
 
-def make_functions(
-  alpha: float, update_rule: str, settings: dict[str, Any], num_classes: int
-) -> Functions:
-  """Builds the functions of a run; nothing is compiled yet."""
-  network = networks.build('lenet_300_100', num_classes)
-  transform = power.power_transform(alpha)
-  tx = optimiser_flags.make_tx(
-    transform,
-    steps=settings['steps'],
-    update_rule=update_rule,
-    **{name: settings[name] for name in optimiser_flags.NAMES},
-  )
-
-  def init(init_key, run_key, images):
-    theta, model_state = network.init(init_key, images / 255.0, True)
-    return training.init_state(run_key, theta, model_state, tx, transform)
-
-  shift = settings['max_shift']
-  prepare = augment.crop_and_flip(shift, False) if shift else augment.scale
-  accuracy = classification.make_accuracy(network.apply)
-  loss_fn = classification.make_loss(network.apply, prepare=prepare)
-  step = training.make_train_step(loss_fn, tx, transform)
-  return Functions(
-    init=jax.jit(init),
-    run_steps=jax.jit(training.make_run_steps(step), donate_argnums=0),
-    to_theta=jax.jit(transform.to_theta),
-    sweeps={
-      scope: pruning.make_prune_sweep(
-        accuracy, settings['kept'], **prune_options(scope)
-      )
-      for scope in settings['scope']
-    },
-  )
+def make_jobs(settings: Settings) -> list[Job]:
+  """The runs that are asked for, the seeds of an alpha one after another."""
+  rules = tuple(dict.fromkeys(settings.update_rule))
+  return [
+    Job(alpha, rule, seed)
+    for alpha in dict.fromkeys(settings.alphas)
+    # At alpha = 1 the rules are one.
+    for rule in (rules if alpha > 1 else rules[:1])
+    for seed in range(settings.seeds)
+  ]
 
 
-def prune_options(scope: str) -> dict[str, Any]:
+def _prune_options(scope: str) -> dict[str, Any]:
   """How networks are pruned, for `pruning.prune`."""
   # The paper's MNIST experiment halves the sparsity of the output layer.
   scale = {'logits': 2.0} if scope == 'layer' else None
   return {'scope': scope, 'density_scale': scale}
 
 
+def make_functions(
+  settings: Settings,
+  alpha: float,
+  update_rule: str,
+  data: in_memory.Dataset,
+) -> Functions:
+  """Builds the functions of a run; nothing is compiled yet.
+
+  Args:
+    settings: of the binary.
+    alpha: the power.
+    update_rule: one of `optimisers.UPDATE_RULES`.
+    data: the data set.
+
+  Returns:
+    The functions.
+
+  Raises:
+    ValueError: if the settings do not fit one another or the data.
+  """
+  _, height, width, _ = data.train.images.shape
+  if settings.max_shift >= min(height, width):
+    raise ValueError(
+      f'--max_shift={settings.max_shift} moves images of {height} x {width}'
+      f' pixels out of sight. Give less than {min(height, width)}.'
+    )
+  network = networks.build('lenet_300_100', data.num_classes)
+  transform = power.power_transform(alpha)
+  tx = optimisers.make_tx(
+    transform, settings, settings, steps=settings.steps, update_rule=update_rule
+  )
+
+  def init(init_key, run_key, images):
+    images = augment.scale(None, images, False)
+    theta, model_state = network.init(init_key, images, True)
+    return training.init_state(run_key, theta, model_state, tx, transform)
+
+  # What does not fit the network, as a pattern without a match, fails here.
+  key, image = jax.random.key(0), data.train.images[:1]
+  state = jax.eval_shape(init, key, key, image)
+  shift = settings.max_shift
+  prepare = augment.crop_and_flip(shift, False) if shift else augment.scale
+  accuracy = classification.make_accuracy(network.apply)
+  loss_fn = classification.make_loss(network.apply, prepare=prepare)
+  step = training.make_train_step(loss_fn, tx, transform)
+  return Functions(
+    init=jax.jit(init),
+    run_steps=feeds.compile_steps(step, None, state.phi),
+    to_theta=jax.jit(transform.to_theta),
+    sweeps={
+      scope: pruning.make_prune_sweep(
+        accuracy, settings.kept, **_prune_options(scope)
+      )
+      for scope in settings.scope
+    },
+  )
+
+
 def run(
   job: Job,
   functions: Functions,
-  settings: dict[str, Any],
-  weights_path: pathlib.Path,
+  settings: Settings,
+  weights_path: epath.Path,
   data: tuple[in_memory.Split, ...],
-  report: runner.Report,
+  watch: runs.Watch,
 ) -> dict[str, Any]:
   """Trains and prunes one network.
 
   Args:
     job: which one.
-    functions: as of `make_functions`.
-    settings: the flags of `_RUN_FLAGS`.
+    functions: made by `make_functions`.
+    settings: of the binary.
     weights_path: the file to write the trained weights to, for `export_model`.
     data: train, valid and test split, on the device.
-    report: called with the step and the metrics as training goes on.
+    watch: follows the run and stops it.
 
   Returns:
     What the summary needs of it.
 
   Raises:
-    runner.Diverged: if the loss becomes NaN.
+    loop.Diverged: if the loss becomes NaN.
+    loop.Interrupted: if it is stopped.
   """
   begin = time.time()
   train_split, valid_split, test_split = data
   init_key, run_key, data_key = jax.random.split(jax.random.key(job.seed), 3)
   state = functions.init(init_key, run_key, train_split.images[:1])
   initial = functions.to_theta(state.phi)
-  try:
-    state = runner.train(
-      state,
-      functions.run_steps,
-      (train_split.images, train_split.labels),
-      data_key,
-      steps=settings['steps'],
-      batch_size=settings['batch_size'],
-      report=report,
-    )
-  except runner.Diverged as e:
-    raise runner.Diverged(
-      f'{e}, with alpha = {job.alpha:g} and learning_rate ='
-      f' {settings["learning_rate"]:g}. Lower the learning rate.'
-    ) from e
+  advance = feeds.make_advance(
+    functions.run_steps,
+    (train_split.images, train_split.labels),
+    data_key,
+    batch_size=settings.batch_size,
+    size=len(train_split.labels),
+  )
+  step, state = loop.run(
+    advance,
+    state,
+    start=0,
+    stop=settings.steps,
+    chunk=_CHUNK,
+    report=watch.report,
+    recipe={'alpha': job.alpha, 'learning_rate': settings.learning_rate},
+    stopped=watch.stopped,
+  )
+  if step < settings.steps:
+    raise loop.Interrupted
   theta, seconds = functions.to_theta(state.phi), time.time() - begin
   export.save_compressed(weights_path, theta, masks={}, alpha=job.alpha)
 
@@ -195,7 +266,7 @@ def run(
       for scope, f in functions.sweeps.items()
     }
 
-  kept, options = settings['kept'], prune_options(settings['scope'][0])
+  kept, options = settings.kept, _prune_options(settings.scope[0])
   return {
     **job._asdict(),
     'valid_accuracy': sweep(valid_split),
@@ -208,11 +279,15 @@ def run(
 
 
 def summarise(
-  results: Sequence[dict[str, Any]],
-  settings: dict[str, Any],
-  out_dir: pathlib.Path,
+  results: Sequence[dict[str, Any]], settings: Settings, out_dir: epath.Path
 ) -> None:
-  """Writes summary.json and the figures, and prints the table."""
+  """Writes summary.json and the figures, and prints the table.
+
+  Args:
+    results: what `run` returned, of the runs that are finished.
+    settings: of the binary.
+    out_dir: the folder of results.
+  """
   rules = {r['update_rule'] for r in results}
   groups: dict[str, list[Any]] = {}
   for result in results:
@@ -223,17 +298,17 @@ def summarise(
 
   def columns(name):
     return {
-      label if scope == settings['scope'][0] else f'{label} {scope}': (
+      label if scope == settings.scope[0] else f'{label} {scope}': (
         np.transpose([r[name][scope] for r in rows])
       )
-      for scope in settings['scope']
+      for scope in settings.scope
       for label, rows in groups.items()
     }
 
   summary = analysis.summarise(
-    settings['kept'], columns('test_accuracy'), columns('valid_accuracy')
+    settings.kept, columns('test_accuracy'), columns('valid_accuracy')
   )
-  common.write_json(out_dir / 'summary.json', summary)
+  output.write_json(out_dir / 'summary.json', summary)
   overlaps = {
     label: analysis.average_overlap([r['overlap'] for r in rows])
     for label, rows in groups.items()
@@ -254,98 +329,36 @@ def summarise(
   print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')
 
 
-def parse_jobs(
-  alphas: Sequence[str], update_rules: Sequence[str], seeds: int
-) -> list[Job]:
-  """The runs that the flags ask for, the seeds of an alpha one after another.
-
-  Raises:
-    ValueError: if an alpha or an update rule is impossible.
-  """
-  for rule in update_rules:
-    if rule not in optimiser_flags.UPDATE_RULES:
-      raise ValueError(
-        '--update_rule must be among'
-        f' {", ".join(optimiser_flags.UPDATE_RULES)}, got {rule!r}.'
+def main(settings: Settings) -> None:
+  """Runs what is not finished, and summarises what is."""
+  jobs = make_jobs(settings)
+  with config.refusing():
+    data = settings_lib.load_in_memory(settings, settings.batch_size)
+    runs.use_cores(len(jobs))
+    functions = {
+      kind: make_functions(settings, *kind, data)
+      for kind in dict.fromkeys((job.alpha, job.update_rule) for job in jobs)
+    }
+  output.announce('mnist_pruning')
+  deciding = config.deciding(settings) | {'data': in_memory.fingerprint(data)}
+  with output.opened(settings.out_dir, 'mnist_pruning', deciding) as out_dir:
+    todo = {
+      job.name: functools.partial(
+        run,
+        job,
+        functions[job.alpha, job.update_rule],
+        settings,
+        out_dir / 'runs' / f'{job.name}.safetensors',
       )
-  powers = common.parse_numbers(alphas, 'alphas', power.check_alpha)
-  return [
-    Job(alpha, rule, seed)
-    for alpha in dict.fromkeys(powers)
-    # At alpha = 1 the rules are one.
-    for rule in (update_rules if alpha > 1 else update_rules[:1])
-    for seed in range(seeds)
-  ]
-
-
-def read_flags(
-  values: flags.FlagValues,
-) -> tuple[list[Job], dict[str, Any]]:
-  """The runs, and the settings that they share, checked."""
-  if values.preset:
-    common.apply_preset(values, presets.PRESETS[values.preset])
-  jobs = parse_jobs(values.alphas, values.update_rule, values.seeds)
-  settings = {name: values[name].value for name in _RUN_FLAGS}
-  settings['kept'] = common.parse_numbers(
-    values.kept, 'kept', masks.check_density
-  )
-  if min(settings['kept']) < 1e-5:
-    raise ValueError(
-      f'--kept={min(settings["kept"]):g} keeps no weight at all.'
-    )
-  for scope in values.scope:
-    if scope not in ('layer', 'global'):
-      raise ValueError(f'--scope must be layer, global or both, got {scope!r}.')
-  for rule in values.update_rule:
-    make_functions(jobs[-1].alpha, rule, settings, num_classes=10)
-  return jobs, settings
-
-
-def load_data(values: flags.FlagValues) -> in_memory.Dataset:
-  """The data set of the flags, large enough for a batch."""
-  data = in_memory.load(values.dataset, values.data_dir)
-  size = len(data.train.labels)
-  if values.batch_size > size:
-    raise ValueError(
-      f'--batch_size={values.batch_size} is more than the {size} training'
-      f' examples of {data.name}.'
-    )
-  return data
-
-
-def main(argv: Sequence[str]) -> None:
-  common.check_no_arguments(argv)
-  try:
-    jobs, settings = read_flags(flags.FLAGS)
-    data = load_data(flags.FLAGS)
-    runner.use_cores(len(jobs))
-    out_dir = common.prepare_out_dir(flags.FLAGS.out_dir, settings)
-  except ValueError as e:
-    common.fail(e)
-  kinds = {(job.alpha, job.update_rule) for job in jobs}
-  functions = {
-    kind: make_functions(*kind, settings, data.num_classes) for kind in kinds
-  }
-  runs = {}
-  for job in jobs:
-    name = f'alpha={job.alpha}-{job.update_rule}-seed={job.seed}'
-    runs[name] = functools.partial(
-      run,
-      job,
-      functions[job.alpha, job.update_rule],
-      settings,
-      out_dir / 'runs' / f'{name}.safetensors',
-    )
-  messages, interrupted = runner.run_all(
-    runs, (data.train, data.valid, data.test), settings['steps'], out_dir
-  )
-  results = runner.finished(out_dir)
-  results = [results[name] for name in runs if name in results]
-  if results:
-    summarise(results, settings, out_dir)
-  runner.exit_with(messages, interrupted, len(results), len(runs))
+      for job in jobs
+    }
+    splits = (data.train, data.valid, data.test)
+    ended = runs.run_all(todo, splits, settings.steps, out_dir)
+    results = runs.finished(out_dir, todo)
+    if results:
+      summarise(list(results.values()), settings, out_dir)
+  runs.finish(*ended, len(results), len(todo))
 
 
 if __name__ == '__main__':
-  define_flags(flags.FLAGS)
-  app.run(main)
+  config.run(main, Settings, presets.PRESETS)

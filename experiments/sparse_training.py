@@ -8,126 +8,273 @@ with the same parameters, bit for bit. --out_dir gets config.json,
 metrics.jsonl, summary.json and the checkpoints.
 """
 
-from collections.abc import Sequence
-import functools
+from collections.abc import Callable, Mapping
+import dataclasses
 import hashlib
 import math
 import sys
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
-from absl import app
-from absl import flags
+from absl import logging
+from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
-from experiments import methods
-from experiments import optimiser_flags
-from experiments import sparse_loop
-from experiments import sparse_problem
+from experiments.presets import sparse_training as presets
+from experiments.support import config
+from experiments.support import methods
+from experiments.support import output
+from experiments.support import problem as problem_lib
+from experiments.support import settings as settings_lib
+from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import training
-from powerprop_jax.models import networks
 from powerprop_jax.sparse import flops
 from powerprop_jax.sparse import report as report_lib
 from powerprop_jax.training import checkpoint
-
-PRESETS = {
-  # ResNet-50 on ImageNet as the field reports it: 100 epochs of batches of
-  # 4096, five of them to warm up.
-  'imagenet': {
-    'dataset': 'imagenet2012',
-    'network': 'resnet50',
-    'batch_size': 4096,
-    'steps': 31_250,
-    'optimizer': 'sgd',
-    'learning_rate': 1.6,
-    'momentum': 0.9,
-    'nesterov': True,
-    'schedule': 'steps',
-    'warmup_steps': 1_563,
-    'label_smoothing': 0.1,
-    'weight_decay': 1e-4,
-    'bfloat16': True,
-    'distribution': 'erk',
-    'checkpoint_every': 1_000,
-  },
-}
-
-# What decides the result; a checkpoint fits only a run of equal flags.
-_RUN_FLAGS = (
-  'method',
-  'alpha',
-  'network',
-  'dataset',
-  'steps',
-  'steps_multiplier',
-  'batch_size',
-  'gradient_batches',
-  'label_smoothing',
-  'bfloat16',
-  'image_size',
-  'seed',
-  'init_from',
-  *sparse_problem.METHOD_FLAGS,
-  *optimiser_flags.NAMES,
-)
+from powerprop_jax.training import devices
+from powerprop_jax.training import feeds
+from powerprop_jax.training import loop
 
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags of this binary."""
-  string = functools.partial(flags.DEFINE_string, flag_values=values)
-  integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-  real = functools.partial(flags.DEFINE_float, flag_values=values)
-  enum = functools.partial(flags.DEFINE_enum, flag_values=values)
-  boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
-  enum('method', 'rigl', methods.METHODS, 'Sparse training method.')
-  real('alpha', 2.0, 'The power; 1 is the baseline.')
-  real('sparsity', 0.9, 'Fraction of the weights removed.', 0.0, 1.0)
-  real('backward_sparsity', None, 'Top-KAST: of the backward pass.', 0.0, 1.0)
-  string('distribution', 'erk', 'uniform, erk, er or pattern=sparsity,...')
-  flags.DEFINE_list(
-    'dense_layers', [], 'Patterns of layers to keep dense.', flag_values=values
+@dataclasses.dataclass(frozen=True)
+class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
+  """Where it begins, and what is kept."""
+
+  init_from: str | None = config.flag(
+    None,
+    'The folder of another run, or of its checkpoints, whose network this one'
+    ' begins with. A sparse network keeps its masks.',
   )
-  enum('scope', 'layer', ['layer', 'global'], 'Ranking of magnitude and snip.')
-  integer('update_every', 100, 'Steps between mask updates.', 1)
-  integer('update_start', None, 'First mask update; update_every if not given.')
-  integer(
-    'update_stop', None, 'Last mask update; 3/4 of the steps if not given.'
+  on_collapse: str = config.flag(
+    'error',
+    'What to do if an update of the masks leaves a layer without weights.',
+    choices=('error', 'warn'),
+    decides=False,
   )
-  real('drop_fraction', 0.3, 'Weights traded in an update.', 0.0, 1.0)
-  enum('drop_schedule', 'cosine', ['cosine', 'constant'], 'Of drop_fraction.')
-  enum('regrow', 'init', ['init', 'keep', 'zero'], 'Values of grown weights.')
-  boolean('regrow_dropped', False, 'Whether a dropped weight may come back.')
-  real('exploration_penalty', 1e-4, 'Of Top-KAST, in its backward set.', 0.0)
-  integer('gradient_batches', 1, 'Batches averaged to score masks.', 1)
-  enum(
-    'on_collapse', 'error', ['error', 'warn'], 'If a layer loses all weights.'
+  checkpoint_every: int = config.flag(
+    1_000,
+    'The number of steps from one checkpoint to the next.',
+    low=1,
+    high=settings_lib.MAX_STEPS,
+    decides=False,
   )
-  enum('network', 'lenet_300_100', sorted(networks.NETWORKS), 'The network.')
-  string('dataset', 'mnist_5k', 'mnist_5k, idx, a TFDS name; folder.')
-  string('data_dir', None, 'Where TFDS, idx files or image folders lie.')
-  integer('image_size', 224, 'Of streamed images.', 8)
-  integer('num_workers', 8, 'Processes that decode streamed images.', 0)
-  integer('steps', 5_000, 'Training steps.', 1)
-  real(
-    'steps_multiplier',
-    1.0,
-    'Extended training: stretches the run and its schedules.',
-    1e-6,
+  out_dir: str = config.like(
+    settings_lib.Output, 'out_dir', 'results/sparse_training'
   )
-  integer('batch_size', 100, 'Examples a step, over all devices.', 1)
-  real('label_smoothing', 0.0, 'Of the targets.', 0.0, 1.0)
-  boolean('bfloat16', False, 'Whether activations are bfloat16.')
-  integer('seed', 0, 'Of everything random.', 0)
-  string('init_from', None, 'Checkpoints of the network to start from.')
-  integer('checkpoint_every', 1_000, 'Steps between checkpoints.', 1)
-  string('out_dir', 'results/sparse_training', 'Folder of results.')
-  enum('preset', None, sorted(PRESETS), 'Settings to start from.')
-  string('coordinator', None, 'host:port, or auto on Slurm and cloud TPU.')
-  integer('num_processes', None, 'How many hosts, with a coordinator.')
-  integer('process_index', None, 'Which host this is, with a coordinator.')
-  optimiser_flags.define_flags(values)
+
+
+class Progress(NamedTuple):
+  """What a checkpoint holds: the state, and which weights were ever in use."""
+
+  state: training.TrainState
+  ever: Any
+
+
+class Timing(NamedTuple):
+  """Steps that were taken and how long they took, beside a checkpoint."""
+
+  steps: int = 0
+  seconds: float = 0.0
+
+
+class Start(NamedTuple):
+  """Where a run goes on.
+
+  Attributes:
+    step: the next step.
+    progress: the state and its history, of one device.
+    choose: whether masks are still to be chosen.
+    timing: of the steps before.
+  """
+
+  step: int
+  progress: Progress
+  choose: bool
+  timing: Timing = Timing()
+
+
+def begin(
+  problem: problem_lib.Problem,
+  manager: checkpoint.Manager,
+  init_from: str | None,
+) -> Start:
+  """Where to go on: a checkpoint of this run or of another, or a fresh state.
+
+  Args:
+    problem: what is trained.
+    manager: of the checkpoints of this run.
+    init_from: the folder of another run, or of its checkpoints.
+
+  Returns:
+    A `Start`.
+
+  Raises:
+    ValueError: if a checkpoint is of another network or of other settings.
+    FileNotFoundError: if there are only damaged checkpoints, or none to begin
+      with.
+  """
+  state = problem.init()
+  like = Progress(state, jax.tree.map(jnp.copy, state.masks.forward))
+  found = checkpoint.restore_latest(manager, like)
+  if found is not None:
+    step, progress, extra = found
+    return Start(step, progress, False, Timing(**(extra or {})))
+  if init_from is None:
+    return Start(0, like, True)
+  place = output.folder(init_from)
+  inside = place / 'checkpoints'
+  source = checkpoint.load(inside if inside.is_dir() else place)
+  names = ('phi', 'model_state', 'masks')
+  wanted = {'state': {name: getattr(state, name) for name in names}}
+  there = checkpoint.fill(wanted, source, partial=True)['state']
+  old = power.power_transform(source.config['alpha'])
+  phi = power.change_alpha(there['phi'], old, problem.transform)
+  state = state._replace(**(there | {'phi': phi}))
+  forward = state.masks.forward
+  # A network that is sparse already keeps its mask.
+  is_dense = all(bool(m.all()) for m in jax.tree.leaves(forward))
+  return Start(0, Progress(state, jax.tree.map(jnp.copy, forward)), is_dense)
+
+
+def check_collapse(kept: Mapping[str, int], on_collapse: str) -> None:
+  """Stops, or warns, if a layer has no weight left.
+
+  Args:
+    kept: the number of weights in use, by path.
+    on_collapse: 'error' or 'warn'.
+
+  Raises:
+    loop.Diverged: if it is to stop.
+  """
+  empty = ', '.join(path for path, count in kept.items() if not count)
+  if empty and on_collapse == 'error':
+    raise loop.Diverged(
+      f'no weight is left in {empty}: nothing can be learnt. Lower --sparsity,'
+      ' choose another --distribution or --scope, or go on with'
+      ' --on_collapse=warn.'
+    )
+  if empty:
+    logging.warning('No weight is left in %s.', empty)
+
+
+# (mask step, step, progress) -> progress, both on the devices.
+_UpdateMasks = Callable[[training.MaskStep, int, Progress], Progress]
+
+
+def _make_update_masks(
+  problem: problem_lib.Problem, feed: feeds.Feed, settings: Settings
+) -> _UpdateMasks:
+  """A mask step, with an account of the weights in use."""
+
+  def observe(ever, phi, forward):
+    ever = jax.tree.map(jnp.logical_or, ever, forward)
+    rows = leaves.weight_rows(phi, leaves.is_weight, forward)
+    return ever, {str(p): jnp.sum(m, dtype=jnp.int32) for p, _, m in rows}
+
+  observe = devices.on_devices(observe, problem.axis)
+
+  def update(mask_step, step, progress):
+    batches = feed.batches(step, settings.gradient_batches)
+    state = mask_step(progress.state, batches)
+    ever, kept = observe(progress.ever, state.phi, state.masks.forward)
+    # The masks stay where they are: these are a few numbers.
+    kept = jax.device_get(devices.unreplicate(kept, problem.axis))
+    check_collapse(kept, settings.on_collapse)
+    return Progress(state, ever)
+
+  return update
+
+
+def train(
+  problem: problem_lib.Problem,
+  feed: feeds.Feed,
+  manager: checkpoint.Manager,
+  settings: Settings,
+  out_dir: epath.Path,
+) -> tuple[Progress, Timing] | None:
+  """Trains to the end, or until the process is asked to stop.
+
+  Args:
+    problem: what to train.
+    feed: made by `problem.make_feed`; it is closed in the end.
+    manager: the checkpoints, to go on from and to write.
+    settings: of the run, after `stretched`.
+    out_dir: the folder of metrics.jsonl.
+
+  Returns:
+    The progress, of one device, and how long it took, or None if it was
+    stopped.
+
+  Raises:
+    loop.Diverged: if a layer collapses or the loss is not finite.
+  """
+  axis, first = problem.axis, jax.process_index() == 0
+  update = _make_update_masks(problem, feed, settings)
+  with loop.stop_on_signals() as asked:
+    with config.refusing():
+      start = begin(problem, manager, settings.init_from)
+    timing, compiled = start.timing, False
+    progress = devices.replicate(start.progress, axis)
+    if start.choose:
+      none = progress._replace(ever=jax.tree.map(jnp.zeros_like, progress.ever))
+      progress = update(problem.init_masks, start.step, none)
+
+    def advance(progress, begin, end):
+      nonlocal timing, compiled
+      begun = time.monotonic()
+      state, metrics = feed.advance(progress.state, begin, end)
+      if compiled:  # The first chunk of a process compiles.
+        seconds = timing.seconds + time.monotonic() - begun
+        timing = Timing(timing.steps + end - begin, seconds)
+      compiled = True
+      return progress._replace(state=state), metrics
+
+    def save(step, progress):
+      saved = devices.unreplicate(progress, axis)
+      checkpoint.save(manager, step, saved, extra=timing._asdict())
+
+    def kept(line):
+      step = line.get('step')
+      return isinstance(step, int) and step <= start.step
+
+    write, bar = lambda line: None, None
+    if first:
+      write = output.open_metrics(out_dir / 'metrics.jsonl', kept)
+      bar = output.Progress(settings.steps, start.step)
+
+    def report(step, metrics):
+      write({'step': step, **metrics})
+      if bar is not None:
+        bar.at(step, metrics)
+
+    step, progress = loop.run(
+      advance,
+      progress,
+      start=start.step,
+      stop=settings.steps,
+      before=[
+        loop.Hook(
+          problem.method.due,
+          lambda step, state: update(problem.update_masks, step, state),
+        )
+      ],
+      after=[loop.Hook(loop.every(settings.checkpoint_every), save)],
+      report=report,
+      recipe={
+        'alpha': settings.alpha,
+        'learning_rate': settings.learning_rate,
+      },
+      stopped=lambda: devices.any_host(asked.is_set()),
+    )
+    save(step, progress)  # Does nothing if it is the newest.
+    feed.close()
+    if bar is not None:
+      bar.close()
+  progress = devices.unreplicate(progress, axis)
+  return (progress, timing) if step == settings.steps else None
 
 
 def fingerprint(state: training.TrainState) -> str:
@@ -146,13 +293,24 @@ def _densities(mask: Any, phi: Any, layers: dict[str, float]) -> dict[str, Any]:
 
 
 def summarise(
-  problem: sparse_problem.Problem,
-  progress: sparse_loop.Progress,
-  accuracy: dict[str, float],
-  steps_per_second: float,
+  problem: problem_lib.Problem,
+  progress: Progress,
+  accuracy: Mapping[str, float],
+  timing: Timing,
   steps: int,
 ) -> dict[str, Any]:
-  """What summary.json holds."""
+  """What summary.json holds.
+
+  Args:
+    problem: what was trained.
+    progress: at the end.
+    accuracy: by the name of the split.
+    timing: of the steps.
+    steps: length of the run.
+
+  Returns:
+    A dict that JSON can hold.
+  """
   state, layers = progress.state, problem.layer_flops
   masks, ever = jax.device_get((state.masks, progress.ever))
   report = report_lib.sparsity_report(masks.forward, state.phi)
@@ -179,7 +337,7 @@ def summarise(
       'relative': step / flops.training_flops(dense),
     },
     'steps_per_second': (
-      None if math.isnan(steps_per_second) else steps_per_second
+      timing.steps / timing.seconds if timing.seconds else None
     ),
     'fingerprint': fingerprint(state),
   }
@@ -187,73 +345,54 @@ def summarise(
 
 def table(summary: dict[str, Any]) -> str:
   """The summary as a person reads it."""
-  lines = [f'{"layer":<40} sparsity']
-  lines += [f'{k:<40} {v:.4f}' for k, v in summary['sparsity'].items()]
+  rows = [(k, f'{v:.4f}') for k, v in summary['sparsity'].items()]
+  lines = [output.table(rows, ('layer', 'sparsity')), '']
+  rows = []
   for name in ('valid_accuracy', 'test_accuracy'):
     if name in summary:
-      lines.append(f'{name:<40} {100 * summary[name]:.2f} %')
+      rows.append((name, f'{100 * summary[name]:.2f} %'))
   for name in ('inference_flops', 'training_flops'):
     value = summary[name]
-    lines.append(
-      f'{name:<40} {value["absolute"]:.4g} ({value["relative"]:.3f} x dense)'
-    )
-  lines.append(f'{"weights ever in use":<40} {summary["explored"]:.4f}')
-  lines.append(f'{"dead units":<40} {summary["dead_units"]}')
+    shown = f'{value["absolute"]:.4g} ({value["relative"]:.3f} x dense)'
+    rows.append((name, shown))
+  rows.append(('weights ever in use', f'{summary["explored"]:.4f}'))
+  rows.append(('dead units', str(summary['dead_units'])))
   if summary['steps_per_second'] is not None:
-    lines.append(f'{"steps a second":<40} {summary["steps_per_second"]:.1f}')
-  return '\n'.join([*lines, f'fingerprint {summary["fingerprint"]}'])
+    rows.append(('steps per second', f'{summary["steps_per_second"]:.1f}'))
+  lines += [output.table(rows), f'fingerprint {summary["fingerprint"]}']
+  return '\n'.join(lines)
 
 
-def connect(values: flags.FlagValues) -> None:
-  """Joins the other hosts, if there are any."""
-  if values.coordinator == 'auto':
-    jax.distributed.initialize()
-  elif values.coordinator is not None:
-    jax.distributed.initialize(
-      values.coordinator, values.num_processes, values.process_index
-    )
-
-
-def main(argv: Sequence[str]) -> None:
-  common.check_no_arguments(argv)
-  values = flags.FLAGS
-  if values.preset:
-    common.apply_preset(values, PRESETS[values.preset])
-  settings = {name: values[name].value for name in _RUN_FLAGS}
-  try:
-    power.check_alpha(values.alpha)
-    settings = sparse_problem.stretched(settings)
-    connect(values)
-    data = sparse_problem.load(settings, values.data_dir)
-    problem = sparse_problem.make_problem(settings, data, values.num_workers)
-    out_dir = common.prepare_out_dir(values.out_dir, settings)
-    manager = checkpoint.open_manager(out_dir / 'checkpoints', settings)
-    feed = problem.make_feed()
-    result = sparse_loop.train(
-      problem,
-      feed,
-      manager,
-      out_dir,
-      settings,
-      checkpoint_every=values.checkpoint_every,
-      on_collapse=values.on_collapse,
-    )
-  except sparse_loop.Failed as e:
-    common.fail(e, code=1)
-  except (ValueError, FileNotFoundError) as e:
-    common.fail(e)
-  if result is None:
-    print('\nInterrupted. The same command goes on.', file=sys.stderr)
-    sys.exit(130)
-  progress, speed = result
-  theta = training.masked_theta(progress.state, problem.transform)
-  accuracy = feed.accuracy(theta, progress.state.model_state)
-  summary = summarise(problem, progress, accuracy, speed, settings['steps'])
-  if jax.process_index() == 0:
-    common.write_json(out_dir / 'summary.json', summary)
-    print(table(summary))
+def main(settings: Settings) -> None:
+  """Trains, evaluates and summarises."""
+  with config.refusing():
+    settings_lib.connect(settings)
+    settings = problem_lib.stretched(settings)
+    data = problem_lib.load(settings)
+    problem = problem_lib.make(settings, data)
+  output.announce('sparse_training')
+  deciding = config.deciding(settings) | {'data': problem_lib.fingerprint(data)}
+  with output.opened(settings.out_dir, 'sparse_training', deciding) as out_dir:
+    with config.refusing():
+      feed = problem.make_feed()
+      manager = checkpoint.open_manager(
+        out_dir / 'checkpoints', {'binary': 'sparse_training', **deciding}
+      )
+    try:
+      ended = train(problem, feed, manager, settings, out_dir)
+    finally:
+      checkpoint.close(manager)
+    if ended is None:
+      print('\nInterrupted. The same command goes on.', file=sys.stderr)
+      sys.exit(130)
+    progress, timing = ended
+    theta = training.masked_theta(progress.state, problem.transform)
+    accuracy = feed.accuracy(theta, progress.state.model_state)
+    summary = summarise(problem, progress, accuracy, timing, settings.steps)
+    if jax.process_index() == 0:
+      output.write_json(out_dir / 'summary.json', summary)
+      print(table(summary))
 
 
 if __name__ == '__main__':
-  define_flags(flags.FLAGS)
-  app.run(main)
+  config.run(main, Settings, presets.PRESETS)

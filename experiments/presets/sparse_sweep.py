@@ -1,6 +1,39 @@
-"""Presets of `sparse_sweep`."""
+r"""Presets of `sparse_sweep`: all methods of sparse training on one network.
 
-# The recipes were chosen on validation data; LOG.md has the trials.
+LeNet-300-100 on full MNIST, 10,000 steps of 60 images, layers by Erdos-Renyi
+(ERK), three seeds. The recipe of each power was chosen on validation data of
+one seed after twelve trials each, of rate, decay and clipping (LOG.md). Figures
+are test accuracies in percent at 99 % of the weights removed, the mean and
+standard deviation over seeds, on two cores of an AMD EPYC with jax 0.10.2; all
+sparsities are in experiments/results/sparse_sweep-*.json. DIR is the folder of
+the TFDS sets.
+
+`mnist` clips the gradient to norm 1, which Top-KAST needs. About 25 minutes:
+
+  python -m experiments.sparse_sweep --preset=mnist --data_dir=DIR \
+    --out_dir=results/sparse
+
+`mnist-unclipped` lets validation data choose between that recipe and the best
+one without clipping, for the methods that can do without.
+
+                                  mnist                  mnist-unclipped
+                      alpha = 1    alpha = 1.5     alpha = 1    alpha = 1.5
+  magnitude        97.51 ± 0.05   97.74 ± 0.15  97.50 ± 0.02   97.82 ± 0.10
+  top_kast         97.44 ± 0.21   97.00 ± 0.06
+  rigl             96.22 ± 0.21   96.10 ± 0.22  96.22 ± 0.21   96.10 ± 0.22
+  snip             94.48 ± 0.14   93.43 ± 0.22  94.35 ± 0.16   94.14 ± 0.36
+  set              93.86 ± 0.35   91.57 ± 0.44  94.25 ± 0.53   93.32 ± 0.20
+  static           86.11 ± 1.65   69.98 ± 9.61  87.48 ± 0.95   79.75 ± 5.94
+  dense            98.28 ± 0.12   98.38 ± 0.02
+
+`lenet-5` trains the other network for 600 steps with one seed, by recipes of
+earlier and uneven trials. It takes 6 minutes. At 98 % removed, alpha = 1 / 1.5:
+magnitude 97.56 / 98.01, top_kast 95.26 / 96.78, rigl 95.04 / 95.54, snip 95.56
+/ 96.46, set 82.73 / 85.39, static 88.44 / 87.33, dense 98.61 / 98.59.
+"""
+
+from typing import Any
+
 _SWEEP = {
   'dataset': 'mnist',
   'seeds': 3,
@@ -10,35 +43,33 @@ _SWEEP = {
   'momentum': 0.9,
   'schedule': 'cosine',
   'phi_decay_schedule': 'cosine',
-  'distributions': ['erk'],
+  'distributions': ('erk',),
 }
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
   'mnist': {
     **_SWEEP,
-    'alphas': ['1', '1.5'],
-    'learning_rates': ['0.2', '0.2'],
-    'phi_decays': ['2e-4', '2e-4'],
-    'clip_norms': ['1', '1'],
+    'alphas': (1.0, 1.5),
+    'learning_rates': (0.2, 0.2),
+    'phi_decays': (2e-4, 2e-4),
+    'clip_norms': (1.0, 1.0),
   },
-  # Without clipping as well, which Top-KAST needs and others pay for.
   'mnist-unclipped': {
     **_SWEEP,
-    'methods': ['static', 'snip', 'set', 'rigl', 'magnitude'],
-    'alphas': ['1', '1', '1.5', '1.5'],
-    'learning_rates': ['0.2', '0.1', '0.2', '0.2'],
-    'phi_decays': ['2e-4', '7e-5', '2e-4', '2e-4'],
-    'clip_norms': ['1', '0', '1', '0'],
-    'sparsities': ['0.98', '0.99'],
+    'methods': ('static', 'snip', 'set', 'rigl', 'magnitude'),
+    'alphas': (1.0, 1.0, 1.5, 1.5),
+    'learning_rates': (0.2, 0.1, 0.2, 0.2),
+    'phi_decays': (2e-4, 7e-5, 2e-4, 2e-4),
+    'clip_norms': (1.0, 0.0, 1.0, 0.0),
+    'sparsities': (0.98, 0.99),
   },
-  # Recipes of earlier trials, on the other network.
   'lenet-5': {
     **_SWEEP,
     'network': 'lenet_5',
-    'alphas': ['1', '1.5'],
-    'learning_rates': ['0.1', '0.3'],
-    'phi_decays': ['5e-5', '2e-4'],
-    'clip_norms': ['1', '1'],
-    'sparsities': ['0.9', '0.98'],
+    'alphas': (1.0, 1.5),
+    'learning_rates': (0.1, 0.3),
+    'phi_decays': (5e-5, 2e-4),
+    'clip_norms': (1.0, 1.0),
+    'sparsities': (0.9, 0.98),
     'seeds': 1,
     'steps': 600,
     'update_every': 50,

@@ -18,7 +18,7 @@ A value is checked wherever it comes from, be it the command line, a preset or a
 checkpoint, when the dataclass is made: NaN and infinity are refused everywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import csv
 import dataclasses
@@ -50,7 +50,7 @@ class _Flag:
   help: str
   low: float | None
   high: float | None
-  choices: tuple[str, ...] | None
+  choices: Collection[str] | None
   check: Callable[[Any], Any] | None
   decides: bool
 
@@ -61,7 +61,7 @@ def flag(
   *,
   low: float | None = None,
   high: float | None = None,
-  choices: Sequence[str] | None = None,
+  choices: Collection[str] | None = None,
   check: Callable[[Any], Any] | None = None,
   decides: bool = True,
 ) -> T:
@@ -81,32 +81,44 @@ def flag(
   Returns:
     A field of `dataclasses`.
   """
-  options = _Flag(
-    help, low, high, None if choices is None else tuple(choices), check, decides
-  )
+  options = _Flag(help, low, high, choices, check, decides)
   return typing.cast(
     T, dataclasses.field(default=default, metadata={'flag': options})
   )
 
 
-def like(cls: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+def like(
+  cls: type,
+  name: str,
+  default: Any = dataclasses.MISSING,
+  *,
+  more: str = '',
+  decides: bool = True,
+) -> Any:
   """The same field as in another class, by default with the same default.
 
   Args:
     cls: the settings class that has the field.
     name: of the field.
     default: another default, which the help then says.
+    more: what the help is to say as well.
+    decides: whether results depend on it, if they do in the other class.
 
   Returns:
     A field of `dataclasses`.
   """
   (there,) = (f for f in dataclasses.fields(cls) if f.name == name)
   options: _Flag = there.metadata['flag']
+  added = [options.help, more]
   if default is dataclasses.MISSING:
     default = there.default
   elif default != there.default:
-    more = f' Other binaries have the default {_shown(there.default)}.'
-    options = dataclasses.replace(options, help=options.help + more)
+    added.append(f'Other binaries have the default {_shown(there.default)}.')
+  options = dataclasses.replace(
+    options,
+    help=' '.join(filter(None, added)),
+    decides=options.decides and decides,
+  )
   return dataclasses.field(default=default, metadata={'flag': options})
 
 
@@ -286,10 +298,10 @@ class _Parser(flags.ArgumentParser):
     return self._field.check(argument)
 
   def flag_type(self) -> str:
-    name = self._field.kind.item.__name__
-    return (
-      f'comma separated list of {name}' if self._field.kind.is_list else (name)
-    )
+    if self._field.kind.is_list:
+      return 'comma separated list of strings'  # As absl calls its lists.
+    item = self._field.kind.item
+    return 'string' if item is str else item.__name__
 
 
 class _Serializer(flags.ArgumentSerializer):
@@ -312,16 +324,19 @@ def define(
     presets: values of fields by the name of the preset.
   """
   for field in _fields(cls):
+    name, default, options = field.name, field.default, field.options
     if field.kind.item is bool:
-      flags.DEFINE_bool(
-        field.name, field.default, field.options.help, flag_values=values
+      flags.DEFINE_bool(name, default, options.help, flag_values=values)
+    elif options.choices is not None and not field.kind.is_list:
+      flags.DEFINE_enum(
+        name, default, [*options.choices], options.help, flag_values=values
       )
     else:
       flags.DEFINE(
         _Parser(field=field),
-        field.name,
-        field.default,
-        field.options.help,
+        name,
+        default,
+        options.help,
         flag_values=values,
         serializer=_Serializer(),
       )
@@ -457,17 +472,24 @@ def fail(message: object, code: int = 2) -> NoReturn:
   sys.exit(code)
 
 
+class Refused(ValueError):
+  """Something that was asked for cannot be done, and why: exit code 2."""
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-  """Ends the program if its settings turn out to be impossible.
+  """Refuses settings that turn out to be impossible.
 
   For what is done before training: a ValueError or an error about files there
   is one about the settings.
+
+  Raises:
+    Refused: with the text of the error.
   """
   try:
     yield
   except (ValueError, OSError, ImportError) as e:
-    fail(e)
+    raise Refused(str(e)) from e
 
 
 def run(
@@ -503,6 +525,8 @@ def run(
       logging.set_verbosity(logging.WARNING)  # Libraries log a great deal.
     try:
       main(settings)
+    except Refused as e:
+      fail(e)
     except KeyboardInterrupt:
       fail('interrupted before training began', 130)
     except (loop.Diverged, OSError) as e:

@@ -55,7 +55,7 @@ class Optimiser(config.Settings):
   """The optimiser and its learning rate."""
 
   optimizer: str = config.flag(
-    'sgd', 'The optimiser, by its name in optax.', choices=sorted(OPTIMISERS)
+    'sgd', 'The optimiser, by its name in optax.', choices=OPTIMISERS
   )
   learning_rate: float = config.flag(
     0.1, 'The largest learning rate of the schedule.', low=0.0

@@ -24,6 +24,7 @@ import jax
 import tabulate
 import tqdm
 
+from experiments.support import config
 from powerprop_jax.training import devices
 
 _LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
@@ -102,14 +103,14 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a file that holds a JSON object.
 
   Raises:
-    ValueError: if it holds something else.
+    config.Refused: if it holds something else.
   """
   try:
     content = json.loads(path.read_text())
   except ValueError as e:
-    raise ValueError(f'{path} holds no JSON ({e}). Move it away.') from e
+    raise config.Refused(f'{path} holds no JSON ({e}). Move it away.') from e
   if not isinstance(content, dict):
-    raise ValueError(f'{path} holds no JSON object. Move it away.')
+    raise config.Refused(f'{path} holds no JSON object. Move it away.')
   return content
 
 
@@ -132,7 +133,7 @@ def _locked(path: epath.Path) -> Iterator[None]:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       holder = os.read(descriptor, 1000).decode(errors='replace').strip()
-      raise ValueError(
+      raise config.Refused(
         f'--out_dir={path} is in use by {holder or "another process"}. Wait'
         ' until that has ended, or choose another --out_dir.'
       ) from None
@@ -158,20 +159,20 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
   """Compares a new experiment with the one that a folder holds."""
-  config = path / 'config.json'
-  if not config.exists():
+  file = path / 'config.json'
+  if not file.exists():
     return
-  found = read_json(config)
+  found = read_json(file)
   if not isinstance(found.get('settings'), dict):
-    raise ValueError(
-      f'{config} was not written by this program. Choose another --out_dir.'
+    raise config.Refused(
+      f'{file} was not written by this program. Choose another --out_dir.'
     )
   differences = _differences(
     {'binary': found.get('binary'), **found['settings']},
     {'binary': wanted['binary'], **wanted['settings']},
   )
   if differences:
-    raise ValueError(
+    raise config.Refused(
       f'{path} holds an experiment with other settings. Choose another'
       f' --out_dir. The differences are: {differences}.'
     )
@@ -205,7 +206,7 @@ def opened(
     The folder, with a config.json.
 
   Raises:
-    ValueError: if it cannot be used, is in use, or holds an experiment with
+    config.Refused: if it cannot be used, is in use, or holds an experiment with
       other settings; the message lists the differences.
   """
   path, first = folder(out_dir), jax.process_index() == 0
@@ -219,16 +220,16 @@ def opened(
         stack.enter_context(_locked(path))
       _check_config(path, wanted)
     except (OSError, ImportError) as e:
-      error = ValueError(f'--out_dir={out_dir} cannot be used: {e}')
-    except ValueError as e:
+      error = config.Refused(f'--out_dir={out_dir} cannot be used: {e}')
+    except config.Refused as e:
       error = e
     if devices.any_host(error is not None):
-      raise error or ValueError('another host has refused --out_dir.')
+      raise error or config.Refused('another host has refused --out_dir.')
     if first:
       try:
         write_json(path / 'config.json', wanted)
       except OSError as e:
-        raise ValueError(f'--out_dir={out_dir} cannot be used: {e}') from e
+        raise config.Refused(f'--out_dir={out_dir} cannot be used: {e}') from e
     yield path
 
 
@@ -277,6 +278,10 @@ class Progress:
       self._bar = tqdm.tqdm(
         total=total, initial=initial, unit='step', smoothing=0.1
       )
+
+  def at(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Says at which step the program is, with metrics to show."""
+    self.add(step - self._step, metrics)
 
   def add(self, steps: int, metrics: Mapping[str, float]) -> None:
     """Says that steps were taken, with metrics to show."""

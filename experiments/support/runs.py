@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from etils import epath
 import jax
 
+from experiments.support import config
 from experiments.support import output
 from powerprop_jax.training import loop
 
@@ -59,7 +60,7 @@ def finished(
     The results by the name of the run, in the order of the names.
 
   Raises:
-    ValueError: if a file in the place of a result is none.
+    config.Refused: if a file in the place of a result is none.
   """
   folder = out_dir / 'runs'
   if names is None:
@@ -71,7 +72,7 @@ def finished(
     if path.exists():
       found[name] = output.read_json(path)
       if 'valid_accuracy' not in found[name]:
-        raise ValueError(f'{path} is no result of a run. Move it away.')
+        raise config.Refused(f'{path} is no result of a run. Move it away.')
   return found
 
 

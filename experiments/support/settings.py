@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
+
 from experiments.support import config
+from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
 
 # JAX makes its keys from 32 bits, and the streams add 1.
 MAX_SEED = 2**32 - 2
 MAX_STEPS = 2**31 - 1
+MAX_RUNS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Network(config.Settings):
   """The network."""
 
   network: str = config.flag(
-    'lenet_300_100', 'The network to train.', choices=sorted(networks.NETWORKS)
+    'lenet_300_100', 'The network to train.', choices=networks.NETWORKS
   )
 
 
@@ -47,3 +51,104 @@ class Output(config.Settings):
     ' given again with the same folder.',
     decides=False,
   )
+
+
+def _check_coordinator(text: str) -> None:
+  host, colon, port = text.rpartition(':')
+  if text != 'auto' and not (host and colon and port.isdecimal()):
+    raise ValueError('must be host:port, or auto')
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts(config.Settings):
+  """Several hosts."""
+
+  coordinator: str | None = config.flag(
+    None,
+    'The address of the first of several hosts, as host:port, or auto on Slurm'
+    ' and on cloud TPUs.',
+    check=_check_coordinator,
+    decides=False,
+  )
+  num_processes: int | None = config.flag(
+    None,
+    'The number of hosts, where a coordinator is named.',
+    low=1,
+    decides=False,
+  )
+  process_index: int | None = config.flag(
+    None,
+    'Which of the hosts this is, where a coordinator is named.',
+    low=0,
+    decides=False,
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    count, index = self.num_processes, self.process_index
+    if self.coordinator in (None, 'auto'):
+      if count is not None or index is not None:
+        raise ValueError(
+          f'--num_processes={count} and --process_index={index} need the'
+          ' --coordinator=host:port to join.'
+        )
+    elif count is None or index is None or index >= count:
+      raise ValueError(
+        f'--coordinator={self.coordinator} needs --num_processes and a'
+        f' --process_index below it, got {count} and {index}.'
+      )
+
+
+def connect(settings: Hosts) -> None:
+  """Joins the other hosts, if there are any.
+
+  Args:
+    settings: the hosts.
+
+  Raises:
+    ValueError: if there is no connection.
+  """
+  if settings.coordinator is None:
+    return
+  try:
+    if settings.coordinator == 'auto':
+      jax.distributed.initialize()
+    else:
+      jax.distributed.initialize(
+        settings.coordinator, settings.num_processes, settings.process_index
+      )
+  except (RuntimeError, ValueError) as e:
+    raise ValueError(f'--coordinator={settings.coordinator}: {e}') from e
+
+
+def load_in_memory(settings: Data, batch_size: int) -> in_memory.Dataset:
+  """Loads the data set, and sees that it is large enough for a batch.
+
+  Args:
+    settings: the data.
+    batch_size: examples per step.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ValueError: if it cannot be loaded or is too small.
+  """
+  data = in_memory.load(settings.dataset, settings.data_dir)
+  check_batch_size(batch_size, len(data.train.labels), data.name)
+  return data
+
+
+def check_batch_size(batch_size: int, size: int, name: str) -> None:
+  """Raises ValueError if a batch is larger than a data set.
+
+  Args:
+    batch_size: examples per step.
+    size: the number of training examples.
+    name: of the data set.
+  """
+  if batch_size > size:
+    raise ValueError(
+      f'--batch_size={batch_size} is more than the {size} training examples of'
+      f' {name}. Give at most {size}.'
+    )

@@ -77,7 +77,7 @@ def test_a_preset_yields_to_what_is_given():
     ('--rate=inf', '--rate=inf: must be a finite number'),
     ('--rate=-1', '--rate=-1: must be at least 0'),
     ('--rate=', '--rate=: must be a number'),
-    ('--kind=c', '--kind=c: must be one of a, b'),
+    ('--kind=c', '--kind=c: value should be one of <a|b>'),
     ('--even=3', '--even=3: must be even'),
     ('--alphas=', '--alphas=: must not be empty'),
     ('--alphas=1,nan', '--alphas=1,nan: must be a finite number'),

@@ -1,5 +1,6 @@
 """Tests of the sparse training binary: its methods, devices and restarts."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,19 +11,19 @@ import subprocess
 import sys
 import time
 
-from absl import flags
 import haiku as hk
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
-from experiments import common
-from experiments import methods
-from experiments import optimiser_flags
-from experiments import sparse_loop
-from experiments import sparse_problem
 from experiments import sparse_training
+from experiments.presets import sparse_training as presets
+from experiments.support import config
+from experiments.support import methods
+from experiments.support import optimisers
+from experiments.support import output
+from experiments.support import problem as problem_lib
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax.data import in_memory
@@ -31,6 +32,7 @@ from powerprop_jax.models import networks
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import report as report_lib
 from powerprop_jax.training import checkpoint
+from powerprop_jax.training import loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _QUICK = (
@@ -104,40 +106,54 @@ def start(_cache):
 
 
 def settings_of(*args):
-  values = flags.FlagValues()
-  sparse_training.define_flags(values)
-  values(['test', *args])
-  if values.preset:
-    common.apply_preset(values, sparse_training.PRESETS[values.preset])
-  names = sparse_training._RUN_FLAGS
-  return sparse_problem.stretched({name: values[name].value for name in names})
+  settings = config.parse(sparse_training.Settings, args, presets.PRESETS)
+  return problem_lib.stretched(settings)
 
 
 def prepare(data, *args):
   settings = settings_of(*args)
-  return settings, sparse_problem.make_problem(settings, data, 0)
+  return settings, problem_lib.make(settings, data)
 
 
-def train(data, out_dir, *args, on_collapse='error'):
+def open_manager(path, settings):
+  return checkpoint.open_manager(path, config.deciding(settings))
+
+
+def run(problem, settings, out_dir):
+  """Trains what was built in this process."""
+  out_dir.mkdir(exist_ok=True)
+  manager = open_manager(out_dir / 'checkpoints', settings)
+  try:
+    return sparse_training.train(
+      problem,
+      problem.make_feed(),
+      manager,
+      settings,
+      output.folder(str(out_dir)),
+    )
+  finally:
+    checkpoint.close(manager)
+
+
+def train(data, out_dir, *args):
   """Trains in this process; returns the progress and the summary."""
   settings, problem = prepare(data, *args)
-  feed = problem.make_feed()
-  out_dir.mkdir(exist_ok=True)
-  result = sparse_loop.train(
-    problem,
-    feed,
-    checkpoint.open_manager(out_dir / 'checkpoints', settings),
-    out_dir,
-    settings,
-    checkpoint_every=1000,
-    on_collapse=on_collapse,
-  )
+  result = run(problem, settings, out_dir)
   assert result is not None
-  progress, speed = result
+  progress, timing = result
   summary = sparse_training.summarise(
-    problem, progress, {'test_accuracy': 0.5}, speed, settings['steps']
+    problem, progress, {'test_accuracy': 0.5}, timing, settings.steps
   )
   return progress, json.loads(json.dumps(summary))
+
+
+def begin(problem, settings, path):
+  """Where a run goes on that has its checkpoints in a folder."""
+  manager = open_manager(path, settings)
+  try:
+    return sparse_training.begin(problem, manager, settings.init_from)
+  finally:
+    checkpoint.close(manager)
 
 
 def kept(state, which='forward'):
@@ -204,12 +220,9 @@ def test_a_sparse_checkpoint_keeps_its_mask(data, tmp_path):
   before, _ = train(data, tmp_path / 'a', *args)
   args = (*args, f'--init_from={tmp_path / "a" / "checkpoints"}', '--alpha=3')
   settings, problem = prepare(data, *args)
-  manager = checkpoint.open_manager(tmp_path / 'b', settings)
-  step, progress, choose = sparse_loop.begin(
-    problem, manager, settings['init_from']
-  )
-  checkpoint.close(manager)
-  assert (step, int(progress.state.step), choose) == (0, 0, False)
+  start = begin(problem, settings, tmp_path / 'b')
+  progress = start.progress
+  assert (start.step, int(progress.state.step), start.choose) == (0, 0, False)
   jax.tree.map(
     np.testing.assert_array_equal, progress.state.masks, before.state.masks
   )
@@ -261,14 +274,12 @@ def test_layers_keep_their_numbers_of_weights(small_data, tmp_path, method):
 
 def test_gradual_pruning_of_a_sparse_network_costs_less():
   theta = {'a': {'w': np.ones([30, 30])}, 'b': {'w': np.ones([10, 10])}}
-  settings = settings_of('--steps=12', '--update_every=4', '--scope=layer')
-  method = methods.make_method(
-    'magnitude',
+  method = methods.make_plan(
+    methods.Method(method='magnitude', update_every=4),
     theta,
     alpha=2.0,
     steps=12,
     fresh=lambda key: theta,
-    **{name: settings[name] for name in sparse_problem.METHOD_FLAGS},
   )
   end = {'a/w': 0.1, 'b/w': 0.4}
   densities = methods.Densities(end, end, {'a/w': 0.5, 'b/w': 1.0})
@@ -286,13 +297,12 @@ def test_statistics_come_with_the_weights(small_data, tmp_path):
   state = state._replace(
     model_state=jax.tree.map(lambda x: x + 3, state.model_state)
   )
-  manager = checkpoint.open_manager(tmp_path / 'a', settings)
-  progress = sparse_loop.Progress(state, state.masks.forward)
+  manager = open_manager(tmp_path / 'a', settings)
+  progress = sparse_training.Progress(state, state.masks.forward)
   checkpoint.save(manager, 7, progress)
   checkpoint.close(manager)
-  manager = checkpoint.open_manager(tmp_path / 'b', settings)
-  _, found, _ = sparse_loop.begin(problem, manager, str(tmp_path / 'a'))
-  checkpoint.close(manager)
+  settings = dataclasses.replace(settings, init_from=str(tmp_path / 'a'))
+  found = begin(problem, settings, tmp_path / 'b').progress
   jax.tree.map(
     np.testing.assert_array_equal, found.state.model_state, state.model_state
   )
@@ -303,14 +313,12 @@ def test_a_dense_checkpoint_is_made_sparse(data, tmp_path):
   train(data, tmp_path / 'a', '--method=dense', *args)
   source = f'--init_from={tmp_path / "a" / "checkpoints"}'
   settings, problem = prepare(data, '--method=snip', source, *args)
-  manager = checkpoint.open_manager(tmp_path / 'b', settings)
-  _, progress, choose = sparse_loop.begin(
-    problem, manager, settings['init_from']
-  )
-  checkpoint.close(manager)
-  assert choose
+  start = begin(problem, settings, tmp_path / 'b')
+  assert start.choose
   found = arrays(tmp_path / 'a')['state/phi/linear_1/w']
-  np.testing.assert_array_equal(progress.state.phi['linear_1']['w'], found)
+  np.testing.assert_array_equal(
+    start.progress.state.phi['linear_1']['w'], found
+  )
 
 
 def test_bfloat16_activations_leave_the_parameters_alone(small_data, tmp_path):
@@ -334,12 +342,9 @@ def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
   settings = settings_of(
     '--preset=imagenet', f'--steps_multiplier={multiplier}'
   )
-  steps, warm = settings['steps'], settings['warmup_steps']
-  rate = optimiser_flags._learning_rate(
-    settings['learning_rate'], settings['schedule'], steps
-  )
-  rate = optimiser_flags._warmed(rate, warm, steps, 'warmup_steps')
-  epoch = 1_281_167 / settings['batch_size'] * multiplier
+  steps, warm = settings.steps, settings.warmup_steps
+  rate = optimisers.learning_rate(settings, steps)
+  epoch = 1_281_167 / settings.batch_size * multiplier
   assert steps == pytest.approx(100 * epoch, rel=1e-3)
   assert warm == pytest.approx(5 * epoch, rel=1e-3)
   assert rate(0) == pytest.approx(1.6 / warm)
@@ -349,16 +354,16 @@ def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
     before, after = rate(end * multiplier - 1), rate(end * multiplier)
     assert before == pytest.approx(1.6 * 0.1**drops)
     assert after == pytest.approx(1.6 * 0.1 ** (drops + 1))
-  assert rate(settings['steps'] - 1) == pytest.approx(1.6e-3)
+  assert rate(steps - 1) == pytest.approx(1.6e-3)
 
 
 def test_the_imagenet_preset_builds():
   source = streams.Source(lambda i: streams.Example(b'', 0, ''), 1000, 1000)
   # What is given on the command line comes before the preset.
   settings = settings_of('--preset=imagenet', '--learning_rate=0.8')
-  assert settings['learning_rate'] == 0.8
-  assert settings['nesterov']
-  problem = sparse_problem.make_problem(settings, (source, source), 0)
+  assert settings.learning_rate == 0.8
+  assert settings.nesterov
+  problem = problem_lib.make(settings, (source, source))
   layers = problem.layer_flops
   dense = sum(layers.values())
   assert dense == pytest.approx(8.2e9, rel=0.01)
@@ -380,7 +385,7 @@ def test_the_imagenet_preset_builds():
       ('--method=top_kast', '--sparsity=0.8', '--backward_sparsity=0.9'),
       'backward_sparsity=0.9 must not be above --sparsity=0.8',
     ),
-    (('--steps=40',), 'masks can not be updated from step 100 to step 30'),
+    (('--steps=40',), 'masks cannot be updated from step 100 to step 30'),
     (('--distribution=even',), "pattern=sparsity,..., got 'even'"),
     (('--distribution=conv=0.5',), "pattern 'conv' matches no weight"),
   ],
@@ -415,37 +420,19 @@ def test_a_lost_layer_is_an_error_or_a_warning(small_data, tmp_path, caplog):
   # The largest hundredth of all weights lies in the convolution.
   args = (*_TINY, '--method=magnitude', '--scope=global', '--sparsity=0.99')
   args = (*args, '--update_start=4', '--update_stop=5', '--learning_rate=0')
-  with pytest.raises(sparse_loop.Failed, match='left in logits/w: nothing can'):
+  with pytest.raises(loop.Diverged, match='left in logits/w: nothing can'):
     train(small_data, tmp_path / 'a', *args)
-  train(small_data, tmp_path / 'b', *args, on_collapse='warn')
+  train(small_data, tmp_path / 'b', *args, '--on_collapse=warn')
   assert 'No weight is left in logits/w' in caplog.text
 
 
 def test_a_run_that_diverges_says_where(small_data, tmp_path):
   args = (*_TINY, '--method=dense', '--learning_rate=1e20')
-  with pytest.raises(
-    sparse_loop.Failed, match=r'became \w+ at step \d+, with a'
-  ):
+  with pytest.raises(loop.Diverged, match=r'became \w+ at step \d+, with a'):
     train(small_data, tmp_path, *args)
 
 
-@pytest.mark.parametrize(
-  ('start', 'due', 'every', 'wanted'),
-  [
-    (0, (), 1000, [100, 200, 250]),
-    (0, (30, 60), 1000, [30, 60, 100, 200, 250]),
-    (0, (), 70, [70, 100, 140, 200, 210, 250]),
-    (140, (), 70, [200, 210, 250]),  # As if it had not been stopped.
-  ],
-)
-def test_segments_end_at_the_same_steps(start, due, every, wanted):
-  found = []
-  while start < 250:
-    start = sparse_loop.next_stop(start, 250, lambda s: s in due, every)
-    found.append(start)
-  assert found == wanted
-
-
+@pytest.mark.slow
 def test_a_run_that_diverges_exits_with_1(start, tmp_path):
   args = ('--method=dense', '--steps=10', '--batch_size=80')
   process = start(*args, '--learning_rate=1e20', f'--out_dir={tmp_path}')
@@ -492,6 +479,7 @@ def wait_until(process, condition):
     time.sleep(0.0005)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(
   start, uninterrupted, tmp_path
 ):
@@ -521,6 +509,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
   assert losses(tmp_path) == losses(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(start, uninterrupted, tmp_path):
   args = (*_RESTARTED, f'--out_dir={tmp_path}')
   process = start(*args)
@@ -555,23 +544,11 @@ def test_a_signal_before_the_first_step_is_heeded(small_data, tmp_path):
     os.kill(os.getpid(), signal.SIGTERM)
     return problem.init()
 
-  def run(problem, name):
-    (tmp_path / name).mkdir(exist_ok=True)
-    return sparse_loop.train(
-      problem,
-      problem.make_feed(),
-      checkpoint.open_manager(tmp_path / name / 'checkpoints', settings),
-      tmp_path / name,
-      settings,
-      checkpoint_every=1000,
-      on_collapse='error',
-    )
-
-  assert run(problem._replace(init=init), 'a') is None
+  assert run(problem._replace(init=init), settings, tmp_path / 'a') is None
   found = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
   assert found == handlers
   assert saved(tmp_path / 'a') == (0, False)
-  resumed, whole = run(problem, 'a'), run(problem, 'b')
+  resumed, whole = (run(problem, settings, tmp_path / name) for name in 'ab')
   assert resumed is not None
   assert whole is not None
   jax.tree.map(
@@ -582,6 +559,7 @@ def test_a_signal_before_the_first_step_is_heeded(small_data, tmp_path):
 # --- devices ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
   eight, two = tmp_path / 'eight', tmp_path / 'two'
   args = ('--num_processes=2', f'--out_dir={two}')

@@ -1,12 +1,12 @@
 """The results of a sweep over sparse training methods, as people read them."""
 
 from collections.abc import Callable, Sequence
-import pathlib
 from typing import Any
 
+from etils import epath
 import numpy as np
 
-from experiments import common
+from experiments.support import output
 from powerprop_jax import plots
 
 Row = dict[str, Any]
@@ -30,8 +30,8 @@ def summarise(results: Sequence[Row]) -> list[Row]:
   """Adds the statistics over seeds, and which recipe validation data choose.
 
   Args:
-    results: one dict a setting: 'method', 'distribution', 'sparsity', 'recipe'
-      (a dict of 'alpha' and what else it is trained with), the lists
+    results: one dict per setting: 'method', 'distribution', 'sparsity',
+      'recipe' (a dict of 'alpha' and what else it is trained with), the lists
       'test_accuracy' and 'valid_accuracy' over seeds, and 'inference_flops' and
       'training_flops' relative to a dense network.
 
@@ -69,13 +69,12 @@ def _table(
     # A dense network is as good at every sparsity.
     at = sparsities if r['method'] == 'dense' else [r['sparsity']]
     lines.setdefault(key(r), {}).update(dict.fromkeys(at, cell(r)))
-  table = [[*heading, *(f'{100 * s:g} %' for s in sparsities)]]
-  for name, cells in lines.items():
-    table.append([*name, *(cells.get(s, '') for s in sparsities)])
-  widths = [max(map(len, column)) for column in zip(*table)]
-  return '\n'.join(
-    '  '.join(x.rjust(width) for x, width in zip(line, widths))
-    for line in table
+  table = [
+    [*name, *(cells.get(s, '') for s in sparsities)]
+    for name, cells in lines.items()
+  ]
+  return output.table(
+    table, [*heading, *(f'{100 * s:g} %' for s in sparsities)]
   )
 
 
@@ -127,11 +126,11 @@ def curves(
 
 
 def write(
-  results: Sequence[Row], distributions: Sequence[str], out_dir: pathlib.Path
+  results: Sequence[Row], distributions: Sequence[str], out_dir: epath.Path
 ) -> None:
   """Writes summary.json and the figures, and prints the tables."""
   rows = summarise(results)
-  common.write_json(out_dir / 'summary.json', {'results': rows})
+  output.write_json(out_dir / 'summary.json', {'results': rows})
   rows, names = [r for r in rows if r['chosen']], []
   for distribution in distributions:
     names.append(f'accuracy_{distribution}.png')

@@ -1,0 +1,292 @@
+"""A run of sparse training, built from its settings: steps, masks and data."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from experiments.support import config
+from experiments.support import methods
+from experiments.support import optimisers
+from experiments.support import settings as settings_lib
+from powerprop_jax import power
+from powerprop_jax import training
+from powerprop_jax.data import augment
+from powerprop_jax.data import in_memory
+from powerprop_jax.data import streams
+from powerprop_jax.models import networks
+from powerprop_jax.sparse import flops
+from powerprop_jax.training import classification
+from powerprop_jax.training import devices
+from powerprop_jax.training import feeds
+
+# In memory, or the training and the test images of a stream.
+Data = in_memory.Dataset | tuple[streams.Source, streams.Source]
+_STREAMED = ('imagenet2012', 'folder')
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(
+  methods.Method,
+  optimisers.Optimiser,
+  optimisers.Decay,
+  settings_lib.Network,
+  settings_lib.Data,
+):
+  """What is trained, and for how long."""
+
+  alpha: float = config.flag(
+    2.0, 'The power, at least 1; 1 is the baseline.', check=power.check_alpha
+  )
+  steps: int = config.flag(
+    5_000,
+    'The number of training steps.',
+    low=1,
+    high=settings_lib.MAX_STEPS,
+  )
+  steps_multiplier: float = config.flag(
+    1.0,
+    'Stretches the run and its schedules: how many times as many steps there'
+    ' are (extended training).',
+    low=1e-6,
+    high=1e6,
+  )
+  batch_size: int = config.flag(
+    100, 'The number of examples per step, over all devices.', low=1
+  )
+  gradient_batches: int = config.flag(
+    1,
+    'The number of batches over which the gradient is averaged that scores the'
+    ' masks.',
+    low=1,
+    high=10_000,
+  )
+  label_smoothing: float = config.flag(
+    0.0,
+    'The weight of the uniform distribution in the targets.',
+    low=0.0,
+    high=1.0,
+  )
+  bfloat16: bool = config.flag(
+    False,
+    'Whether activations are bfloat16. Parameters and statistics are float32.',
+  )
+  seed: int = config.flag(
+    0,
+    'Decides the initialisation, the order of the examples and every other'
+    ' random choice.',
+    low=0,
+    high=settings_lib.MAX_SEED,
+  )
+  dataset: str = config.like(
+    settings_lib.Data,
+    'dataset',
+    more='folder and imagenet2012 are read as streams of encoded images: folder'
+    ' is --data_dir with the folders train and val, each with a folder per'
+    ' class.',
+  )
+  image_size: int = config.flag(
+    224, 'Height and width of streamed images.', low=8, high=8192
+  )
+  num_workers: int = config.flag(
+    8,
+    'The number of processes that decode streamed images.',
+    low=0,
+    high=4096,
+    decides=False,
+  )
+
+
+T = TypeVar('T', bound=Settings)
+
+
+class Problem(NamedTuple):
+  """What a run is made of.
+
+  Attributes:
+    transform: the power map.
+    method: the plan of the sparse training method.
+    init: makes the state to start from, of one device.
+    step: the train step, to be compiled for the axis.
+    init_masks: chooses the first masks; compiled.
+    update_masks: changes them; compiled.
+    make_feed: makes the batches, and what trains and evaluates with them.
+    layer_flops: dense operations of each layer at inference, for one example.
+    axis: the name of the axis of devices; None on a single one.
+  """
+
+  transform: power.PowerTransform
+  method: methods.Plan
+  init: Callable[[], training.TrainState]
+  step: training.TrainStep
+  init_masks: training.MaskStep
+  update_masks: training.MaskStep
+  make_feed: Callable[[], feeds.Feed]
+  layer_flops: dict[str, float]
+  axis: str | None
+
+
+def stretched(settings: T) -> T:
+  """The settings of a run that is `steps_multiplier` times as long.
+
+  Args:
+    settings: as they are given.
+
+  Returns:
+    The same with other numbers of steps.
+
+  Raises:
+    ValueError: if there are too few or too many steps.
+  """
+  names = ('steps', 'warmup_steps', 'phi_decay_warmup_steps')
+  names += ('update_start', 'update_stop')
+  numbers = {
+    name: round(getattr(settings, name) * settings.steps_multiplier)
+    for name in names
+    if getattr(settings, name) is not None
+  }
+  try:
+    return dataclasses.replace(settings, **numbers)
+  except ValueError as e:
+    raise ValueError(
+      f'--steps_multiplier={settings.steps_multiplier:g} leads to {e}'
+    ) from e
+
+
+def load(settings: Settings) -> Data:
+  """The data set of a run.
+
+  Args:
+    settings: the run.
+
+  Returns:
+    A data set in memory, or a pair of sources of encoded images.
+
+  Raises:
+    ValueError: if it cannot be loaded or is smaller than a batch.
+  """
+  name, place = settings.dataset, settings.data_dir
+  if name not in _STREAMED:
+    return settings_lib.load_in_memory(settings, settings.batch_size)
+  if name == 'folder':
+    if place is None:
+      raise ValueError('--dataset=folder needs --data_dir.')
+    train, test = (streams.folder_source(place, s) for s in ('train', 'val'))
+  else:
+    train, test = (
+      streams.tfds_source(name, s, place) for s in ('train', 'validation')
+    )
+  settings_lib.check_batch_size(settings.batch_size, train.size, name)
+  return train, test
+
+
+def fingerprint(data: Data) -> str:
+  """A short text that tells one data set from another."""
+  if isinstance(data, in_memory.Dataset):
+    return in_memory.fingerprint(data)
+  return '-'.join(map(streams.fingerprint, data))
+
+
+def _make_feed(
+  settings: Settings, data: Data, theta: Any, **arguments: Any
+) -> feeds.Feed:
+  arguments['batch_size'] = settings.batch_size
+  if isinstance(data, in_memory.Dataset):
+    key = jax.random.key(settings.seed)
+    return feeds.in_memory(data, params=theta, key=key, **arguments)
+  return feeds.streamed(
+    *data,
+    image_size=settings.image_size,
+    seed=settings.seed,
+    num_workers=settings.num_workers,
+    **arguments,
+  )
+
+
+def make(settings: Settings, data: Data) -> Problem:
+  """Builds everything; nothing is compiled or trained yet.
+
+  Args:
+    settings: the run, after `stretched`.
+    data: returned by `load`.
+
+  Returns:
+    A `Problem`.
+
+  Raises:
+    ValueError: if the settings are impossible.
+  """
+  devices.check_batch_size(settings.batch_size)
+  axis, side = devices.axis_name(), settings.image_size
+  if isinstance(data, in_memory.Dataset):
+    shape, num_classes = data.train.images.shape[1:], data.num_classes
+  else:
+    shape, num_classes = (side, side, 3), data[0].num_classes
+  network = networks.build(
+    settings.network,
+    num_classes,
+    dtype=jnp.bfloat16 if settings.bfloat16 else jnp.float32,
+    cross_replica_axis=axis,
+    # A last scale of zero in each block would hide the block from SNIP.
+    **({'zero_init': False} if 'resnet' in settings.network else {}),
+  )
+  transform = power.power_transform(settings.alpha)
+  tx = optimisers.make_tx(transform, settings, settings, steps=settings.steps)
+
+  def init(key):
+    return network.init(key, jnp.zeros((1, *shape)), True)
+
+  theta, model_state = jax.eval_shape(init, jax.random.key(0))
+  jax.eval_shape(tx.init, theta)  # What fits no layer fails here.
+  method = methods.make_plan(
+    settings,
+    theta,
+    alpha=settings.alpha,
+    steps=settings.steps,
+    fresh=lambda key: init(key)[0],
+  )
+  name = settings.dataset
+  # A folder of images is streamed as ImageNet is.
+  prepare = augment.usual('imagenet2012' if name in _STREAMED else name, axis)
+  loss_fn = classification.make_loss(
+    network.apply, prepare, settings.label_smoothing
+  )
+  step = training.make_train_step(loss_fn, tx, transform, axis, method.penalty)
+  mask_steps = training.make_mask_updates(
+    loss_fn, tx, method.updater, transform, axis
+  )
+  init_masks, update_masks = (devices.on_devices(f, axis) for f in mask_steps)
+
+  def init_state():
+    init_key, key = jax.random.split(jax.random.key(settings.seed))
+    theta, model_state = jax.jit(init)(init_key)
+    return training.init_state(key, theta, model_state, tx, transform)
+
+  return Problem(
+    transform=transform,
+    method=method,
+    init=init_state,
+    step=step,
+    init_masks=init_masks,
+    update_masks=update_masks,
+    make_feed=functools.partial(
+      _make_feed,
+      settings,
+      data,
+      theta,
+      step=step,
+      apply=network.apply,
+      prepare=prepare,
+      axis=axis,
+    ),
+    layer_flops=flops.layer_flops(
+      lambda p, s, x: network.apply(p, s, None, x, False)[0],
+      theta,
+      model_state,
+      jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+    ),
+    axis=axis,
+  )
