@@ -205,12 +205,13 @@ def axes(
   rest = range(first, ndim)
 
   module, name = ['', *plain.split('/')][-2:]
-  equinox = name in _OWNED_NAMES and owner and 'Embedding' not in classes
+  # PyTorch names and stores its weights alike, which no class tells here.
+  outputs_first = name in _OWNED_NAMES and 'Embedding' not in classes
   projects = name == 'kernel' and module in ('query', 'key', 'value')
   general = module.startswith('DenseGeneral') or 'LinearGeneral' in classes
   if len(rest) < 2:
     inputs, outputs = rest[:0], rest
-  elif equinox:
+  elif outputs_first:
     inputs, outputs = rest[1:2], rest[:1]
   elif name == 'w' and 'transpose' in module:
     inputs, outputs = rest[-1:], rest[-2:-1]

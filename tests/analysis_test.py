@@ -69,6 +69,7 @@ def test_chance_is_the_mean_overlap_of_independent_networks(options):
   assert np.mean(overlaps) == pytest.approx(results[0]['chance'][0], abs=0.025)
 
 
+@pytest.mark.filterwarnings('ignore:Pruning cuts')
 def test_mask_overlap_refuses():
   theta = _theta()
   with pytest.raises(ValueError, match='keeps none of 6'):

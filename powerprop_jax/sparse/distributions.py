@@ -8,14 +8,20 @@ of the layer's dimensions rather than with their product; its kernel form (ERK)
 takes all dimensions of a convolution's kernel. Small layers would ask for a
 density above one: they are capped to dense, and the others share what is left.
 
-A distribution is a function from parameters to *counts*: a pytree of Python
-ints, the number of entries that each leaf keeps, which is its size where the
-leaf is not a weight. Counts and not fractions, since `floor(density * size)` of
-a rounded fraction is off by one here and there, while counts add up to exactly
+A distribution is a function from parameters to *counts*: a pytree of the number
+of entries that each leaf keeps, a Python int, which is its size where the leaf
+is not a weight. Counts and not fractions, since `floor(density * size)` of a
+rounded fraction is off by one here and there, while counts add up to exactly
 `round((1 - sparsity) * size)` over all weights: fractions of weights are
 rounded by largest remainder. Only shapes are read, so `jax.eval_shape` of an
 initialisation will do. For a sparsity that grows, prune
 `round(s_t / s * (size - count))` entries of each leaf on the way to s.
+
+What the dimensions of a leaf mean is told by `axes`, and not by their number. A
+leaf in which whole layers are stacked, as the scanned layers of a transformer,
+has a count for each of them, those of the same network without the scan: an
+array of ints of as many dimensions as the leaf has, of length 1 along all but
+the axes of the stack.
 
 References:
   Mocanu et al, `Scalable training of artificial neural networks with adaptive
@@ -27,46 +33,89 @@ References:
 from collections.abc import Callable, Iterable, Mapping
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from powerprop_jax import leaves
+from powerprop_jax import types
+from powerprop_jax.sparse import masks
 
-Params = Any  # A pytree of arrays, or of anything with shape and dtype.
-Counts = Any  # A pytree of Python ints of the same structure.
-Distribution = Callable[[Params], Counts]
-IsWeight = leaves.IsWeight
+Distribution: TypeAlias = Callable[[types.Params], types.Counts]
 
 
-class _Weight(NamedTuple):
+class _Layer(NamedTuple):
+  """A layer: a leaf that is a weight, or one of those stacked in it.
+
+  Attributes:
+    path: that of the leaf.
+    size: the number of weights.
+    dims: the numbers of inputs and of outputs, as far as there are any, ...
+    taps: ... and the dimensions that are neither.
+  """
+
   path: str
-  shape: tuple[int, ...]
   size: int
+  dims: tuple[int, ...]
+  taps: tuple[int, ...]
 
 
-def _weights(params: Params, is_weight: IsWeight) -> list[_Weight]:
-  """The leaves that are weights, in the order of the tree."""
+class _Leaf(NamedTuple):
+  """How many layers a leaf holds, and the shape of their counts."""
 
-  def describe(path, leaf):
-    shape = tuple(np.shape(leaf))
-    weight = _Weight(str(path), shape, math.prod(shape))
-    return weight if is_weight(path, leaf) else None
+  layer: _Layer
+  number: int
+  counts_shape: tuple[int, ...]
 
-  found = jax.tree.leaves(
-    leaves.map_with_path(describe, params),
-    is_leaf=lambda x: isinstance(x, _Weight),
+
+def _leaf(path: types.Path, leaf: jax.Array, axes: types.AxesOf) -> _Leaf:
+  shape = tuple(np.shape(leaf))
+  stack, inputs, outputs = axes(path, leaf)
+  named = {*stack, *inputs, *outputs}
+  number = math.prod(shape[i] for i in stack)
+  layer = _Layer(
+    path=str(path),
+    size=math.prod(n for i, n in enumerate(shape) if i not in stack),
+    dims=tuple(math.prod(shape[i] for i in d) for d in (inputs, outputs) if d),
+    taps=tuple(n for i, n in enumerate(shape) if i not in named),
   )
-  if not any(w.size for w in found):
-    raise ValueError('There are no weights to make sparse in the parameters.')
+  ones = [n if i in stack else 1 for i, n in enumerate(shape)]
+  return _Leaf(layer, number, tuple(ones) if stack else ())
+
+
+def _weights(
+  params: types.Params, is_weight: types.IsWeight, axes: types.AxesOf
+) -> list[_Leaf]:
+  """The leaves that are weights, in the order of the tree."""
+  rows = leaves.weight_rows(params, is_weight)
+  found = [_leaf(path, leaf, axes) for path, leaf in rows]
+  if not any(leaf.number * leaf.layer.size for leaf in found):
+    raise ValueError(
+      'There are no weights to make sparse in the parameters: all of'
+      f' {[leaf.layer.path for leaf in found]} are of size 0.'
+    )
   return found
 
 
-def _tree(params: Params, kept: Mapping[str, int]) -> Counts:
-  """The counts of the whole tree from those of its weights, by path."""
+def _layers(weights: Iterable[_Leaf]) -> list[_Layer]:
+  return [leaf.layer for leaf in weights for _ in range(leaf.number)]
+
+
+def _tree(
+  params: types.Params, weights: Iterable[_Leaf], kept: Iterable[int]
+) -> types.Counts:
+  """The counts of the whole tree from those of its layers."""
+  kept, counts = iter(kept), {}
+  for leaf in weights:
+    numbers = [next(kept) for _ in range(leaf.number)]
+    counts[leaf.layer.path] = (
+      np.reshape(np.array(numbers, int), leaf.counts_shape)
+      if leaf.counts_shape
+      else numbers[0]
+    )
   return leaves.map_with_path(
-    lambda path, x: kept.get(str(path), math.prod(np.shape(x))), params
+    lambda path, x: counts.get(str(path), math.prod(np.shape(x))), params
   )
 
 
@@ -87,15 +136,16 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern[str]]:
 
 
 def _match(
-  patterns: list[re.Pattern[str]], weights: list[_Weight]
+  patterns: list[re.Pattern[str]], weights: list[_Leaf]
 ) -> list[int | None]:
-  """For each weight the first pattern found in its path, by position."""
-  paths = [w.path for w in weights]
+  """For each layer the first pattern found in its path, by position."""
+  paths = [leaf.layer.path for leaf in weights]
   for p in patterns:
     if not any(p.search(path) for path in paths):
       raise ValueError(
         f'The pattern {p.pattern!r} matches no weight; there are {paths}.'
       )
+  paths = [layer.path for layer in _layers(weights)]
   hits = [[i for i, p in enumerate(patterns) if p.search(x)] for x in paths]
   return [h[0] if h else None for h in hits]
 
@@ -139,17 +189,19 @@ def _round(
 
 def _proportional(
   sparsity: float,
-  ratio: Callable[[_Weight], float],
+  ratio: Callable[[_Layer], float],
   dense: str | Iterable[str],
-  is_weight: IsWeight,
+  is_weight: types.IsWeight,
+  axes: types.AxesOf,
 ) -> Distribution:
   """The distribution with densities proportional to `ratio`, capped at 1."""
   sparsity = _check_sparsity(sparsity)
   patterns = _compile((dense,) if isinstance(dense, str) else dense)
 
-  def distribution(params: Params) -> Counts:
-    weights = _weights(params, is_weight)
-    sizes = [w.size for w in weights]
+  def distribution(params: types.Params) -> types.Counts:
+    weights = _weights(params, is_weight, axes)
+    layers = _layers(weights)
+    sizes = [layer.size for layer in layers]
     fixed = [hit is not None for hit in _match(patterns, weights)]
     total = round((1.0 - sparsity) * sum(sizes))
     least = sum(n if f else min(n, 1) for n, f in zip(sizes, fixed))
@@ -160,9 +212,8 @@ def _proportional(
         f' weight in each of the others make {least} of {sum(sizes)} weights,'
         f' {total} were asked for. The largest possible sparsity is {largest}.'
       )
-    quotas = _quotas(sizes, [ratio(w) for w in weights], fixed, total)
-    counts = _round(quotas, sizes, fixed, total)
-    return _tree(params, {w.path: n for w, n in zip(weights, counts)})
+    quotas = _quotas(sizes, [ratio(layer) for layer in layers], fixed, total)
+    return _tree(params, weights, _round(quotas, sizes, fixed, total))
 
   return distribution
 
@@ -170,18 +221,20 @@ def _proportional(
 def uniform(
   sparsity: float,
   dense: str | Iterable[str] = (),
-  is_weight: IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
   """The same sparsity in every layer.
 
   Args:
-    sparsity: fraction of all weights that are removed, in [0, 1).
+    sparsity: the fraction of all weights that are removed, in [0, 1).
     dense: regular expressions searched for in the '/'-joined paths of the
       weights; layers with a match stay dense, and the others bear the total
       sparsity. The literature keeps the first layer dense: `'initial'` in the
       package's networks. It cannot be told from the tree, whose order is that
       of the names.
     is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf) that tells which layers are stacked.
 
   Returns:
     A function from parameters to counts.
@@ -190,59 +243,72 @@ def uniform(
     ValueError: if sparsity is outside [0, 1) or a pattern is not a regular
       expression; from the distribution, if a pattern matches no weight or the
       sparsity is impossible with the dense layers and one weight elsewhere.
+
+  >>> params = {'a': {'w': np.zeros([10, 2])}, 'b': {'w': np.zeros([5, 4])}}
+  >>> uniform(0.9)(params)
+  {'a': {'w': 2}, 'b': {'w': 2}}
   """
-  return _proportional(sparsity, lambda w: 1.0, dense, is_weight)
+  return _proportional(sparsity, lambda layer: 1.0, dense, is_weight, axes)
 
 
-def _erdos_renyi_ratio(weight: _Weight, kernel: bool) -> float:
+def _erdos_renyi_ratio(layer: _Layer, kernel: bool) -> float:
   """(n_1 + n_2 + ...) / (n_1 n_2 ...) over the dimensions that count."""
-  shape = weight.shape
-  if not kernel:
-    # Haiku and Flax end a shape with inputs and outputs; PyTorch and Equinox,
-    # whose weights are named so, begin with outputs and inputs.
-    outputs_first = weight.path.rsplit('/', 1)[-1] == 'weight'
-    shape = shape[:2] if outputs_first else shape[-2:]
-  return (sum(shape) or 1) / (math.prod(shape) or 1)
+  dims = (*layer.dims, *layer.taps) if kernel else layer.dims
+  return (sum(dims) or 1) / (math.prod(dims) or 1)
 
 
 def erdos_renyi(
   sparsity: float,
   kernel: bool = True,
   dense: str | Iterable[str] = (),
-  is_weight: IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
   """Sparser large layers: Erdos-Renyi and its kernel form (ERK).
 
   Args:
-    sparsity: fraction of all weights that are removed, in [0, 1).
-    kernel: whether all dimensions of a convolution's kernel count (ERK), or
+    sparsity: the fraction of all weights that are removed, in [0, 1).
+    kernel: whether the taps of a convolution's kernel count as well (ERK), or
       only its numbers of inputs and outputs.
     dense: as in `uniform`.
     is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf) that tells which dimensions are inputs,
+      outputs and stacked layers. An attention kernel of [32, 4, 8] is a layer
+      of 32 inputs and 32 outputs.
 
   Returns:
     A function from parameters to counts.
 
   Raises:
     ValueError: as in `uniform`.
+
+  >>> params = {'a': {'w': np.zeros([2, 2])}, 'b': {'w': np.zeros([10, 10])}}
+  >>> erdos_renyi(0.75)(params)
+  {'a': {'w': 4}, 'b': {'w': 22}}
   """
   return _proportional(
-    sparsity, lambda w: _erdos_renyi_ratio(w, kernel), dense, is_weight
+    sparsity,
+    lambda layer: _erdos_renyi_ratio(layer, kernel),
+    dense,
+    is_weight,
+    axes,
   )
 
 
 def custom(
   sparsities: Mapping[str, float],
   default: float = 0.0,
-  is_weight: IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
   """A sparsity for each layer, by a pattern of its path.
 
   Args:
     sparsities: sparsity in [0, 1) by regular expression, searched for in the
       '/'-joined path of a weight. The first that is found decides.
-    default: sparsity of the weights in which none is found.
+    default: the sparsity of the weights in which none is found.
     is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf) that tells which layers are stacked.
 
   Returns:
     A function from parameters to counts: each layer keeps the number of weights
@@ -251,29 +317,107 @@ def custom(
   Raises:
     ValueError: if a sparsity is outside [0, 1) or a pattern is not a regular
       expression; from the distribution, if a pattern matches no weight.
+
+  >>> params = {'a': {'w': np.zeros([2, 2])}, 'b': {'w': np.zeros([10, 10])}}
+  >>> custom({'a': 0.5}, default=0.9)(params)
+  {'a': {'w': 2}, 'b': {'w': 10}}
   """
   patterns = _compile(sparsities)
   values = [_check_sparsity(s) for s in sparsities.values()]
   default = _check_sparsity(default)
 
-  def distribution(params: Params) -> Counts:
-    weights = _weights(params, is_weight)
-    kept = {}
-    for weight, hit in zip(weights, _match(patterns, weights)):
+  def distribution(params: types.Params) -> types.Counts:
+    weights = _weights(params, is_weight, axes)
+    kept = []
+    for layer, hit in zip(_layers(weights), _match(patterns, weights)):
       sparsity = default if hit is None else values[hit]
-      kept[weight.path] = max(
-        min(weight.size, 1), round((1.0 - sparsity) * weight.size)
-      )
-    return _tree(params, kept)
+      kept.append(max(min(layer.size, 1), round((1.0 - sparsity) * layer.size)))
+    return _tree(params, weights, kept)
 
   return distribution
 
 
-def sparsities(params: Params, counts: Counts) -> Any:
-  """The sparsity of every leaf, 1 - count / size, as a pytree of floats."""
+def n_of_m(
+  n: int,
+  m: int,
+  axis: int | None = None,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
+) -> Distribution:
+  """n of every m neighbours, as sparse tensor cores compute 2 of 4.
+
+  The counts of the weights are `masks.NOfM`, which say along which axis the
+  groups lie; `masks.n_of_m_axes` finds the axis of a mask. They are for
+  rankings by layer, of `pruning.prune` and of the updaters.
+
+  Args:
+    n: how many weights of each group are kept, at least 1.
+    m: the size of a group, which divides the axis of every weight.
+    axis: the axis along which groups lie. None stands for the last axis of the
+      inputs, over which a layer sums, as the hardware needs it.
+    is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf) that tells which dimensions are inputs.
+
+  Returns:
+    A function from parameters to counts.
+
+  Raises:
+    ValueError: if 1 <= n <= m does not hold; from the distribution, if m does
+      not divide an axis, or a weight has no axis of inputs.
+
+  Reference:
+    Mishra et al, `Accelerating sparse deep neural networks
+    <https://arxiv.org/abs/2104.08378>`_, 2021.
+
+  >>> n_of_m(2, 4)({'linear': {'w': np.zeros([8, 3]), 'b': np.zeros(3)}})
+  {'linear': {'b': 3, 'w': NOfM(n=2, m=4, axis=0)}}
+  """
+  if not 1 <= n <= m:
+    raise ValueError(f'1 <= n <= m must hold, got {n=} and {m=}.')
+
+  def count(path, leaf):
+    shape = np.shape(leaf)
+    if not is_weight(path, leaf):
+      return math.prod(shape)
+    inputs = axes(path, leaf).inputs if axis is None else (axis,)
+    if not inputs:
+      raise ValueError(
+        f'The weight {str(path)!r} of the shape {shape} has no axis of inputs.'
+        ' Give the axis of the pattern, or axes that tell it.'
+      )
+    last = inputs[-1]
+    pattern = masks.NOfM(n, m, last + len(shape) if last < 0 else last)
+    try:
+      masks.groups_shape(shape, pattern)
+    except ValueError as e:
+      raise ValueError(f'{str(path)!r}: {e}') from e
+    return pattern
+
+  def distribution(params: types.Params) -> types.Counts:
+    leaves.weight_rows(params, is_weight)
+    return leaves.map_with_path(count, params)
+
+  return distribution
+
+
+def sparsities(params: types.Params, counts: types.Counts) -> types.Params:
+  """The sparsity of every leaf, 1 - count / size.
+
+  Args:
+    params: a pytree of arrays, or of their shapes.
+    counts: the counts of these parameters.
+
+  Returns:
+    A pytree of floats. That of a leaf of stacked layers is their mean.
+
+  >>> params = {'w': np.zeros([4, 5]), 'b': np.zeros(5)}
+  >>> sparsities(params, {'w': 5, 'b': 5})
+  {'b': 0.0, 'w': 0.75}
+  """
 
   def sparsity(leaf, count):
-    size = math.prod(np.shape(leaf))
-    return 1.0 - count / size if size else 0.0
+    shape = np.shape(leaf)
+    size = math.prod(shape)
+    return 1.0 - masks.num_entries(count, shape) / size if size else 0.0
 
   return jax.tree.map(sparsity, params, counts)

@@ -7,21 +7,28 @@ may move. Section 3 of the paper prunes by magnitude: keep the largest |theta|.
 
 Selection is exact: k weights, not about k; ties go to the lower index. XLA's
 sort takes seconds for the weights of a ResNet-50 on a CPU, and none is needed:
-non-negative floats are ordered as the integers that share their bits, so the
-k-th largest score is found bit by bit, by counting how many scores reach a
-candidate threshold.
+floats are ordered as integers that are made of their bits, so the k-th largest
+score is found bit by bit, by counting how many scores reach a candidate
+threshold. Scores that tie at the threshold are ranked by their index in the
+same way. Nothing is reshaped, sorted or put together, so that scores may be
+sharded over devices along any of their axes, and lie in any number of leaves:
+counts are added over leaves and devices, weights do not travel, and a mask is
+sharded as its scores are.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import fractions
+import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Params = Any  # A pytree of arrays.
-Mask = Any  # A pytree of boolean arrays.
+from powerprop_jax import types
 
 
 class Masks(NamedTuple):
@@ -34,18 +41,108 @@ class Masks(NamedTuple):
     backward: the parameters an update moves, phi += where(backward, update, 0).
   """
 
-  forward: Mask
-  backward: Mask
+  forward: types.Mask
+  backward: types.Mask
 
 
-def dense(params: Params) -> Masks:
-  """Masks of ones for every leaf of params."""
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['n'],
+  meta_fields=['m', 'axis'],
+)
+@dataclasses.dataclass(frozen=True)
+class NOfM:
+  """The count of a leaf that keeps n of every m neighbours along an axis.
+
+  Attributes:
+    n: how many of each group are kept, from 0 to m; static or traced.
+    m: the size of a group, which divides the length of the axis.
+    axis: the axis along which the groups lie, from 0.
+  """
+
+  n: int | jax.Array
+  m: int
+  axis: int
+
+
+# How many entries of a leaf are kept: a number for the leaf as a whole; or an
+# array of numbers that broadcasts against the leaf, one number for each layer
+# of a stack, whose entries are ranked by themselves; or a pattern.
+Count: TypeAlias = int | np.ndarray | jax.Array | NOfM
+
+
+def is_count(x: Any) -> bool:
+  """Whether x is one `Count`, to be passed as `is_leaf` over trees of counts.
+
+  Args:
+    x: a node of a tree of counts.
+
+  Returns:
+    True for None, which keeps a leaf whole, and for a pattern. Numbers and
+    arrays are leaves anyway.
+
+  >>> jax.tree.leaves({'w': NOfM(2, 4, 0), 'b': 7}, is_leaf=is_count)
+  [7, NOfM(n=2, m=4, axis=0)]
+  """
+  return x is None or isinstance(x, NOfM)
+
+
+def num_entries(count: Count, shape: Sequence[int]) -> int:
+  """How many entries of a leaf a count keeps in all.
+
+  Args:
+    count: the count, static.
+    shape: the shape of the leaf.
+
+  Returns:
+    An int.
+
+  >>> num_entries(NOfM(2, 4, axis=0), (8, 3))
+  12
+  """
+  if isinstance(count, NOfM):
+    return math.prod(shape) // count.m * int(count.n)
+  return int(np.sum(count))
+
+
+def ones_like(x: Any) -> jax.Array:
+  """A mask of ones, sharded as x is.
+
+  A constant would be replicated: under automatic sharding the compiler places
+  values by what they are computed from. This one is computed from x.
+
+  Args:
+    x: an array, a number, or anything with a shape.
+
+  Returns:
+    A boolean array of the shape of x.
+
+  >>> ones_like(jnp.array([2.0, jnp.nan]))
+  Array([ True,  True], dtype=bool)
+  """
+  if not isinstance(x, jax.Array | np.ndarray | np.number):
+    return jnp.ones(jnp.shape(x), bool)
+  return jnp.asarray((x == x) | (x != x))
+
+
+def dense(params: types.Params) -> Masks:
+  """Masks of ones for every leaf.
+
+  Args:
+    params: a pytree of arrays.
+
+  Returns:
+    Masks of the structure, the shapes and the shardings of params.
+
+  >>> dense({'w': jnp.zeros(2)}).forward
+  {'w': Array([ True,  True], dtype=bool)}
+  """
   # Two sets of arrays: a state that held one array twice could not be donated.
-  ones = lambda: jax.tree.map(lambda x: jnp.ones(jnp.shape(x), bool), params)
+  ones = lambda: jax.tree.map(ones_like, params)
   return Masks(forward=ones(), backward=ones())
 
 
-def apply_mask(tree: Params, mask: Mask) -> Params:
+def apply_mask(tree: types.Params, mask: types.Mask) -> types.Params:
   """Zeroes the entries of a tree where the mask is False.
 
   A selection and not a product: 0 * NaN is NaN, and one diverged update would
@@ -58,16 +155,70 @@ def apply_mask(tree: Params, mask: Mask) -> Params:
 
   Returns:
     A pytree of the structure, shapes and dtypes of tree.
+
+  Raises:
+    ValueError: if a mask has another shape than its leaf.
+
+  >>> tree, mask = {'w': jnp.array([3.0, 4.0])}, {'w': jnp.array([False, True])}
+  >>> apply_mask(tree, mask)
+  {'w': Array([0., 4.], dtype=float32)}
   """
-  return jax.tree.map(
-    lambda m, x: None if x is None else jnp.where(m, x, jnp.zeros_like(x)),
-    mask,
-    tree,
-  )
+
+  def leaf(key_path, m, x):
+    if x is None:  # As where an optimiser has no update for a leaf.
+      return None
+    # It would be broadcast, and the mistake would be lost.
+    if jnp.shape(m) != jnp.shape(x):
+      path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+      raise ValueError(
+        f'The mask of {path!r} has the shape {jnp.shape(m)}, but the leaf has'
+        f' {jnp.shape(x)}. Make the mask of these parameters.'
+      )
+    return jnp.where(m, x, jnp.zeros_like(x))
+
+  return jax.tree_util.tree_map_with_path(leaf, mask, tree)
+
+
+def check_scope(scope: str, scopes: Sequence[str] = ('layer', 'global')) -> str:
+  """Returns the scope of a ranking if it is one of those that there are.
+
+  Args:
+    scope: 'layer', by which each layer is ranked by itself, or 'global', by
+      which all weights are ranked together.
+    scopes: those that there are.
+
+  Returns:
+    The scope.
+
+  Raises:
+    ValueError: if it is none of them.
+
+  >>> check_scope('layer')
+  'layer'
+  """
+  if scope not in scopes:
+    *first, last = map(repr, scopes)
+    raise ValueError(
+      f'scope must be {", ".join(first)} or {last}, got {scope!r}.'
+    )
+  return scope
 
 
 def check_density(density: float) -> float:
-  """Returns density as a float; raises ValueError if it is not in (0, 1]."""
+  """Returns a density if it is possible.
+
+  Args:
+    density: the fraction of weights that are kept, 1 - sparsity.
+
+  Returns:
+    The density as a float.
+
+  Raises:
+    ValueError: if it is not in (0, 1].
+
+  >>> check_density(1)
+  1.0
+  """
   if not 0.0 < float(density) <= 1.0:
     raise ValueError(
       f'density must be in (0, 1], got {density}. It is the fraction of weights'
@@ -187,86 +338,300 @@ def _ordered_bits(scores: jax.Array) -> jax.Array:
   return jnp.where(jnp.isnan(scores), uint(0), bits)
 
 
-def _kth_largest(bits: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The largest t that k of the unsigned integers reach; how many exceed it."""
-  width, uint = jnp.iinfo(bits.dtype).bits, bits.dtype.type
-  zero = jnp.zeros([], jnp.int32)
+def _add(x: Sequence[Any], y: Sequence[Any]) -> tuple[Any, ...]:
+  return tuple(a + b for a, b in zip(x, y))
 
-  def add(x, y):
-    return tuple(a + b for a, b in zip(x, y))
+
+def _kth_largest(
+  values: Sequence[jax.Array],
+  k: jax.Array,
+  axes: Sequence[int] | None,
+  width: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The largest t that at least k of the values reach.
+
+  Args:
+    values: arrays of unsigned integers below 2^width, ranked together.
+    k: a number; or an array that broadcasts against the values, with a number
+      for each group of them that is ranked by itself.
+    axes: the axes over which a group extends; None for all axes.
+    width: the number of bits, which is even.
+
+  Returns:
+    t, how many values reach it, and how many exceed it, in the shape of k.
+  """
+  uint = values[0].dtype.type
+  zeros = jnp.zeros(k.shape, jnp.int32)
+
+  def count(candidates):
+    def of(x):
+      reached = tuple((x >= c).astype(jnp.int32) for c in candidates)
+      zero, over = (jnp.zeros([], jnp.int32),) * 3, range(x.ndim)
+      counts = jax.lax.reduce(reached, zero, _add, tuple(axes or over))
+      return [c if axes is None else jnp.expand_dims(c, axes) for c in counts]
+
+    return functools.reduce(_add, map(of, values))
 
   # Two bits at a time: one pass over memory counts for three candidates.
   def body(i, carry):
-    t, above = carry
-    shift = jnp.asarray(width - 2 - 2 * i, bits.dtype)
-    reached = [bits >= (t | (uint(d) << shift)) for d in (1, 2, 3)]
-    counts = jax.lax.reduce(
-      tuple(r.astype(jnp.int32) for r in reached), (zero,) * 3, add, (0,)
-    )
-    digit = sum((c >= k).astype(bits.dtype) for c in counts)
-    return t | (digit << shift), jnp.stack([*counts, above])[digit]
+    t, reached, above = carry
+    shift = jnp.asarray(width - 2 - 2 * i, uint)
+    counts = count([t | (uint(d) << shift) for d in (1, 2, 3)])
+    digit = sum((c >= k).astype(uint) for c in counts)
 
-  return jax.lax.fori_loop(0, width // 2, body, (uint(0), zero))
+    def at(xs):
+      return sum(jnp.where(digit == d, x, 0) for d, x in enumerate(xs))
+
+    return t | (digit << shift), at([reached, *counts]), at([*counts, above])
+
+  size = sum(x.size for x in values) // max(k.size, 1)
+  start = jnp.zeros(k.shape, uint), zeros + size, zeros
+  return jax.lax.fori_loop(0, width // 2, body, start)
 
 
-_BLOCK = 1024
+def _places(scores: Sequence[jax.Array]) -> list[jax.Array]:
+  """Numbers that fall from each entry to the next, the last of which is 1."""
+  left, places = sum(s.size for s in scores), []
+  for s in scores:
+    index = jnp.zeros(s.shape, jnp.uint32)
+    for axis, n in enumerate(s.shape):
+      along = jax.lax.broadcasted_iota(jnp.uint32, s.shape, axis)
+      index = index * n + along
+    places.append(jnp.uint32(left) - index)
+    left -= s.size
+  return places
 
 
-def _nth(chosen: jax.Array, n: jax.Array) -> jax.Array:
-  """The index of the n-th True of a boolean vector, n >= 1.
+# Leaves of one shape are traced once. XLA compiles each of them all the same.
+@functools.partial(jax.jit, static_argnums=2)
+def _largest(
+  scores: Sequence[jax.Array], count: jax.Array, axes: Sequence[int] | None
+) -> list[jax.Array]:
+  """The masks of the largest scores, which are ranked together."""
+  dtype = jnp.result_type(*scores)
+  bits = [_ordered_bits(s.astype(dtype)) for s in scores]
+  width = jnp.iinfo(bits[0].dtype).bits
+  threshold, reached, above = _kth_largest(bits, count, axes, width)
 
-  A running sum over every entry is slow in XLA on a CPU; one over the counts of
-  blocks, and one over the block in which the n-th lies, are not.
+  def whole():
+    return [b >= threshold for b in bits]
+
+  def by_index():
+    ties = [b == threshold for b in bits]
+    places = [
+      jnp.where(tie, place, jnp.uint32(0))
+      for tie, place in zip(ties, _places(scores))
+    ]
+    width = sum(s.size for s in scores).bit_length()
+    last, _, _ = _kth_largest(places, count - above, axes, width + width % 2)
+    return [
+      (b > threshold) | (tie & (place >= last))
+      for b, tie, place in zip(bits, ties, places)
+    ]
+
+  # Scores that differ seldom tie at the threshold.
+  return jax.lax.cond(jnp.all(reached == count), whole, by_index)
+
+
+def group_axes(count: Any, ndim: int) -> tuple[int, ...]:
+  """The axes over which the entries of a leaf are ranked together.
+
+  Args:
+    count: a number, or an array that broadcasts against the leaf.
+    ndim: the number of the leaf's dimensions.
+
+  Returns:
+    The axes, all for a number, and for an array those that it has not.
+
+  >>> group_axes(np.array([[[3]], [[2]]]), ndim=3)
+  (1, 2)
   """
-  blocks = jnp.pad(chosen, (0, -chosen.size % _BLOCK)).reshape(-1, 16, 64)
-  # In bytes first, along the slower axis: eight times faster than in int32.
-  counts = jnp.sum(blocks, axis=1, dtype=jnp.uint8)
-  counts = jnp.sum(counts, axis=1, dtype=jnp.int32)
-  ends = jnp.cumsum(counts)
-  block = jnp.minimum(jnp.sum(ends < n), len(counts) - 1)
-  running = jnp.cumsum(blocks[block].ravel().astype(jnp.int32))
-  inside = jnp.sum(running < n - (ends[block] - counts[block]))
-  return block * _BLOCK + inside
+  shape = jnp.shape(count)
+  return tuple(i for i in range(ndim) if not shape or shape[i] == 1)
 
 
-def top_count_mask(scores: jax.Array, count: int | jax.Array) -> jax.Array:
+def num_groups(count: Count | int) -> int:
+  """How many groups of a leaf are ranked by themselves.
+
+  Args:
+    count: a number or a pattern, or an array with a number for each group.
+
+  Returns:
+    An int; 1 for a pattern, whose groups are no layers.
+
+  >>> num_groups(3), num_groups(np.ones([4, 1, 1]))
+  (1, 4)
+  """
+  return 1 if isinstance(count, NOfM) else max(math.prod(np.shape(count)), 1)
+
+
+def count_by_group(mask: jax.Array, count: Any) -> jax.Array:
+  """How many entries of a mask are True, group by group.
+
+  Args:
+    mask: a boolean array.
+    count: says what the groups are, as `group_axes` reads it.
+
+  Returns:
+    An int32 array of the shape of count.
+
+  >>> count_by_group(jnp.array([[True, True], [True, False]]), np.ones([2, 1]))
+  Array([[2],
+         [1]], dtype=int32)
+  """
+  axes = group_axes(count, mask.ndim)
+  keep = bool(jnp.shape(count))
+  return jnp.sum(mask, axis=axes, keepdims=keep, dtype=jnp.int32)
+
+
+def _check_scores(scores: Any) -> jax.Array:
+  scores = jnp.asarray(scores)
+  if not jnp.issubdtype(scores.dtype, jnp.floating):
+    raise ValueError(f'scores must be floating point, got {scores.dtype}.')
+  return scores
+
+
+def _check_count(count: Any, shape: Sequence[int]) -> Any:
+  """The count, as an int or an array; raises ValueError if it is impossible."""
+  counts = np.shape(count)
+  if counts and not (
+    len(counts) == len(shape)
+    and all(n in (1, size) for n, size in zip(counts, shape))
+  ):
+    raise ValueError(
+      f'A count of the shape {counts} does not broadcast against scores of the'
+      f' shape {tuple(shape)}. Its axes must have the length 1, or that of the'
+      ' scores where each layer of a stack is ranked by itself.'
+    )
+  if isinstance(count, jax.Array):
+    return count
+  # Integers of numpy too.
+  count = np.asarray(count) if counts else operator.index(count)
+  size = math.prod(shape) // max(math.prod(counts), 1)
+  if np.any(np.less(count, 0) | np.greater(count, size)):
+    raise ValueError(f'count must be in [0, {size}], got {count}.')
+  return count
+
+
+def top_count_mask(
+  scores: jax.Array, count: int | np.ndarray | jax.Array
+) -> jax.Array:
   """The mask of exactly `count` largest scores; ties go to the lower index.
 
-  Can be jit-compiled, with a static or traced count, and vmapped. Takes a dozen
-  passes over the scores and no sort.
+  Can be jit-compiled, with a static or traced count, and vmapped. It takes a
+  dozen passes over the scores, twice as many if there are ties at the smallest
+  score that is kept, and no sort. The mask is sharded as the scores are.
 
   Args:
     scores: a floating point array of any shape. NaN ranks below -inf.
-    count: how many to keep, from 0 to the size of scores.
+    count: how many to keep, from 0 to the size of scores. An array of as many
+      dimensions as the scores has, along each, the length 1 or that of the
+      scores: what it spreads along is ranked by itself, as the layers of a
+      stack of shape [layers, inputs, outputs] by a count of [layers, 1, 1].
 
   Returns:
     A boolean array of the shape of scores with `count` True.
 
   Raises:
-    ValueError: if scores are not floats or a static count is out of range.
+    ValueError: if scores are not floats, or a count is out of range or of
+      another shape.
+
+  >>> top_count_mask(jnp.array([0.1, 0.5, 0.3, 0.5]), 2)
+  Array([False,  True, False,  True], dtype=bool)
+  >>> top_count_mask(jnp.array([[0.1, 0.5], [3.0, 4.0]]), np.array([[1], [0]]))
+  Array([[False,  True],
+         [False, False]], dtype=bool)
   """
-  scores = jnp.asarray(scores)
-  if not jnp.issubdtype(scores.dtype, jnp.floating):
-    raise ValueError(f'scores must be floating point, got {scores.dtype}.')
-  if not isinstance(count, jax.Array):
-    count = operator.index(count)  # Integers of numpy too.
-    if not 0 <= count <= scores.size:
-      raise ValueError(f'count must be in [0, {scores.size}], got {count}.')
+  scores = _check_scores(scores)
+  count = _check_count(count, scores.shape)
+  if isinstance(count, int):
     if count in (0, scores.size):
-      return jnp.full(scores.shape, count > 0)
-  return _top_count(scores, jnp.asarray(count, jnp.int32))
+      whole = ones_like(scores)
+      return whole if count else ~whole
+  elif not scores.size:
+    return ones_like(scores)
+  # Over all axes at once the compiler is quicker than over each of them.
+  axes = group_axes(count, scores.ndim) if jnp.shape(count) else None
+  return _largest([scores], jnp.asarray(count, jnp.int32), axes)[0]
 
 
-# Leaves of one shape are traced once. XLA compiles each of them all the same.
-@jax.jit
-def _top_count(scores, count):
-  bits = _ordered_bits(scores.ravel())
-  threshold, above = _kth_largest(bits, count)
-  ties = bits == threshold
-  # Fewer than count are above, so that at least one tie is kept.
-  last = _nth(ties, count - above)
-  kept = ties & (jnp.arange(scores.size) <= last)
-  return ((bits > threshold) | kept).reshape(scores.shape)
+def n_of_m_mask(scores: jax.Array, count: NOfM) -> jax.Array:
+  """The mask of the n largest of every m neighbours; ties as in a ranking.
+
+  Args:
+    scores: a floating point array of any shape. NaN ranks below -inf.
+    count: the pattern. Its n may be an array that broadcasts against the shape
+      of the scores in which the axis is split in two, [groups, 1].
+
+  Returns:
+    A boolean array of the shape of scores.
+
+  Raises:
+    ValueError: if scores are not floats, or m does not divide the axis.
+
+  >>> n_of_m_mask(jnp.array([0.1, 0.5, 0.3, 0.5]), NOfM(1, 2, axis=0))
+  Array([False,  True, False,  True], dtype=bool)
+  """
+  scores = _check_scores(scores)
+  grouped = _ordered_bits(scores).reshape(groups_shape(scores.shape, count))
+  axis = count.axis + 1
+  places = jax.lax.broadcasted_iota(jnp.int32, grouped.shape, axis)
+  ahead = jnp.zeros(grouped.shape, jnp.int32)
+  for i in range(count.m):
+    other = jax.lax.slice_in_dim(grouped, i, i + 1, axis=axis)
+    first = (other > grouped) | ((other == grouped) & (i < places))
+    ahead += first.astype(jnp.int32)
+  return (ahead < count.n).reshape(scores.shape)
+
+
+def groups_shape(shape: Sequence[int], count: NOfM) -> tuple[int, ...]:
+  """The shape of a leaf in which the axis of a pattern is split into groups.
+
+  Args:
+    shape: the shape of the leaf.
+    count: the pattern.
+
+  Returns:
+    The shape with the length d of the axis as two lengths, d / m and m.
+
+  Raises:
+    ValueError: if m does not divide the axis, or there is no such axis.
+
+  >>> groups_shape((3, 8), NOfM(2, 4, axis=1))
+  (3, 2, 4)
+  """
+  shape, axis, m = tuple(shape), count.axis, count.m
+  if not 0 <= axis < len(shape) or shape[axis] % m:
+    raise ValueError(
+      f'{m} does not divide the axis {axis} of the shape {shape}. Choose'
+      ' another pattern for this leaf, or leave it out by is_weight.'
+    )
+  return (*shape[:axis], shape[axis] // m, m, *shape[axis + 1 :])
+
+
+def n_of_m_axes(mask: jax.Array | np.ndarray, n: int, m: int) -> list[int]:
+  """The axes along which a mask keeps no more than n of every m neighbours.
+
+  Args:
+    mask: a boolean array, not traced.
+    n: how many of each group may be True.
+    m: the size of a group.
+
+  Returns:
+    The axes, in order. Axes whose length m does not divide are none of them.
+
+  >>> n_of_m_axes(np.array([[True, True], [False, False]]), 1, 2)
+  [0]
+  """
+
+  mask = np.asarray(mask)
+
+  def holds(axis):
+    grouped = mask.reshape(groups_shape(mask.shape, NOfM(n, m, axis)))
+    return bool((grouped.sum(axis + 1) <= n).all())
+
+  axes = range(mask.ndim)
+  return [i for i in axes if mask.shape[i] % m == 0 and holds(i)]
 
 
 def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
@@ -274,7 +639,8 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
 
   Args:
     scores: a floating point array of any shape. NaN ranks below -inf.
-    density: the fraction to keep, in (0, 1]; static or traced.
+    density: the fraction to keep, in (0, 1]; static or traced. Decimal
+      fractions count exactly, as `num_kept` has it.
 
   Returns:
     A boolean array of the shape of scores; exactly floor(density * size)
@@ -282,66 +648,79 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
 
   Raises:
     ValueError: if a density that is not traced is outside (0, 1].
+
+  >>> topk_mask(jnp.array([0.1, 0.5, 0.3, 0.5]), 0.5)
+  Array([False,  True, False,  True], dtype=bool)
   """
   return top_count_mask(scores, num_kept(density, jnp.size(scores)))
 
 
-def layerwise_topk(scores: Params, counts: Any) -> Mask:
-  """Ranks every leaf by itself.
+def layerwise_topk(scores: types.Params, counts: types.Counts) -> types.Mask:
+  """Ranks every layer by itself.
 
   Args:
     scores: a pytree of floating point arrays.
-    counts: the number of entries to keep of each leaf, a pytree of ints; None
-      keeps the leaf whole.
+    counts: a `Count` for each leaf; None keeps the leaf whole.
 
   Returns:
     A pytree of boolean arrays.
+
+  >>> scores = {'w': jnp.array([1.0, 3.0, 2.0]), 'b': jnp.zeros(1)}
+  >>> layerwise_topk(scores, {'w': 2, 'b': None})['w']
+  Array([False,  True,  True], dtype=bool)
   """
 
   def mask(n, s):
-    if s is None:  # No leaf, as where Equinox has filtered one out.
+    if s is None:  # There is no leaf, as where Equinox has filtered one out.
       return None
     # What is kept whole is not ranked, and may be of any dtype.
-    if n is None or (not isinstance(n, jax.Array) and n == jnp.size(s)):
-      return jnp.ones(jnp.shape(s), bool)
+    if n is None or (isinstance(n, int) and n == jnp.size(s)):
+      return ones_like(s)
+    if isinstance(n, NOfM):
+      return n_of_m_mask(s, n)
     return top_count_mask(s, n)
 
-  return jax.tree.map(mask, counts, scores, is_leaf=lambda n: n is None)
+  return jax.tree.map(mask, counts, scores, is_leaf=is_count)
 
 
-def global_topk(scores: Params, count: int | jax.Array, weights: Any) -> Mask:
+def global_topk(scores: types.Params, count: Count, weights: Any) -> types.Mask:
   """Ranks the entries of all weights together.
 
   Args:
     scores: a pytree of floating point arrays. Across layers, compare |theta|
       and not |phi|: the order is the same only where alpha is.
     count: the total number of entries to keep.
-    weights: a pytree of bools, as of `leaves.weight_mask`; leaves at False are
-      kept whole and not counted.
+    weights: a pytree of bools, as `leaves.weight_mask` returns it; leaves at
+      False are kept whole and not counted.
 
   Returns:
-    A pytree of boolean arrays, `count` True at weights.
+    A pytree of boolean arrays, `count` True at weights. Ties go to the earlier
+    leaf, and to the lower index within a leaf.
+
+  Raises:
+    ValueError: if scores are not floats or a static count is out of range.
+
+  >>> scores = {'a': jnp.array([1.0, 3.0]), 'b': jnp.array([2.0])}
+  >>> global_topk(scores, 2, {'a': True, 'b': True})
+  {'a': Array([False,  True], dtype=bool), 'b': Array([ True], dtype=bool)}
   """
-  leaves, treedef = jax.tree.flatten(scores)
+  flat, treedef = jax.tree.flatten(scores)
   chosen = jax.tree.leaves(weights)
-  ranked = [s for s, w in zip(leaves, chosen) if w]
-  flat = top_count_mask(jnp.concatenate([s.ravel() for s in ranked]), count)
-  ends = [0]
-  for s in ranked:
-    ends.append(ends[-1] + s.size)
-  parts = iter(
-    flat[a:b].reshape(s.shape) for a, b, s in zip(ends, ends[1:], ranked)
-  )
+  ranked = [_check_scores(s) for s, w in zip(flat, chosen) if w]
+  size = sum(s.size for s in ranked)
+  count = _check_count(count, (size,))
+  if isinstance(count, int) and count in (0, size):
+    wholes = map(ones_like, ranked)
+    found = iter([whole if count else ~whole for whole in wholes])
+  else:
+    found = iter(_largest(ranked, jnp.asarray(count, jnp.int32), None))
   return jax.tree.unflatten(
     treedef,
-    [
-      next(parts) if w else jnp.ones(s.shape, bool)
-      for s, w in zip(leaves, chosen)
-    ],
+    [next(found) if w else ones_like(s) for s, w in zip(flat, chosen)],
   )
 
 
-def count(mask: Mask, weights: Any) -> tuple[jax.Array, int]:
+def count(mask: types.Mask, weights: Any) -> tuple[jax.Array, int]:
   """The number of weights that are kept, and the number of weights.
 
   Args:
@@ -351,6 +730,10 @@ def count(mask: Mask, weights: Any) -> tuple[jax.Array, int]:
 
   Returns:
     An int32 scalar and an int.
+
+  >>> mask = {'w': jnp.array([True, False]), 'b': jnp.array([True])}
+  >>> count(mask, {'w': True, 'b': False})
+  (Array(1, dtype=int32), 2)
   """
   chosen = [
     m for m, w in zip(jax.tree.leaves(mask), jax.tree.leaves(weights)) if w
@@ -359,7 +742,7 @@ def count(mask: Mask, weights: Any) -> tuple[jax.Array, int]:
   return jnp.asarray(kept), sum(m.size for m in chosen)
 
 
-def overlap(a: Mask, b: Mask, weights: Any) -> jax.Array:
+def overlap(a: types.Mask, b: types.Mask, weights: Any) -> jax.Array:
   """The fraction of the weights kept by a that b keeps too.
 
   Two random masks of density p overlap by p, the chance level. The number is
@@ -372,18 +755,44 @@ def overlap(a: Mask, b: Mask, weights: Any) -> jax.Array:
 
   Returns:
     A float scalar in [0, 1]; NaN if a keeps nothing.
+
+  >>> a, b = {'w': jnp.array([True, True])}, {'w': jnp.array([True, False])}
+  >>> float(overlap(a, b, {'w': True}))
+  0.5
   """
   both = jax.tree.map(jnp.logical_and, a, b)
   return count(both, weights)[0] / count(a, weights)[0]
 
 
-def pack(mask: Mask) -> Any:
-  """Packs a tree of masks to one bit an entry: uint8 vectors."""
+def pack(mask: types.Mask) -> Any:
+  """Packs a tree of masks to one bit per entry.
+
+  Args:
+    mask: a pytree of boolean arrays.
+
+  Returns:
+    A pytree of uint8 vectors of ceil(size / 8) bytes.
+
+  >>> pack({'w': jnp.array([[True, False], [True, True]])})
+  {'w': Array([176], dtype=uint8)}
+  """
   return jax.tree.map(lambda m: jnp.packbits(m.ravel()), mask)
 
 
-def unpack(packed: Any, like: Params) -> Mask:
-  """The tree of masks that `pack` packed; the shapes are those of `like`."""
+def unpack(packed: Any, like: types.Params) -> types.Mask:
+  """The tree of masks that `pack` packed.
+
+  Args:
+    packed: a pytree of uint8 vectors.
+    like: a pytree of arrays of the shapes of the masks.
+
+  Returns:
+    A pytree of boolean arrays.
+
+  >>> unpack({'w': jnp.array([176], jnp.uint8)}, {'w': jnp.zeros([2, 2])})['w']
+  Array([[ True, False],
+         [ True,  True]], dtype=bool)
+  """
   return jax.tree.map(
     lambda p, x: (
       jnp.unpackbits(p, count=jnp.size(x)).astype(bool).reshape(jnp.shape(x))

@@ -1,13 +1,20 @@
-"""One-shot pruning by magnitude, and the accuracy it leaves.
+"""One-shot pruning, and the accuracy it leaves.
 
 Section 3 of the paper removes the weights of least magnitude once, after
 training. Weights are always theta, never phi: across layers of different alpha
-only |theta| compares.
+only |theta| compares. Other scores than the magnitude are functions here too:
+the magnitude times the norm of the inputs (Wanda), and the magnitude of theta
+times its gradient, which is the first term of the rise of the loss by pruning a
+weight.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
   reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021,
   section 3.
+  Sun et al, `A simple and effective pruning approach for large language models
+  <https://arxiv.org/abs/2306.11695>`_, 2024 (Wanda).
+  Molchanov et al, `Pruning convolutional neural networks for resource efficient
+  inference <https://arxiv.org/abs/1611.06440>`_, ICLR 2017.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,27 +22,38 @@ import functools
 import math
 import re
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from powerprop_jax import leaves
+from powerprop_jax import types
+from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import masks
 
-Params = Any  # A pytree of arrays.
-Mask = Any  # A pytree of boolean arrays.
+_SCOPES = ('layer', 'output', 'global')
 
 
 @jax.jit
-def _num_not_finite(params: Params) -> Any:
+def _num_not_finite(params: types.Params) -> Any:
   return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), params)
 
 
-def check_finite(params: Params) -> None:
-  """Raises ValueError if a parameter is NaN or infinite, and names the leaf."""
-  paths = jax.tree.leaves(leaves.map_with_path(lambda p, _: p, params))
+def check_finite(params: types.Params) -> None:
+  """Checks that no parameter is NaN or infinite.
+
+  Args:
+    params: a pytree of arrays, not traced.
+
+  Raises:
+    ValueError: if one is; it names the leaf.
+
+  >>> check_finite({'w': jnp.ones(2)})
+  """
   found = jax.tree.leaves(jax.device_get(_num_not_finite(params)))
-  for path, number in zip(paths, found):
+  for path, number in zip(leaves.paths(params), found):
     if number:
       raise ValueError(
         f'{number} entries of {str(path)!r} are NaN or infinite. If training'
@@ -43,15 +61,123 @@ def check_finite(params: Params) -> None:
       )
 
 
+def magnitude_scores(
+  theta: types.Params, is_weight: types.IsWeight = leaves.is_weight
+) -> types.Params:
+  """|theta|, by which section 3 of the paper prunes.
+
+  Args:
+    theta: the parameters.
+    is_weight: a function of (path, leaf); other leaves are returned as they
+      are, and may be of any dtype.
+
+  Returns:
+    A pytree of arrays of the structure and the shapes of theta.
+
+  >>> magnitude_scores({'w': jnp.array([-2.0, 1.0])})
+  {'w': Array([2., 1.], dtype=float32)}
+  """
+  return leaves.map_with_path(
+    lambda path, x: jnp.abs(x) if is_weight(path, x) else x, theta
+  )
+
+
+def taylor_scores(
+  theta: types.Params,
+  grads: types.Updates,
+  is_weight: types.IsWeight = leaves.is_weight,
+) -> types.Params:
+  """|theta dL/dtheta|, to first order the change of the loss without a weight.
+
+  Args:
+    theta: the parameters.
+    grads: the gradient of the loss at theta.
+    is_weight: a function of (path, leaf); other leaves are returned as they
+      are.
+
+  Returns:
+    A pytree of arrays of the structure and the shapes of theta.
+
+  >>> theta, grads = {'w': jnp.array([-2.0, 1.0])}, {'w': jnp.array([1.0, 3.0])}
+  >>> taylor_scores(theta, grads)
+  {'w': Array([2., 3.], dtype=float32)}
+  """
+  return leaves.map_with_path(
+    lambda path, x, g: jnp.abs(x * g) if is_weight(path, x) else x, theta, grads
+  )
+
+
+def wanda_scores(
+  theta: types.Params,
+  activations: Mapping[str, jax.Array],
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
+) -> types.Params:
+  """|theta| times the norm of what enters: weights and activations (Wanda).
+
+  A weight matters less where its input is small. As published, the weights of
+  each output unit are ranked by themselves: `prune(..., scope='output')`.
+
+  Args:
+    theta: the parameters.
+    activations: the inputs of each layer by the path of its weight: arrays
+      [..., inputs], whose last dimensions are those of the weight's inputs, and
+      whose others (examples, positions) are summed over. Where layers are
+      stacked the first dimensions are those of the stack. A convolution's are
+      its images [..., channels]; grouped ones have no score of this kind.
+    is_weight: a function of (path, leaf); other leaves are returned as they
+      are.
+    axes: a function of (path, leaf) that tells which dimensions are inputs.
+
+  Returns:
+    A pytree of arrays of the structure and the shapes of theta.
+
+  Raises:
+    ValueError: if the activations of a weight are missing or do not fit it.
+
+  >>> theta = {'linear': {'w': jnp.array([[1.0, -2.0], [3.0, 0.5]])}}
+  >>> inputs = jnp.array([[3.0, 0.0], [4.0, 1.0]])  # Of two examples.
+  >>> wanda_scores(theta, {'linear/w': inputs})['linear']['w']
+  Array([[ 5. , 10. ],
+         [ 3. ,  0.5]], dtype=float32)
+  """
+
+  def score(path, x):
+    if not is_weight(path, x):
+      return x
+    if path not in activations:
+      raise ValueError(
+        f'activations has no {str(path)!r}; it has {list(activations)}.'
+      )
+    stack, inputs, _ = axes(path, x)
+    given = activations[path]
+    first, last = len(stack), given.ndim - len(inputs)
+    expected = tuple(x.shape[i] for i in (*stack, *inputs))
+    if last < first or given.shape[:first] + given.shape[last:] != expected:
+      raise ValueError(
+        f'The activations of {str(path)!r} have the shape {given.shape}, which'
+        f' must begin with {expected[:first]} (the stack) and end with'
+        f' {expected[first:]} (the inputs).'
+      )
+    others = tuple(range(first, last))
+    norm = jnp.sqrt(jnp.sum(jnp.square(given), axis=others))
+    # The norms have the dimensions of the stack and the inputs, in that order.
+    norm = jnp.transpose(norm, np.argsort((*stack, *inputs)).tolist())
+    missing = [i for i in range(x.ndim) if i not in (*stack, *inputs)]
+    return jnp.abs(x) * jnp.expand_dims(norm, missing)
+
+  return leaves.map_with_path(score, theta)
+
+
 def _check_options(
   scope: str = 'layer',
   density_scale: Mapping[str, float] | None = None,
-  is_weight: leaves.IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
 ) -> None:
   """Raises ValueError if `prune` would refuse its options for any theta."""
-  del is_weight
-  if scope not in ('layer', 'global'):
-    raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}.")
+  del is_weight, axes
+  masks.check_scope(scope, _SCOPES)
   if scope == 'global' and density_scale:
     raise ValueError(
       f"density_scale = {density_scale} needs scope='layer': under 'global' a"
@@ -65,16 +191,92 @@ def _check_options(
       )
 
 
+def _by_distribution(
+  theta: types.Params,
+  distribution: distributions.Distribution,
+  scope: str,
+  density_scale: Mapping[str, float] | None,
+  is_weight: types.IsWeight,
+) -> types.Counts | int:
+  if density_scale or scope == 'output':
+    raise ValueError(
+      'A distribution says itself how many weights each layer keeps: give a'
+      " density for density_scale or scope='output'."
+    )
+  counts = distribution(theta)
+  if scope == 'layer':
+    return counts
+  return total(counts, theta, is_weight)
+
+
+def total(
+  counts: types.Counts,
+  theta: types.Params,
+  is_weight: types.IsWeight = leaves.is_weight,
+) -> int:
+  """How many weights are kept in all, for a global ranking.
+
+  Args:
+    counts: a `masks.Count` for each leaf.
+    theta: the parameters, or their shapes.
+    is_weight: a function of (path, leaf).
+
+  Returns:
+    The sum of the counts of the weights.
+
+  Raises:
+    ValueError: if a leaf keeps n of every m weights, which no global ranking
+      can.
+
+  >>> total({'w': 3, 'b': 2}, {'w': jnp.ones(5), 'b': jnp.ones(2)})
+  3
+  """
+  flat = jax.tree.leaves(counts, is_leaf=masks.is_count)
+  rows = zip(leaves.paths(theta), jax.tree.leaves(theta), flat)
+  chosen = [(str(p), x.shape, n) for p, x, n in rows if is_weight(p, x)]
+  for path, _, n in chosen:
+    if isinstance(n, masks.NOfM):
+      raise ValueError(
+        f'{path!r} keeps {n.n} of every {n.m} weights, which no global ranking'
+        " can. Use scope='layer'."
+      )
+  return sum(masks.num_entries(n, shape) for _, shape, n in chosen)
+
+
 def kept_counts(
-  theta: Params,
-  density: float | jax.Array,
+  theta: types.Params,
+  density: float | jax.Array | distributions.Distribution,
   scope: str = 'layer',
   density_scale: Mapping[str, float] | None = None,
-  is_weight: leaves.IsWeight = leaves.is_weight,
-) -> Any:
-  """How many weights to keep: in all, or a tree for `layerwise_topk`."""
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
+) -> types.Counts | int:
+  """How many weights `prune` keeps.
+
+  Args:
+    theta: the parameters, or their shapes.
+    density: as in `prune`, and so are the others.
+    scope: 'layer', 'output' or 'global'.
+    density_scale: factors of the density by regular expression.
+    is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf).
+
+  Returns:
+    A tree of counts for `masks.layerwise_topk`, None where the leaf is no
+    weight; the number of all weights that are kept if the scope is global.
+
+  Raises:
+    ValueError: as `prune`.
+
+  >>> theta = {'linear': {'w': jnp.ones([4, 5]), 'b': jnp.ones(5)}}
+  >>> kept_counts(theta, 0.3), kept_counts(theta, 0.3, scope='global')
+  ({'linear': {'b': None, 'w': 6}}, 6)
+  """
   _check_options(scope, density_scale)
-  if not isinstance(density, jax.Array):
+  if callable(density):
+    return _by_distribution(theta, density, scope, density_scale, is_weight)
+  static = not isinstance(density, jax.Array)
+  if static:
     density = masks.check_density(density)
   rows, scale = leaves.weight_rows(theta, is_weight), density_scale or {}
   if scope == 'global':
@@ -86,61 +288,141 @@ def kept_counts(
         f' {[str(path) for path, _ in rows]}.'
       )
 
+  empty = []
+
   def number(path, leaf):
     if not is_weight(path, leaf):
       return None
     factor = next((f for p, f in scale.items() if re.search(p, path)), 1.0)
-    least = jnp.minimum if isinstance(density, jax.Array) else min
-    return masks.num_kept(least(factor * density, 1.0), leaf.size)
+    least = min if static else jnp.minimum
+    # Each layer of a stack is ranked by itself, or each of its units.
+    stack, _, outputs = axes(path, leaf)
+    apart = (*stack, *(outputs if scope == 'output' else ()))
+    shape = tuple(n if i in apart else 1 for i, n in enumerate(leaf.shape))
+    size = leaf.size // max(math.prod(shape), 1)
+    kept = masks.num_kept(least(factor * density, 1.0), size)
+    if static and not kept and size:
+      empty.append(
+        f'a density of {factor * density:g} keeps none of the {size} weights of'
+        f' {"a unit" if scope == "output" else "a layer"} of {str(path)!r}'
+      )
+    if not apart:
+      return kept
+    return np.full(shape, kept) if static else jnp.full(shape, kept)
 
-  return leaves.map_with_path(number, theta)
+  counts = leaves.map_with_path(number, theta)
+  if empty:
+    warnings.warn(
+      f'Pruning cuts the network: {"; ".join(empty)}. Raise their density by'
+      ' density_scale.',
+      stacklevel=3,
+    )
+  return counts
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def largest(theta: Params, counts: Any, is_weight: leaves.IsWeight) -> Mask:
-  """The mask of the largest |theta|, as many as `kept_counts` says."""
-  chosen = leaves.weight_mask(theta, is_weight)
-  scores = jax.tree.map(lambda w, x: jnp.abs(x) if w else x, chosen, theta)
-  if isinstance(counts, int | jax.Array):
+def _select(
+  scores: types.Params, counts: Any, is_weight: types.IsWeight
+) -> types.Mask:
+  if jax.tree_util.treedef_is_leaf(jax.tree.structure(counts)):
+    chosen = leaves.weight_mask(scores, is_weight)
     return masks.global_topk(scores, counts, chosen)
   return masks.layerwise_topk(scores, counts)
 
 
+_select_compiled = jax.jit(_select, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def largest(
+  theta: types.Params, counts: Any, is_weight: types.IsWeight
+) -> types.Mask:
+  """The mask of the largest |theta|.
+
+  Args:
+    theta: the parameters.
+    counts: how many to keep, as `kept_counts` returns it, static or traced.
+    is_weight: a function of (path, leaf).
+
+  Returns:
+    A pytree of boolean arrays of the structure of theta.
+
+  >>> largest({'w': jnp.array([-2.0, 1.0])}, {'w': 1}, leaves.is_weight)
+  {'w': Array([ True, False], dtype=bool)}
+  """
+  return _select(magnitude_scores(theta, is_weight), counts, is_weight)
+
+
 def prune(
-  theta: Params,
-  density: float | jax.Array,
+  theta: types.Params,
+  density: float | jax.Array | distributions.Distribution,
   *,
   scope: str = 'layer',
   density_scale: Mapping[str, float] | None = None,
-  is_weight: leaves.IsWeight = leaves.is_weight,
-) -> Mask:
-  """The mask of the weights of largest magnitude: one-shot pruning, section 3.
+  scores: types.Params | None = None,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
+) -> types.Mask:
+  """The mask of the weights of largest scores: one-shot pruning, section 3.
 
   Args:
     theta: the parameters. NaN is pruned first: see `check_finite`.
-    density: the fraction of the weights to keep, in (0, 1]; static or traced.
-    scope: 'layer' keeps floor(density * size) weights of every layer, 'global'
-      floor(density * total size) of all weights, wherever they are.
+    density: the fraction of the weights to keep, in (0, 1], static or traced;
+      decimal fractions count exactly, as `masks.num_kept` has it. Or a
+      distribution, such as `distributions.erdos_renyi(0.9)` and
+      `distributions.n_of_m(2, 4)`, which says it layer by layer.
+    scope: 'layer' keeps floor(density * size) weights of every layer, 'output'
+      of every output unit of every layer, 'global' floor(density * total size)
+      of all weights, wherever they are: it may leave a layer without any.
     density_scale: factors of the density by regular expression, searched in the
       '/'-joined path; the first that matches counts. The layer then keeps the
       fraction min(1, factor * density). `{'logits': 2.0}` is the output layer
       of the paper's MNIST experiment.
+    scores: a tree of the structure of theta, by which weights are ranked, such
+      as `wanda_scores(theta, activations)` or `taylor_scores(theta, grads)`.
+      None ranks by |theta|.
     is_weight: a function of (path, leaf); other leaves are kept whole.
+    axes: a function of (path, leaf) that tells which layers are stacked in a
+      leaf, each of which is ranked by itself, and which dimensions are outputs.
 
   Returns:
-    A pytree of boolean arrays of the structure of theta; exact counts, ties go
-    to the lower index.
+    A pytree of boolean arrays of the structure of theta, sharded as it is;
+    exact counts, ties go to the lower index.
 
   Raises:
     ValueError: if the scope, a factor or a static density is impossible, a
       pattern matches no weight, or there is no weight.
+
+  Warns:
+    UserWarning: if a static density leaves no weight of a layer.
+
+  >>> theta = {'linear': {'w': jnp.array([[3.0, -1.0], [0.5, -2.0]])}}
+  >>> prune(theta, 0.5)['linear']['w']
+  Array([[ True, False],
+         [False,  True]], dtype=bool)
   """
-  counts = kept_counts(theta, density, scope, density_scale, is_weight)
-  return largest(theta, counts, is_weight)
+  counts = kept_counts(theta, density, scope, density_scale, is_weight, axes)
+  if scores is None:
+    return largest(theta, counts, is_weight)
+  if jax.tree.structure(scores) != jax.tree.structure(theta):
+    raise ValueError(
+      f'scores have the structure {jax.tree.structure(scores)}, but theta has'
+      f' {jax.tree.structure(theta)}.'
+    )
+  return _select_compiled(scores, counts, is_weight)
 
 
 def floats(scalars: Iterable[Any]) -> list[float]:
-  """Waits for the device once, after everything has been dispatched."""
+  """Waits for the device once, after everything has been dispatched.
+
+  Args:
+    scalars: arrays of one entry.
+
+  Returns:
+    A list of floats.
+
+  >>> floats([jnp.float32(0.5), jnp.int32(2)])
+  [0.5, 2.0]
+  """
   return [float(x) for x in jax.device_get(list(scalars))]
 
 
@@ -149,13 +431,13 @@ def make_prune_sweep(
 ) -> Callable[..., list[float]]:
   """A function that evaluates a network pruned to each of several densities.
 
-  Compiled once for all densities and all networks of one architecture.
+  It is compiled once for all densities and all networks of one architecture.
 
   Args:
     evaluate: a function of (theta, *args) to a scalar, such as the accuracy, to
       be compiled. Data are args: closed over, they become constants.
     kept: the fractions of weights to keep, each in (0, 1].
-    **options: as of `prune`.
+    **options: `scope`, `density_scale`, `is_weight` and `axes` of `prune`.
 
   Returns:
     A function of (theta, *args) that returns one float for each fraction, and
@@ -163,19 +445,23 @@ def make_prune_sweep(
 
   Raises:
     ValueError: if a fraction or an option is impossible.
+
+  >>> sweep = make_prune_sweep(lambda theta: jnp.sum(theta['w']), [0.5, 1.0])
+  >>> sweep({'w': jnp.array([1.0, 2.0, 3.0, 4.0])})
+  [7.0, 10.0]
   """
   _check_options(**options)
   fractions = [masks.check_density(p) for p in kept]
   is_weight = options.get('is_weight', leaves.is_weight)
 
-  # Counts are traced and not densities, for they are then those of `prune`: a
-  # density of 0.7 is less in float32, and would keep 6 weights of 10.
+  # Counts are traced and not densities, for they are then those of `prune`: an
+  # array holds a density to six decimals only.
   @jax.jit
   def evaluate_pruned(theta, counts, args):
     mask = largest(theta, counts, is_weight)
     return evaluate(masks.apply_mask(theta, mask), *args)
 
-  def sweep(theta: Params, *args: Any) -> list[float]:
+  def sweep(theta: types.Params, *args: Any) -> list[float]:
     check_finite(theta)
     counts = [kept_counts(theta, p, **options) for p in fractions]
     return floats(evaluate_pruned(theta, n, args) for n in counts)

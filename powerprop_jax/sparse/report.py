@@ -1,24 +1,55 @@
-"""What a mask keeps of each layer, as a plain dictionary."""
+"""What a mask keeps of each layer, as a plain dictionary.
 
+Sparsity is counted on weights only (section 2 of the paper leaves biases and
+normalisation alone), and what is reported is the *density*, the fraction of the
+weights that is kept. A unit without any incoming weight is dead: its output is
+its bias, whatever enters the network.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from powerprop_jax import leaves
-
-Params = Any  # A pytree of arrays.
-Mask = Any  # A pytree of boolean arrays.
+from powerprop_jax import types
 
 
-def _dead_units(path: str, mask: np.ndarray) -> int:
-  """Outputs without an incoming weight: the last axis, but Equinox's first."""
-  units = 0 if path.rsplit('/', 1)[-1].startswith('weight') else -1
-  inputs = np.moveaxis(mask, units, 0).reshape(mask.shape[units], -1)
-  return int(np.sum(~inputs.any(axis=1)))
+def _layers(
+  path: str, mask: np.ndarray, axes: types.Axes
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+  """The path, the mask and the axes of the units of each layer of a leaf."""
+  ndim, stack = mask.ndim, axes.stack
+  if not stack:
+    yield path, mask, axes.outputs
+    return
+  rest = [i for i in range(ndim) if i not in stack]
+  outputs = tuple(rest.index(i) for i in axes.outputs)
+  moved = np.transpose(mask, (*stack, *rest))
+  for index in np.ndindex(*moved.shape[: len(stack)]):
+    yield f'{path}[{", ".join(map(str, index))}]', moved[index], outputs
+
+
+def _row(
+  path: str, mask: np.ndarray, outputs: tuple[int, ...]
+) -> dict[str, Any]:
+  others = tuple(i for i in range(mask.ndim) if i not in outputs)
+  return {
+    'path': path,
+    'shape': list(mask.shape),
+    'size': mask.size,
+    'kept': int(np.sum(mask)),
+    'density': float(np.mean(mask)) if mask.size else 0.0,
+    'dead': int(np.sum(~mask.any(axis=others))),
+  }
 
 
 def sparsity_report(
-  mask: Mask, theta: Params, is_weight: leaves.IsWeight = leaves.is_weight
+  mask: types.Mask,
+  theta: types.Params,
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
 ) -> dict[str, Any]:
   """What a mask keeps of each layer. Weights only: biases are not counted.
 
@@ -26,23 +57,33 @@ def sparsity_report(
     mask: a pytree of boolean arrays.
     theta: the parameters of that mask, or their shapes and dtypes.
     is_weight: a function of (path, leaf).
+    axes: a function of (path, leaf) that tells stacked layers, each of which
+      has a row of its own ('blocks/w[0]', 'blocks/w[1]', ...), and outputs.
 
   Returns:
     A dict of 'layers', dicts of 'path', 'shape', 'size', 'kept', 'density' and
     'dead' (output units without an incoming weight), and of 'total', a dict of
     'size', 'kept', 'density' and 'dead'.
+
+  Raises:
+    ValueError: if there is no weight.
+
+  >>> mask = {'linear': {'w': np.array([[True, False], [True, False]])}}
+  >>> sparsity_report(mask, {'linear': {'w': np.zeros([2, 2], 'f')}})['total']
+  {'size': 4, 'kept': 2, 'density': 0.5, 'dead': 1}
   """
   rows = [
-    {
-      'path': str(path),
-      'shape': list(leaf.shape),
-      'size': leaf.size,
-      'kept': int(np.sum(m)),
-      'density': float(np.mean(m)),
-      'dead': _dead_units(path, np.asarray(m)),
-    }
+    _row(*layer)
     for path, leaf, m in leaves.weight_rows(theta, is_weight, mask)
+    for layer in _layers(
+      str(path), np.asarray(jax.device_get(m)), axes(path, leaf)
+    )
   ]
   size, kept, dead = (sum(r[k] for r in rows) for k in ('size', 'kept', 'dead'))
-  total = {'size': size, 'kept': kept, 'density': kept / size, 'dead': dead}
+  total = {
+    'size': size,
+    'kept': kept,
+    'density': kept / size if size else 0.0,
+    'dead': dead,
+  }
   return {'layers': rows, 'total': total}

@@ -18,6 +18,8 @@ References:
   section 3 (the cosine).
 """
 
+from collections.abc import Sequence
+import itertools
 from typing import Any, Protocol, overload
 
 import jax
@@ -135,3 +137,39 @@ def drop_fraction(
   if kind == 'constant':
     return optax.piecewise_constant_schedule(initial, {stop: 0.0})
   raise ValueError(f"kind must be 'cosine' or 'constant', got {kind!r}.")
+
+
+def alternating(boundaries: Sequence[int]) -> Cadence:
+  """Dense and sparse phases by turns, the first dense and the last sparse.
+
+  Args:
+    boundaries: the first step of each phase but the first, rising and odd in
+      number: [sparse, dense, sparse, ...].
+
+  Returns:
+    A function of the step that is true in sparse phases, as `updaters.acdc`
+    takes it: a bool for a Python int, a boolean scalar for an array.
+
+  Raises:
+    ValueError: if the steps do not rise, or their number is even.
+
+  Reference:
+    Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, NeurIPS 2021.
+
+  >>> compressed = alternating([2, 4, 5])
+  >>> [compressed(t) for t in range(7)]
+  [False, False, True, True, False, True, True]
+  """
+  steps = [int(b) for b in boundaries]
+  if any(a >= b for a, b in itertools.pairwise([0, *steps])):
+    raise ValueError(f'boundaries must rise from 1 on, got {boundaries}.')
+  if len(steps) % 2 == 0:
+    raise ValueError(
+      f'There must be an odd number of boundaries, so that the last phase is'
+      f' sparse, got {boundaries}.'
+    )
+
+  def compressed(step: Any) -> Any:
+    return sum((step >= b) * 1 for b in steps) % 2 == 1
+
+  return compressed

@@ -152,7 +152,7 @@ def test_patterns_are_checked():
 
 
 def test_trees_without_weights_are_rejected():
-  with pytest.raises(ValueError, match='no weights'):
+  with pytest.raises(ValueError, match='no weight among'):
     distributions.uniform(0.5)({'norm': {'scale': jnp.ones((1, 1, 1, 3))}})
 
 

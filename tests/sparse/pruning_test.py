@@ -54,6 +54,7 @@ def _random(seed, sizes):
     (0.9, {'scope': 'global'}, [[T, T], [T, T]], [[T], [F]]),
   ],
 )
+@pytest.mark.filterwarnings('ignore:Pruning cuts')
 def test_prune_keeps_the_largest(density, options, linear, logits):
   expected = {
     'linear': {'w': np.array(linear), 'b': np.array([T, T])},
@@ -66,6 +67,7 @@ def test_prune_keeps_the_largest(density, options, linear, logits):
 @pytest.mark.parametrize(
   'options', [{'density_scale': {'logits': 2.0}}, {'scope': 'global'}]
 )
+@pytest.mark.filterwarnings('ignore:Pruning cuts')
 def test_prune_takes_a_traced_density(options):
   traces = []
   prune = functools.partial(pruning.prune, **options)

@@ -18,8 +18,10 @@ References:
   sparse connectivity <https://arxiv.org/abs/1707.04780>`_, 2018 (SET).
   Evci et al, `Rigging the lottery <https://arxiv.org/abs/1911.11134>`_, 2020
   (RigL).
+  Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, 2021.
 """
 
+from powerprop_jax.sparse.updaters.acdc import acdc
 from powerprop_jax.sparse.updaters.given import dense
 from powerprop_jax.sparse.updaters.given import given
 from powerprop_jax.sparse.updaters.given import random
@@ -33,6 +35,7 @@ from powerprop_jax.sparse.updaters.trading import set_
 
 __all__ = (
   'MaskUpdater',
+  'acdc',
   'dense',
   'exploration_penalty',
   'given',

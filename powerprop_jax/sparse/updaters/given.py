@@ -1,23 +1,32 @@
 """Masks that are chosen once, at the start, and kept.
 
+They are the baselines of sparse training (section 1 of the paper): all weights,
+a random choice of them, a given one, and SNIP's, which ranks weights by how
+much the loss depends on them at initialisation.
+
 References:
   Lee et al, `SNIP <https://arxiv.org/abs/1810.02340>`_, 2019.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from powerprop_jax import leaves
+from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import pruning
 from powerprop_jax.sparse.updaters import protocol
-
-Params = protocol.Params
 
 
 def dense() -> protocol.MaskUpdater:
-  """All weights, always: the baseline."""
+  """All weights, always: the baseline.
+
+  Returns:
+    A `MaskUpdater`.
+
+  >>> dense().init(jax.random.key(0), {'w': jnp.zeros(2)}, None).forward
+  {'w': Array([ True,  True], dtype=bool)}
+  """
 
   def init(key, theta, grads):
     del key, grads
@@ -26,7 +35,7 @@ def dense() -> protocol.MaskUpdater:
   return protocol.MaskUpdater(init, protocol.unchanged)
 
 
-def given(mask: Any) -> protocol.MaskUpdater:
+def given(mask: types.Mask) -> protocol.MaskUpdater:
   """A given mask, kept; for training on from a sparse network.
 
   Args:
@@ -34,7 +43,21 @@ def given(mask: Any) -> protocol.MaskUpdater:
 
   Returns:
     A `MaskUpdater`.
+
+  Raises:
+    ValueError: if a leaf of the mask is not boolean.
+
+  >>> mask = {'w': jnp.array([True, False])}
+  >>> given(mask).init(jax.random.key(0), {'w': jnp.zeros(2)}, None).forward
+  {'w': Array([ True, False], dtype=bool)}
   """
+  for path, leaf in zip(leaves.paths(mask), jax.tree.leaves(mask)):
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.bool_):
+      raise ValueError(
+        f'The mask of {str(path)!r} must be boolean, got {dtype}. Compare it,'
+        ' as by jax.tree.map(lambda m: m > 0, mask).'
+      )
 
   def init(key, theta, grads):
     del key, theta, grads
@@ -47,47 +70,52 @@ def random(counts: protocol.Counts) -> protocol.MaskUpdater:
   """A random mask, kept.
 
   Args:
-    counts: how many weights each leaf keeps, as of `distributions`.
+    counts: how many weights each leaf keeps, as `distributions` tells it.
 
   Returns:
     A `MaskUpdater`.
+
+  >>> updater = random(lambda theta: {'w': 2})
+  >>> made = updater.init(jax.random.key(0), {'w': jnp.ones(9)}, None)
+  >>> made.forward['w'].sum()
+  Array(2, dtype=int32)
   """
   return protocol.MaskUpdater(protocol.random_masks(counts), protocol.unchanged)
 
 
 def snip(
-  counts: protocol.Counts, scope: str = 'global', is_weight=leaves.is_weight
+  counts: protocol.Counts,
+  scope: str = 'global',
+  is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
   """The weights of largest |theta dL/dtheta| at initialisation, kept.
 
   Args:
     counts: how many weights each leaf keeps; their sum if the scope is global.
-    scope: 'global' ranks all weights together, as published; 'layer' each leaf
+    scope: 'global' ranks all weights together, as published; 'layer' each layer
       by itself.
-    is_weight: which leaves are weights.
+    is_weight: a function of (path, leaf).
 
   Returns:
     A `MaskUpdater`.
 
   Raises:
     ValueError: if there is no such scope.
+
+  >>> theta, grads = {'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([3.0, 1.0])}
+  >>> updater = snip(lambda theta: {'w': 1})
+  >>> updater.init(jax.random.key(0), theta, grads).forward
+  {'w': Array([ True, False], dtype=bool)}
   """
-  protocol.check_scope(scope)
+  masks_lib.check_scope(scope)
 
   def init(key, theta, grads):
     del key
-    scores = jax.tree.map(lambda x, g: jnp.abs(x * g), theta, grads)
-    return protocol.same(_largest(scores, counts(theta), scope, is_weight))
+    scores = pruning.taylor_scores(theta, grads, is_weight)
+    return protocol.same(
+      protocol.largest(scores, counts(theta), scope, is_weight)
+    )
 
   return protocol.MaskUpdater(
     init, protocol.unchanged, starts_from_gradient=True
   )
-
-
-def _largest(scores, wanted, scope, is_weight):
-  if scope == 'layer':
-    return masks_lib.layerwise_topk(scores, wanted)
-  chosen = leaves.weight_mask(scores, is_weight)
-  flags = jax.tree.leaves(chosen)
-  total = sum(n for n, w in zip(jax.tree.leaves(wanted), flags) if w)
-  return masks_lib.global_topk(scores, total, chosen)

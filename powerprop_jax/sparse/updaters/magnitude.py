@@ -1,54 +1,67 @@
 """Iterative magnitude pruning: what is pruned stays pruned.
 
+Training starts dense, and the smallest weights go bit by bit. Section 1 of the
+paper names iterative pruning among the methods that Powerpropagation improves.
+
 References:
   Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_,
   2017.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from powerprop_jax import leaves
+from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import pruning
 from powerprop_jax.sparse.updaters import protocol
 
-Params = protocol.Params
+
+def _kept(
+  done: jax.Array | None, size: int, final: masks_lib.Count
+) -> masks_lib.Count:
+  """How many are kept on the way; what is left to prune is rounded down."""
+  if done is None or (isinstance(final, int) and final == size):
+    return final
+  if isinstance(final, masks_lib.NOfM):
+    pruned = masks_lib.floor_multiply(done, final.m - final.n)
+    return dataclasses.replace(final, n=final.m - pruned)
+  return size - masks_lib.floor_multiply(done, jnp.asarray(size - final))
 
 
 def magnitude(
   counts: protocol.Counts,
   progress: protocol.Schedule | None = None,
   scope: str = 'layer',
-  is_weight: leaves.IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
   """Prunes the weights of smallest |theta|; what is pruned stays pruned.
 
   Args:
     counts: how many weights each leaf keeps in the end; their sum if the scope
-      is global.
+      is global. Of every m weights, m are kept at the start and n in the end.
     progress: maps the step to the fraction of the pruning that is done, from 0
       to 1, such as `schedules.cubic(start, stop)`. None prunes all at once, at
       the first update.
-    scope: 'layer' ranks each leaf by itself, 'global' all weights together.
-    is_weight: which leaves are weights.
+    scope: 'layer' ranks each layer by itself, 'global' all weights together.
+    is_weight: a function of (path, leaf).
 
   Returns:
     A `MaskUpdater` that starts dense.
 
   Raises:
     ValueError: if there is no such scope.
+
+  >>> updater = magnitude(lambda theta: {'w': 1})
+  >>> theta = {'w': jnp.array([3.0, 9.0])}
+  >>> masks = updater.init(None, theta, None)
+  >>> updater.update(None, 0, theta, masks, None)[1].forward
+  {'w': Array([False,  True], dtype=bool)}
   """
-  protocol.check_scope(scope)
-
-  def kept(done, size, final):
-    # Counted in integers: what is left to prune is rounded down.
-    if done is None or final == size:
-      return final
-    return size - masks_lib.floor_multiply(done, size - final)
-
-  def still(mask, masks):
-    # The network may have been sparser from the start than it has to be.
-    return protocol.same(jax.tree.map(jnp.logical_and, mask, masks.forward))
+  masks_lib.check_scope(scope)
 
   def init(key, theta, grads):
     del key, grads
@@ -64,13 +77,21 @@ def magnitude(
       lambda x, m: jnp.where(m, jnp.abs(x), -1.0), theta, masks.forward
     )
     if scope == 'layer':
-      wanted = jax.tree.map(lambda x, n: kept(done, x.size, n), theta, final)
-      return theta, still(masks_lib.layerwise_topk(scores, wanted), masks)
-    chosen = leaves.weight_mask(theta, is_weight)
-    triples = zip(*map(jax.tree.leaves, (chosen, theta, final)))
-    sizes = [(x.size, n) for w, x, n in triples if w]
-    size, total = (sum(column) for column in zip(*sizes))
-    number = kept(done, size, total)
-    return theta, still(masks_lib.global_topk(scores, number, chosen), masks)
+
+      def wanted(x, n):
+        groups = masks_lib.num_groups(n)
+        return _kept(done, x.size // groups, n)
+
+      kept = jax.tree.map(wanted, theta, final)
+      mask = masks_lib.layerwise_topk(scores, kept)
+    else:
+      chosen = leaves.weight_mask(theta, is_weight)
+      rows = zip(jax.tree.leaves(theta), jax.tree.leaves(chosen))
+      size = sum(x.size for x, is_chosen in rows if is_chosen)
+      number = _kept(done, size, pruning.total(final, theta, is_weight))
+      mask = masks_lib.global_topk(scores, number, chosen)
+    # The network may have been sparser from the start than it has to be.
+    mask = jax.tree.map(jnp.logical_and, mask, masks.forward)
+    return theta, protocol.same(mask)
 
   return protocol.MaskUpdater(init, update)

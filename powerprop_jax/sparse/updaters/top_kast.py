@@ -8,22 +8,43 @@ References:
   Jayakumar et al, `Top-KAST <https://arxiv.org/abs/2106.03517>`_, 2020.
 """
 
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from powerprop_jax import leaves
+from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse.updaters import protocol
 
-Params = Any
+
+def _check_inside(
+  path: str, shape: tuple[int, ...], a: masks_lib.Count, b: masks_lib.Count
+) -> None:
+  """Raises ValueError if a leaf's set A cannot be inside of its set B."""
+  remedy = ''
+  if isinstance(a, masks_lib.NOfM) and isinstance(b, masks_lib.NOfM):
+    inside = a.m == b.m and a.axis == b.axis and a.n <= b.n
+    remedy = ' Give both the same groups.'
+  elif isinstance(a, masks_lib.NOfM) or isinstance(b, masks_lib.NOfM):
+    # A dense backward pass has every set inside.
+    inside = masks_lib.num_entries(b, shape) == math.prod(shape)
+    remedy = ' Give both a pattern, or none.'
+  else:
+    inside = not np.any(np.greater(a, b))
+  if not inside:
+    raise ValueError(
+      f'Top-KAST updates at least the weights it uses, but {path!r} has {a} in'
+      f' the forward and {b} in the backward pass.{remedy}'
+    )
 
 
 def top_kast(
   forward: protocol.Counts,
   backward: protocol.Counts,
-  is_weight: leaves.IsWeight = leaves.is_weight,
+  is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
   """Top-KAST: uses the largest |theta| (A), and updates a larger set (B).
 
@@ -32,17 +53,22 @@ def top_kast(
   `exploration_penalty` to the gradient.
 
   Args:
-    forward: how many weights of each leaf are in A, as of `distributions`. It
-      decides the first A; from then on, and in a network that was sparse
+    forward: how many weights of each leaf are in A, as `distributions` tells
+      it. It decides the first A; from then on, and in a network that was sparse
       before, the number of weights in A does not change.
     backward: how many are in B, if they are not fewer than those in A.
-    is_weight: which leaves are weights; the masks of others stay.
+    is_weight: a function of (path, leaf); the masks of other leaves stay.
 
   Returns:
     A `MaskUpdater`.
 
   Raises:
     ValueError: from `init`, if B is smaller than A in a leaf.
+
+  >>> updater = top_kast(lambda theta: {'w': 1}, lambda theta: {'w': 2})
+  >>> updater.init(None, {'w': jnp.array([1.0, -3.0, 2.0])}, None)
+  Masks(forward={'w': Array([False,  True, False], dtype=bool)},
+        backward={'w': Array([False,  True,  True], dtype=bool)})
   """
 
   def choose(theta, counts_a, counts_b):
@@ -56,41 +82,42 @@ def top_kast(
   def init(key, theta, grads):
     del key, grads
     counts_a, counts_b = forward(theta), backward(theta)
-    for path, a, b in zip(
-      jax.tree.leaves(leaves.map_with_path(lambda p, x: str(p), theta)),
-      jax.tree.leaves(counts_a),
-      jax.tree.leaves(counts_b),
+    flat = (
+      jax.tree.leaves(counts, is_leaf=masks_lib.is_count)
+      for counts in (counts_a, counts_b)
+    )
+    for path, x, a, b in zip(
+      leaves.paths(theta), jax.tree.leaves(theta), *flat
     ):
-      if a > b:
-        raise ValueError(
-          f'Top-KAST updates at least the weights it uses, but {path!r} has {a}'
-          f' in the forward and {b} in the backward pass.'
-        )
+      _check_inside(str(path), x.shape, a, b)
     return choose(theta, counts_a, counts_b)
 
   def update(key, step, theta, masks, grads):
     del key, step, grads
 
-    def count(path, x, a, least=0):
-      if not is_weight(path, x):
-        return x.size
-      return jnp.maximum(jnp.sum(a, dtype=jnp.int32), least)
+    def count(path, x, a, wanted, least=0):
+      if not is_weight(path, x) or isinstance(wanted, masks_lib.NOfM):
+        return wanted
+      return jnp.maximum(masks_lib.count_by_group(a, wanted), least)
 
-    counts_a = leaves.map_with_path(count, theta, masks.forward)
-    counts_b = leaves.map_with_path(
-      count, theta, masks.forward, backward(theta)
+    def counts(wanted, *least):
+      return leaves.map_with_path(count, theta, masks.forward, wanted, *least)
+
+    wanted_b = backward(theta)
+    return theta, choose(
+      theta, counts(forward(theta)), counts(wanted_b, wanted_b)
     )
-    return theta, choose(theta, counts_a, counts_b)
 
   return protocol.MaskUpdater(init, update)
 
 
 def exploration_penalty(
-  theta: Params,
+  theta: types.Params,
   masks: masks_lib.Masks,
   strength: float,
-  is_weight: leaves.IsWeight = leaves.is_weight,
-) -> Params:
+  is_weight: types.IsWeight = leaves.is_weight,
+  axes: types.AxesOf = leaves.axes,
+) -> types.Updates:
   """The gradient of Top-KAST's exploration penalty, an L2 one.
 
   Weights in A are decayed by `strength` and those in B but not in A by
@@ -100,17 +127,28 @@ def exploration_penalty(
   Args:
     theta: all weights, masked or not.
     masks: forward A and backward B.
-    strength: of the penalty strength / 2 |theta|^2 in A.
-    is_weight: which leaves are weights; others have no penalty.
+    strength: that of the penalty strength / 2 |theta|^2 in A.
+    is_weight: a function of (path, leaf); other leaves have no penalty.
+    axes: a function of (path, leaf) that tells which layers are stacked, each
+      of which has a density of its own.
 
   Returns:
     A pytree to add to the gradient at theta.
+
+  >>> theta = {'w': jnp.array([1.0, 2.0])}
+  >>> a, b = {'w': jnp.array([False, True])}, {'w': jnp.array([True, True])}
+  >>> exploration_penalty(theta, masks_lib.Masks(a, b), strength=0.5)
+  {'w': Array([1., 1.], dtype=float32)}
   """
 
   def leaf(path, x, a, b):
     if not is_weight(path, x):
       return jnp.zeros_like(x)
-    density = jnp.sum(a, dtype=jnp.int32) / a.size
+    stack = axes(path, x).stack
+    layer = tuple(i for i in range(x.ndim) if i not in stack)
+    size = math.prod(x.shape[i] for i in layer)
+    kept = jnp.sum(a, axis=layer, keepdims=bool(stack), dtype=jnp.int32)
+    density = kept / max(size, 1)
     factor = jnp.where(a, strength, jnp.where(b, strength / density, 0.0))
     return (factor * x).astype(x.dtype)
 

@@ -11,6 +11,7 @@ from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import schedules
 from powerprop_jax.sparse import updaters
+from powerprop_jax.sparse.updaters import protocol
 
 KEY = jax.random.key(0)
 
@@ -47,13 +48,22 @@ def test_dense_is_all_ones():
   chex.assert_trees_all_equal((theta, same), (THETA, made))
 
 
-def test_fixed_keeps_a_mask():
+@pytest.mark.parametrize('dtype', [np.float32, np.int8])
+def test_a_given_mask_must_be_boolean(dtype):
+  mask = jax.tree.map(
+    lambda m: m.astype(dtype), _masks([1, 0, 0, 1, 0, 0]).forward
+  )
+  with pytest.raises(ValueError, match="'linear/b' must be boolean"):
+    updaters.given(mask)
+
+
+def test_given_keeps_a_mask():
   mask = _masks([1, 0, 0, 1, 0, 0]).forward
   made = updaters.given(mask).init(KEY, THETA, GRADS)
   assert _bits(made.forward) == _bits(made.backward) == [1, 0, 0, 1, 0, 0]
 
 
-def test_static_is_random_and_exact():
+def test_random_is_exact():
   updater = updaters.random(_counts(2))
   made = [
     updater.init(jax.random.key(i), THETA, GRADS).forward for i in range(40)
@@ -103,7 +113,7 @@ def test_scopes_are_checked(make):
 )
 def test_rigl_by_hand(fraction, after):
   fresh = lambda key: _tree(jnp.full(6, 0.25))
-  updater = updaters.rigl(_counts(3), _drop(fraction), fresh)
+  updater = updaters.rigl(_counts(3), _drop(fraction), fresh, False)
   before = _masks([1, 1, 1, 0, 0, 0])
   theta, made = jax.jit(updater.update)(KEY, 0, THETA, before, GRADS)
   assert _bits(made.forward) == _bits(made.backward) == after
@@ -115,7 +125,7 @@ def test_rigl_by_hand(fraction, after):
 
 
 def test_regrow_keep_leaves_the_values():
-  updater = updaters.rigl(_counts(3), _drop(1.0), None)
+  updater = updaters.rigl(_counts(3), _drop(1.0), None, False)
   theta, made = updater.update(KEY, 0, THETA, _masks([1, 1, 1, 0, 0, 0]), GRADS)
   assert _bits(made.forward) == [0, 0, 0, 1, 1, 1]
   chex.assert_trees_all_equal(theta, THETA)
@@ -132,7 +142,7 @@ def test_a_dropped_weight_comes_back_only_if_it_may():
 
 def test_dropped_weights_come_back_if_there_are_no_others():
   # Five of six are active and five are to be traded: one other is free.
-  updater = updaters.rigl(_counts(5), _drop(1.0), None)
+  updater = updaters.rigl(_counts(5), _drop(1.0), None, False)
   _, made = updater.update(KEY, 0, THETA, _masks([1, 1, 1, 1, 1, 0]), GRADS)
   # One is traded: the smallest, 0.1, for the last.
   assert _bits(made.forward) == [1, 0, 1, 1, 1, 1]
@@ -171,7 +181,7 @@ def test_the_number_of_active_weights_never_changes(make):
 @pytest.mark.parametrize('make', [updaters.set_, updaters.rigl])
 @pytest.mark.parametrize('active', [1, 2, 5, 6])
 def test_a_mask_of_another_number_of_weights_keeps_it(make, active):
-  updater = make(_counts(3), _drop(0.5), None)
+  updater = make(_counts(3), _drop(0.5), None, regrow_dropped=False)
   before = _masks([1] * active + [0] * (6 - active))
   _, made = jax.jit(updater.update)(KEY, 0, THETA, before, GRADS)
   assert sum(_bits(made.forward)) == sum(_bits(made.backward)) == active
@@ -180,8 +190,57 @@ def test_a_mask_of_another_number_of_weights_keeps_it(make, active):
   assert changed == 2 * min(active // 2, 6 - active)
 
 
+def _published(theta, growth, active, fraction):
+  """The mask update of google-research/rigl, `_get_update_op`, in numpy.
+
+  Sorts with ties by index, as `tf.math.top_k` does.
+  """
+  num_active = active.sum()
+  num_pruned = int(np.float32(num_active) * np.float32(fraction))
+  by_magnitude = np.argsort(-np.abs(theta * active), kind='stable')
+  kept = np.zeros(theta.size, bool)
+  kept[by_magnitude[: num_active - num_pruned]] = True
+  growth = np.where(kept, growth.min() - 1, growth)
+  grown = np.zeros(theta.size, bool)
+  grown[np.argsort(-growth, kind='stable')[:num_pruned]] = True
+  assert not (kept & grown).any()
+  return kept | grown
+
+
+@pytest.mark.parametrize('make', [updaters.set_, updaters.rigl])
+@pytest.mark.parametrize('fraction', [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize('density', [0.02, 0.3, 0.8, 1.0])
+def test_masks_are_the_published_ones(make, fraction, density):
+  rng = np.random.default_rng(int(100 * fraction + 10 * density))
+  size = 500
+  theta = rng.normal(size=size).astype(np.float32)
+  # Many gradients are equal, and many are zero.
+  grads = np.round(rng.normal(size=size)).astype(np.float32)
+  active = rng.uniform(size=size) < density
+  updater = make(_counts(3), _drop(fraction), None)
+  update = jax.jit(updater.update)
+  _, made = update(KEY, 0, _tree(theta), _masks(active), _tree(grads))
+  growth = np.abs(grads)
+  if make is updaters.set_:
+    score_key, _ = jax.random.split(KEY)
+    growth = protocol.uniform(score_key, _tree(theta))['linear']['w']
+  expected = _published(theta, np.asarray(growth), active, fraction)
+  np.testing.assert_array_equal(made.forward['linear']['w'], expected)
+  np.testing.assert_array_equal(made.backward['linear']['w'], expected)
+
+
+def test_a_dropped_weight_that_is_grown_again_keeps_its_value():
+  # 0.1 is dropped and has the largest gradient: as published, nothing changes.
+  fresh = lambda key: _tree(jnp.full(6, 0.25))
+  updater = updaters.rigl(_counts(3), _drop(0.34), fresh)
+  before = _masks([1, 1, 1, 0, 0, 0])
+  theta, made = updater.update(KEY, 0, THETA, before, GRADS)
+  assert _bits(made.forward) == [1, 1, 1, 0, 0, 0]
+  chex.assert_trees_all_equal(theta, THETA)
+
+
 def test_set_grows_at_random():
-  updater = updaters.set_(_counts(3), _drop(1 / 3 + 1e-6), None)
+  updater = updaters.set_(_counts(3), _drop(1 / 3 + 1e-6), None, False)
   grown = set()
   for seed in range(30):
     _, made = updater.update(
