@@ -138,8 +138,9 @@ class Method(config.Settings):
     choices=('init', 'keep', 'zero'),
   )
   regrow_dropped: bool = config.flag(
-    False,
-    'SET and RigL: whether a weight may come back in the update that drops it.',
+    True,
+    'SET and RigL: whether a weight may come back in the update that drops it,'
+    ' as published.',
   )
   exploration_penalty: float = config.flag(
     1e-4,
