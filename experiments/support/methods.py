@@ -250,8 +250,9 @@ def _make_updater(
 ) -> updaters.MaskUpdater:
   """The updater of a method; `fresh` draws weights as at initialisation."""
   scope, dropped = settings.scope, settings.regrow_dropped
+  # The cosine ends one update after the last, which still trades therefore.
   drop = schedules.drop_fraction(
-    settings.drop_fraction, cadence.last + 1, settings.drop_schedule
+    settings.drop_fraction, cadence.last + cadence.every, settings.drop_schedule
   )
   values = {
     'init': fresh,
