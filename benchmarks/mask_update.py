@@ -7,7 +7,6 @@ weights that are grown is left out. The masks must be identical to those of a
 stable argsort in numpy, or the script fails.
 """
 
-import math
 import time
 
 import jax
@@ -35,14 +34,12 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
 def update_by_sorting(
   theta: np.ndarray, grad: np.ndarray, active: np.ndarray
 ) -> np.ndarray:
-  """RigL's update of the mask of one layer."""
+  """RigL's update of the mask of one layer, as published."""
   count = int(active.sum())
-  changes = math.floor(float(np.float32(_DROP)) * count)
-  changes = min(changes, active.size - count)
+  changes = masks.floor_multiply(_DROP, count)
   remaining = largest(np.where(active, np.abs(theta), -1.0), count - changes)
-  # Ranks, from the last: what stays, what was just dropped, the others.
-  growth = np.where(active, -1.0, np.abs(grad))
-  return remaining | largest(np.where(remaining, -np.inf, growth), changes)
+  growth = np.where(remaining, -np.inf, np.abs(grad))
+  return remaining | largest(growth, changes)
 
 
 def main() -> None:

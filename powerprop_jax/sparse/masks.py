@@ -16,7 +16,7 @@ counts are added over leaves and devices, weights do not travel, and a mask is
 sharded as its scores are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import fractions
 import functools
@@ -343,34 +343,37 @@ def _add(x: Sequence[Any], y: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _kth_largest(
-  values: Sequence[jax.Array],
+  reach: Callable[[jax.Array], list[jax.Array]],
   k: jax.Array,
   axes: Sequence[int] | None,
   width: int,
+  needed: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The largest t that at least k of the values reach.
+  """The largest t that at least k of some values reach.
 
   Args:
-    values: arrays of unsigned integers below 2^width, ranked together.
+    reach: which values reach a candidate, a uint32 or uint64 in the shape of k,
+      as boolean arrays. They are ranked together, and below 2^width.
     k: a number; or an array that broadcasts against the values, with a number
       for each group of them that is ranked by itself.
     axes: the axes over which a group extends; None for all axes.
     width: the number of bits, which is even.
+    needed: whether to look for t at all, or to return 0.
 
   Returns:
     t, how many values reach it, and how many exceed it, in the shape of k.
   """
-  uint = values[0].dtype.type
+  uint = jnp.uint64 if width > 32 else jnp.uint32
   zeros = jnp.zeros(k.shape, jnp.int32)
 
   def count(candidates):
-    def of(x):
-      reached = tuple((x >= c).astype(jnp.int32) for c in candidates)
-      zero, over = (jnp.zeros([], jnp.int32),) * 3, range(x.ndim)
+    def of(*reached):
+      reached = tuple(r.astype(jnp.int32) for r in reached)
+      zero, over = (jnp.zeros([], jnp.int32),) * 3, range(reached[0].ndim)
       counts = jax.lax.reduce(reached, zero, _add, tuple(axes or over))
       return [c if axes is None else jnp.expand_dims(c, axes) for c in counts]
 
-    return functools.reduce(_add, map(of, values))
+    return functools.reduce(_add, map(of, *map(reach, candidates)))
 
   # Two bits at a time: one pass over memory counts for three candidates.
   def body(i, carry):
@@ -384,22 +387,41 @@ def _kth_largest(
 
     return t | (digit << shift), at([reached, *counts]), at([*counts, above])
 
-  size = sum(x.size for x in values) // max(k.size, 1)
+  sizes = [x.size for x in jax.eval_shape(reach, jnp.zeros(k.shape, uint))]
+  size = sum(sizes) // max(k.size, 1)
   start = jnp.zeros(k.shape, uint), zeros + size, zeros
-  return jax.lax.fori_loop(0, width // 2, body, start)
+  return jax.lax.fori_loop(0, jnp.where(needed, width // 2, 0), body, start)
 
 
-def _places(scores: Sequence[jax.Array]) -> list[jax.Array]:
-  """Numbers that fall from each entry to the next, the last of which is 1."""
-  left, places = sum(s.size for s in scores), []
-  for s in scores:
-    index = jnp.zeros(s.shape, jnp.uint32)
-    for axis, n in enumerate(s.shape):
-      along = jax.lax.broadcasted_iota(jnp.uint32, s.shape, axis)
-      index = index * n + along
-    places.append(jnp.uint32(left) - index)
-    left -= s.size
-  return places
+def _ties(
+  bits: Sequence[jax.Array], threshold: jax.Array, place: jax.Array
+) -> list[jax.Array]:
+  """Which values are at the threshold, and not beyond a place in their order.
+
+  Args:
+    bits: arrays of unsigned integers.
+    threshold: the value of interest.
+    place: the place of the last, counted from the end, from 1.
+
+  Returns:
+    Boolean arrays.
+  """
+  # What does not depend on the place would be computed once, ahead of the loop
+  # over places, and be written to memory: the index of every entry, twice as
+  # much as a pass over the values takes.
+  one, threshold, place = jax.lax.optimization_barrier(
+    (jnp.uint32(1), threshold, place)
+  )
+  left, found = sum(b.size for b in bits), []
+  for b in bits:
+    index, stride = jnp.uint32(0), b.size
+    for axis, n in enumerate(b.shape):
+      stride //= max(n, 1)
+      along = jax.lax.broadcasted_iota(jnp.uint32, b.shape, axis)
+      index += along * (stride * one)
+    found.append((b == threshold) & (left - index >= place))
+    left -= b.size
+  return found
 
 
 # Leaves of one shape are traced once. XLA compiles each of them all the same.
@@ -410,27 +432,24 @@ def _largest(
   """The masks of the largest scores, which are ranked together."""
   dtype = jnp.result_type(*scores)
   bits = [_ordered_bits(s.astype(dtype)) for s in scores]
-  width = jnp.iinfo(bits[0].dtype).bits
-  threshold, reached, above = _kth_largest(bits, count, axes, width)
+  threshold, reached, above = _kth_largest(
+    lambda t: [b >= t for b in bits],
+    count,
+    axes,
+    jnp.iinfo(bits[0].dtype).bits,
+  )
 
-  def whole():
-    return [b >= threshold for b in bits]
-
-  def by_index():
-    ties = [b == threshold for b in bits]
-    places = [
-      jnp.where(tie, place, jnp.uint32(0))
-      for tie, place in zip(ties, _places(scores))
-    ]
-    width = sum(s.size for s in scores).bit_length()
-    last, _, _ = _kth_largest(places, count - above, axes, width + width % 2)
-    return [
-      (b > threshold) | (tie & (place >= last))
-      for b, tie, place in zip(bits, ties, places)
-    ]
-
-  # Scores that differ seldom tie at the threshold.
-  return jax.lax.cond(jnp.all(reached == count), whole, by_index)
+  width = sum(s.size for s in scores).bit_length()
+  last, _, _ = _kth_largest(
+    functools.partial(_ties, bits, threshold),
+    count - above,
+    axes,
+    width + width % 2,
+    # Scores that differ seldom tie at the threshold.
+    needed=jnp.any(reached != count),
+  )
+  ties = _ties(bits, threshold, last)
+  return [(b > threshold) | tie for b, tie in zip(bits, ties)]
 
 
 def group_axes(count: Any, ndim: int) -> tuple[int, ...]:
