@@ -36,7 +36,7 @@ def update_by_sorting(
 ) -> np.ndarray:
   """RigL's update of the mask of one layer, as published."""
   count = int(active.sum())
-  changes = masks.floor_multiply(_DROP, count)
+  changes = int(masks.floor_multiply(_DROP, count))
   remaining = largest(np.where(active, np.abs(theta), -1.0), count - changes)
   growth = np.where(remaining, -np.inf, np.abs(grad))
   return remaining | largest(growth, changes)

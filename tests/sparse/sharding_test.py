@@ -1,0 +1,228 @@
+"""Tests on sharded parameters: the masks, their sharding, and what travels.
+
+Whole weights must not: a compiled program may exchange counts and thresholds.
+The tests proper need eight devices, and run in a process that has them.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from powerprop_jax import leaves
+from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import masks
+from powerprop_jax.sparse import pruning
+from powerprop_jax.sparse import schedules
+from powerprop_jax.sparse import updaters
+
+_COUNT = 8
+_ON_EIGHT = jax.device_count() == _COUNT
+_KINDS = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}
+
+on_eight = pytest.mark.skipif(not _ON_EIGHT, reason='needs eight devices')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_ON_EIGHT, reason='has eight devices already')
+def test_on_eight_devices():
+  flags = f'--xla_force_host_platform_device_count={_COUNT}'
+  found = subprocess.run(
+    [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=1200,
+  )
+  assert found.returncode == 0, found.stdout + found.stderr
+
+
+# A linear layer, a convolution, and three layers in a stack. The last has rows
+# of which only the columns are sharded.
+_SHAPES = {
+  'a': {'w': (256, 64), 'b': (64,)},
+  'conv': {'w': (3, 3, 64, 32)},
+  'ScanBlock_0': {'Dense_0': {'kernel': (3, 64, 64)}},
+}
+_SPECS = {
+  'a': {'w': PartitionSpec('x', 'y'), 'b': PartitionSpec('y')},
+  'conv': {'w': PartitionSpec(None, None, 'x', 'y')},
+  'ScanBlock_0': {'Dense_0': {'kernel': PartitionSpec(None, 'y', 'x')}},
+}
+_SMALLEST_SHARD = 3 * 64 * 64 // _COUNT
+
+
+def _map(f, *trees):
+  return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _tree(seed):
+  """Whole weights, many of which are equal, and some zero."""
+  rng = np.random.default_rng(seed)
+  return _map(
+    lambda shape: (np.round(8 * rng.standard_normal(shape)) / 8).astype('f'),
+    _SHAPES,
+  )
+
+
+def _shard(tree, kind):
+  axis_types = (_KINDS[kind],) * 2
+  mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=axis_types)
+  shardings = jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    _SPECS,
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+  return jax.device_put(tree, shardings), shardings
+
+
+def _check_sharding(found, shardings):
+  def check(x, sharding):
+    assert x.sharding.is_equivalent_to(sharding, x.ndim), x.sharding
+
+  jax.tree.map(check, found, shardings)
+
+
+def _check_traffic(function, *args):
+  """Runs a function, compiled, of which no weight is sent between devices."""
+  compiled = jax.jit(function).lower(*args).compile()
+  sent = re.findall(
+    r' = (.*?) (all-gather|all-to-all|collective-permute|all-reduce'
+    r'|reduce-scatter)(?:-start)?\(',
+    compiled.as_text(),
+  )
+  assert sent  # Counts are, so that the pattern is that of this compiler.
+  for shapes, name in sent:
+    for dims in re.findall(r'\[([\d,]*)\]', shapes):
+      size = np.prod([int(n) for n in dims.split(',') if n])
+      assert size < _SMALLEST_SHARD, (name, shapes)
+  return compiled(*args)
+
+
+def _check(function, kind, *trees):
+  """A function gives the masks of whole weights, sharded as the weights."""
+  expected = function(*trees)
+  sharded = [_shard(tree, kind) for tree in trees]
+  args, shardings = [tree for tree, _ in sharded], sharded[0][1]
+  for run in (functools.partial(_check_traffic, function), function):
+    found = run(*args)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    structure = jax.tree.structure(shardings)
+    groups = jax.tree.leaves(
+      found, is_leaf=lambda x: jax.tree.structure(x) == structure
+    )
+    for group in groups:
+      _check_sharding(group, shardings)
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('density', [0.1, 0.55])
+def test_topk_mask(kind, density):
+  theta, _ = _shard(_tree(0), kind)
+  for path, x in leaves.by_path(theta).items():
+    if path == 'a/b':
+      continue
+    mask = _check_traffic(lambda x: masks.topk_mask(x, density), x)
+    expected = masks.topk_mask(np.asarray(x), density)
+    np.testing.assert_array_equal(mask, expected)
+    assert mask.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_topk_mask_of_a_vector(kind):
+  # What the fault was seen with: all devices along the only axis.
+  mesh = jax.make_mesh((_COUNT,), ('x',), axis_types=(_KINDS[kind],))
+  sharding = NamedSharding(mesh, PartitionSpec('x'))
+  x = jax.device_put(jnp.arange(4096.0), sharding)
+  mask = masks.topk_mask(x, 0.1)
+  np.testing.assert_array_equal(mask, np.arange(4096) >= 4096 - 409)
+  assert mask.sharding.is_equivalent_to(sharding, 1)
+
+
+_PRUNE = {
+  'layer': {'density': 0.3},
+  'whole': {'density': 1.0},
+  'global': {'density': 0.3, 'scope': 'global'},
+  'output': {'density': 0.3, 'scope': 'output'},
+  'erk': {'density': distributions.erdos_renyi(0.8)},
+  'n_of_m': {'density': distributions.n_of_m(2, 4)},
+}
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('name', [k for k in _PRUNE if k != 'whole'])
+def test_prune(kind, name):
+  _check(lambda theta: pruning.prune(theta, **_PRUNE[name]), kind, _tree(0))
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_masks_that_keep_everything_are_sharded_too(kind):
+  theta, shardings = _shard(_tree(0), kind)
+  whole = functools.partial(pruning.prune, **_PRUNE['whole'])
+  for f in (masks.dense, whole):
+    for run in (f, jax.jit(f)):
+      found = run(theta)
+      assert all(x.all() for x in jax.tree.leaves(found))
+      for mask in found if f is masks.dense else [found]:
+        _check_sharding(mask, shardings)
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_prune_by_other_scores(kind):
+  def prune(theta, grads):
+    scores = pruning.taylor_scores(theta, grads)
+    return pruning.prune(theta, 0.3, scores=scores, scope='global')
+
+  _check(prune, kind, _tree(0), _tree(1))
+
+
+_counts = distributions.erdos_renyi(0.8)
+_wide = distributions.erdos_renyi(0.6)
+_pattern = distributions.n_of_m(1, 4)
+_drop = schedules.drop_fraction(0.3, 100)
+_progress = schedules.cubic(0, 100)
+_phases = schedules.alternating([10])
+_UPDATERS = {
+  'random': updaters.random(_counts),
+  'snip': updaters.snip(_counts),
+  'snip by layer': updaters.snip(_counts, 'layer'),
+  'set': updaters.set_(_counts, _drop, None),
+  'rigl': updaters.rigl(_counts, _drop, None),
+  'rigl of other weights': updaters.rigl(_counts, _drop, None, False),
+  'rigl in a pattern': updaters.rigl(_pattern, _drop, None),
+  'top_kast': updaters.top_kast(_counts, _wide),
+  'magnitude': updaters.magnitude(_counts, _progress),
+  'magnitude of all': updaters.magnitude(_counts, _progress, 'global'),
+  'magnitude in a pattern': updaters.magnitude(_pattern, _progress),
+  'acdc': updaters.acdc(_counts, _phases, None),
+}
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+@pytest.mark.parametrize('name', _UPDATERS)
+def test_updaters(kind, name):
+  updater = _UPDATERS[name]
+
+  def update(theta, grads, later):
+    key = jax.random.key(0)
+    made = updater.init(key, theta, grads)
+    return made, updater.update(key, 50, later, made, grads)
+
+  _check(update, kind, *map(_tree, range(3)))
