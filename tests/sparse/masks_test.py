@@ -65,6 +65,8 @@ _traced = jax.jit(masks.top_count_mask)
 _static = jax.jit(masks.top_count_mask, static_argnums=1)
 
 
+WEIGHTS_AB = {'a': True, 'b': True}
+
 # Scores, count, mask.
 TABLE = [
   ([3, 1, 2], 0, [0, 0, 0]),
@@ -154,6 +156,81 @@ def test_static_count(count):
   mask = _static(scores, count)
   assert mask.shape == (30, 70)
   np.testing.assert_array_equal(mask, expected)
+
+
+def _stacked_counts(counts, ndim=3):
+  return np.reshape(counts, (-1, *[1] * (ndim - 1)))
+
+
+@pytest.mark.parametrize('kind', ['normal', 'tied', 'zeros', 'odd'])
+def test_layers_of_a_stack_are_ranked_by_themselves(kind):
+  size = 5 * 7 * 11
+  scores = _scores(kind, size).astype(np.float32).reshape(5, 7, 11)
+  counts = np.array([0, 1, 30, 76, 77])
+  expected = np.stack([_by_sorting(s, n) for s, n in zip(scores, counts)])
+  stacked = _stacked_counts(counts)
+  np.testing.assert_array_equal(masks.top_count_mask(scores, stacked), expected)
+  np.testing.assert_array_equal(_traced(scores, stacked), expected)
+  # A stack along another axis, or along two.
+  last = _traced(jnp.moveaxis(scores, 0, 2), stacked.reshape(1, 1, 5))
+  np.testing.assert_array_equal(jnp.moveaxis(last, 2, 0), expected)
+  rows = np.arange(35).reshape(5, 7, 1) % 12
+  both = np.stack(
+    [[_by_sorting(r, n) for r, n in zip(*x)] for x in zip(scores, rows[..., 0])]
+  )
+  np.testing.assert_array_equal(_traced(scores, rows), both)
+
+
+def test_a_count_of_another_shape_is_an_error():
+  scores = jnp.ones((3, 4))
+  for shape in ((3,), (2, 1), (3, 1, 1)):
+    with pytest.raises(ValueError, match='does not broadcast'):
+      masks.top_count_mask(scores, np.ones(shape, int))
+  with pytest.raises(ValueError, match=r'count must be in \[0, 4\]'):
+    masks.top_count_mask(scores, np.array([[1], [5], [0]]))
+
+
+# Scores, n of every m, axis, mask.
+PATTERNS = [
+  ([3, 1, 2, 4], (1, 2), 0, [1, 0, 0, 1]),
+  ([3, 1, 2, 4], (1, 4), 0, [0, 0, 0, 1]),
+  ([1, 1, 1, 1], (2, 4), 0, [1, 1, 0, 0]),
+  ([0.0, -0.0, NAN, -INF], (3, 4), 0, [1, 1, 0, 1]),
+  ([[1, 2], [3, 0]], (1, 2), 0, [[0, 1], [1, 0]]),
+  ([[1, 2], [3, 0]], (1, 2), 1, [[0, 1], [1, 0]]),
+  ([[1, 2], [3, 4]], (1, 2), 0, [[0, 0], [1, 1]]),
+  ([[1, 2], [3, 4]], (1, 2), 1, [[0, 1], [0, 1]]),
+]
+
+
+@pytest.mark.parametrize('scores, pattern, axis, mask', PATTERNS)
+def test_n_of_m(scores, pattern, axis, mask):
+  count = masks.NOfM(*pattern, axis)
+  scores = jnp.asarray(scores, jnp.float32)
+  for f in (masks.n_of_m_mask, jax.jit(masks.n_of_m_mask)):
+    np.testing.assert_array_equal(f(scores, count), np.asarray(mask, bool))
+  assert masks.num_entries(count, scores.shape) == np.sum(mask)
+
+
+def test_the_axis_of_a_pattern_is_found():
+  scores = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)))
+  for axis in (0, 1):
+    mask = masks.n_of_m_mask(scores, masks.NOfM(2, 4, axis))
+    assert masks.n_of_m_axes(mask, 2, 4) == [axis]
+    assert masks.n_of_m_axes(mask, 1, 4) == []
+    assert masks.n_of_m_axes(mask, 2, 5) == []
+  with pytest.raises(ValueError, match=r'5 does not divide the axis 0 of .*8'):
+    masks.n_of_m_mask(scores, masks.NOfM(2, 5, 0))
+
+
+def test_leaves_without_entries():
+  empty = jnp.zeros((0, 3))
+  for count in (0, jnp.int32(0)):
+    assert masks.top_count_mask(empty, count).shape == (0, 3)
+  assert masks.topk_mask(empty, 0.5).shape == (0, 3)
+  mask = masks.global_topk({'a': empty, 'b': jnp.arange(3.0)}, 1, WEIGHTS_AB)
+  assert mask['a'].shape == (0, 3)
+  assert mask['b'].tolist() == [False, False, True]
 
 
 def test_arguments_of_numpy():
@@ -426,6 +503,26 @@ def test_globally(count, expected):
   _assert_masks(_globally(_tree(), count), expected)
 
 
+@pytest.mark.parametrize('kind', ['normal', 'tied', 'zeros', 'odd'])
+def test_globally_is_a_ranking_of_all_entries_in_order(kind):
+  scores = _scores(kind, 1000).astype(np.float32)
+  parts = np.split(scores, [100, 101, 700])
+  tree = {f'{i}': p.reshape(-1, 1, len(p)) for i, p in enumerate(parts)}
+  weights = dict.fromkeys(tree, True)
+  for count in (0, 1, 99, 333, 999, 1000):
+    expected = _by_sorting(scores, count)
+    for n in (count, jnp.int32(count)):
+      found = masks.global_topk(tree, n, weights)
+      flat = np.concatenate([np.ravel(m) for m in found.values()])
+      np.testing.assert_array_equal(flat, expected)
+
+
+def test_globally_ranks_different_dtypes():
+  tree = {'a': jnp.asarray([1.0, 2.0], jnp.bfloat16), 'b': jnp.asarray([1.001])}
+  mask = masks.global_topk(tree, 2, WEIGHTS_AB)
+  assert (mask['a'].tolist(), mask['b'].tolist()) == ([False, True], [True])
+
+
 @pytest.mark.parametrize('count', (-1, 9))
 def test_globally_of_a_bad_count_is_an_error(count):
   with pytest.raises(ValueError, match=r'count must be in \[0, 8\]'):
@@ -497,6 +594,14 @@ def test_apply_mask(dtype):
     np.asarray(out['w'], float), [[0.0, -2.0], [3.0, 0.0]]
   )
   np.testing.assert_array_equal(np.asarray(out['b'], float), [1.0])
+
+
+@pytest.mark.parametrize('shape', [(), (1,), (1, 2), (2, 1), (2, 2)])
+def test_apply_mask_refuses_a_mask_of_another_shape(shape):
+  tree, mask = {'a': {'w': jnp.ones(2)}}, {'a': {'w': jnp.ones(shape, bool)}}
+  for f in (masks.apply_mask, jax.jit(masks.apply_mask)):
+    with pytest.raises(ValueError, match=r"'a/w' has the shape .*\(2,\)"):
+      f(tree, mask)
 
 
 def test_apply_mask_stops_nan():

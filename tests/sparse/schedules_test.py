@@ -97,3 +97,19 @@ def test_traced_and_python_steps_agree(schedule):
   eager = [schedule(t) for t in range(20)]
   assert all(isinstance(x, jax.Array) and x.shape == () for x in eager)
   np.testing.assert_allclose(traced, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_alternating_by_hand():
+  compressed = schedules.alternating([2, 4, 5])
+  expected = [False, False, True, True, False, True, True]
+  assert [compressed(t) for t in range(7)] == expected
+  assert jax.jit(jax.vmap(compressed))(jnp.arange(7)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+  'boundaries, message',
+  [([], 'odd number'), ([1, 2], 'odd number'), ([0], 'rise'), ([3, 3], 'rise')],
+)
+def test_alternating_rejects(boundaries, message):
+  with pytest.raises(ValueError, match=message):
+    schedules.alternating(boundaries)
