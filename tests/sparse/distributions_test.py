@@ -1,11 +1,16 @@
 """Tests of how many weights each layer keeps."""
 
+import functools
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from powerprop_jax import leaves
 from powerprop_jax.sparse import distributions
+from powerprop_jax.sparse import masks
 
 
 def _tree(**shapes):
@@ -162,3 +167,113 @@ def test_sparsities():
     'a': {'b': 0.0, 'w': 0.0},
     'b': {'b': 0.0, 'w': 0.78},
   }
+
+
+def _kernels(prefix, *shapes):
+  return {
+    f'{prefix}_{i}': {'kernel': jax.ShapeDtypeStruct(shape, jnp.float32)}
+    for i, shape in enumerate(shapes)
+  }
+
+
+# Four layers of 16 inputs and 16 outputs beside a last one, scanned or not. The
+# order of the layers is the same, by which fractions of weights are rounded.
+_OUT = {'out': {'kernel': jax.ShapeDtypeStruct((16, 10), jnp.float32)}}
+_STACKED = {'ScanBlock_0': _kernels('Dense', (4, 16, 16)), **_OUT}
+_UNROLLED = {**_kernels('Block', *[(16, 16)] * 4), **_OUT}
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    distributions.uniform(0.9),
+    distributions.uniform(0.77),
+    distributions.erdos_renyi(0.9),
+    distributions.erdos_renyi(0.9, kernel=False),
+    distributions.erdos_renyi(0.5),
+    distributions.custom({'out': 0.3}, default=0.99),
+  ],
+)
+def test_stacked_layers_have_the_counts_of_unrolled_ones(make):
+  stacked, unrolled = make(_STACKED), make(_UNROLLED)
+  counts = stacked['ScanBlock_0']['Dense_0']['kernel']
+  assert counts.shape == (4, 1, 1)
+  each = [unrolled[f'Block_{i}']['kernel'] for i in range(4)]
+  assert counts.ravel().tolist() == each
+  assert stacked['out'] == unrolled['out']
+
+
+def test_erdos_renyi_of_stacked_layers_by_hand():
+  # 118 of 1184 weights. Ratios 32 / 256 and 26 / 160, so 32 for each of the
+  # stacked layers and 26 for the last one, scaled by 118 / 154.
+  counts = distributions.erdos_renyi(0.9)(_STACKED)
+  each = counts['ScanBlock_0']['Dense_0']['kernel'].ravel().tolist()
+  assert (sorted(each), counts['out']['kernel']) == ([24, 24, 25, 25], 20)
+
+
+def test_axes_can_be_said():
+  params = {'layers': {'w': jnp.zeros((4, 16, 16))}, 'out': {'w': jnp.zeros(5)}}
+  axes = functools.partial(leaves.axes, stacked='^layers/')
+  counts = distributions.uniform(0.5, axes=axes)(params)
+  assert counts['layers']['w'].ravel().tolist() == [128] * 4
+  # Without, they look as the taps of a convolution.
+  assert distributions.uniform(0.5)(params)['layers']['w'] == 512
+
+
+@pytest.mark.parametrize('kernel', [True, False])
+def test_attention_and_transposed_kernels_are_layers_of_two_dimensions(kernel):
+  # In Flax the heads have an axis; all four are of 32 inputs and 32 outputs.
+  attention = {
+    'attention': {
+      name: {'kernel': jnp.zeros(shape)}
+      for name, shape in {
+        'query': (32, 4, 8),
+        'key': (32, 4, 8),
+        'out': (4, 8, 32),
+      }.items()
+    },
+    'dense': {'kernel': jnp.zeros((32, 32))},
+  }
+  counts = distributions.erdos_renyi(0.9, kernel)(attention)
+  found = jax.tree.leaves(counts)
+  assert sum(found) == round(0.1 * 4 * 1024)
+  assert max(found) - min(found) <= 1
+  # Taps, outputs and inputs in Haiku's transposed convolution: 3, 3, 5 and 7.
+  shapes = {'conv2_d': (3, 3, 7, 5), 'conv2_d_transpose': (3, 3, 5, 7)}
+  tree = {k: {'w': jnp.zeros(shape)} for k, shape in shapes.items()}
+  counts = distributions.erdos_renyi(0.8, kernel)(tree)
+  assert counts['conv2_d'] == counts['conv2_d_transpose']
+
+
+def test_n_of_m_finds_the_inputs():
+  params = {
+    'linear': {'w': jnp.zeros((8, 3)), 'b': jnp.zeros(3)},
+    'conv2_d': {'w': jnp.zeros((3, 3, 4, 5))},
+    'conv2_d_transpose': {'w': jnp.zeros((3, 3, 5, 4))},
+  }
+  counts = distributions.n_of_m(2, 4)(params)
+  assert counts['linear'] == {'w': masks.NOfM(2, 4, 0), 'b': 3}
+  assert counts['conv2_d']['w'] == masks.NOfM(2, 4, 2)
+  assert counts['conv2_d_transpose']['w'] == masks.NOfM(2, 4, 3)
+  equinox = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+  assert distributions.n_of_m(1, 2)(equinox).weight == masks.NOfM(1, 2, 1)
+  given = distributions.n_of_m(1, 3, axis=-1)({'w': jnp.zeros((2, 6))})
+  assert given == {'w': masks.NOfM(1, 3, 1)}
+  assert distributions.sparsities(params, counts)['linear']['w'] == 0.5
+
+
+@pytest.mark.parametrize('n, m', [(0, 4), (5, 4), (-1, 2)])
+def test_impossible_patterns_are_rejected(n, m):
+  with pytest.raises(ValueError, match='1 <= n <= m must hold'):
+    distributions.n_of_m(n, m)
+
+
+def test_patterns_that_do_not_fit_are_rejected():
+  with pytest.raises(ValueError, match="'a/w': 4 does not divide the axis 0"):
+    distributions.n_of_m(2, 4)({'a': {'w': jnp.zeros((6, 8))}})
+  with pytest.raises(ValueError, match="'a/w': 4 does not divide the axis 2"):
+    distributions.n_of_m(2, 4, axis=2)({'a': {'w': jnp.zeros((8, 8))}})
+  with pytest.raises(ValueError, match="'a/w'.* has no axis of inputs"):
+    distributions.n_of_m(2, 4)({'a': {'w': jnp.zeros(8)}})
+  with pytest.raises(ValueError, match='no weight among'):
+    distributions.n_of_m(2, 4)({'a': {'b': jnp.zeros(8)}})

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from powerprop_jax import leaves
+from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
 
@@ -164,3 +166,158 @@ def test_check_finite_names_the_leaf(value):
   params['a/b']['w'] = params['a/b']['w'].at[1:].set(value)
   with pytest.raises(ValueError, match="2 entries of 'a/b/w'"):
     pruning.check_finite(params)
+
+
+@pytest.mark.parametrize(
+  ('density', 'size', 'kept'), [(1 - 0.9, 1000, 100), (0.29, 100, 29)]
+)
+def test_decimal_densities_count_exactly(density, size, kept):
+  theta = {'linear': {'w': jnp.arange(1.0, size + 1)}}
+  for scope in ('layer', 'global'):
+    mask = pruning.prune(theta, density, scope=scope)
+    assert mask['linear']['w'].sum() == kept
+    traced = jax.jit(functools.partial(pruning.prune, scope=scope))
+    assert traced(theta, density)['linear']['w'].sum() == kept
+
+
+def test_a_layer_without_weights_is_said():
+  theta = {'first': {'w': jnp.ones((8, 8))}, 'last': {'w': jnp.ones((80, 8))}}
+  with pytest.warns(UserWarning, match="none of the 64 weights .*'first/w'"):
+    mask = pruning.prune(theta, 0.01)
+  assert int(mask['first']['w'].sum()) == 0
+  assert int(mask['last']['w'].sum()) == 6
+  # Nothing is said where enough is kept, and a leaf without entries is whole.
+  pruning.prune(theta, 0.01, density_scale={'first': 2.0})
+  pruning.prune({**theta, 'none': {'w': jnp.ones((0, 3))}}, 0.5)
+
+
+@pytest.mark.parametrize('options', [{}, {'scope': 'global'}])
+def test_leaves_without_entries_are_pruned_to_nothing(options):
+  theta = {'none': {'w': jnp.ones((0, 3))}, 'linear': {'w': jnp.arange(4.0)}}
+  mask = pruning.prune(theta, 0.5, **options)
+  assert mask['none']['w'].shape == (0, 3)
+  assert mask['linear']['w'].tolist() == [F, F, T, T]
+
+
+def test_stacked_layers_are_ranked_by_themselves():
+  w = jax.random.normal(jax.random.key(0), (4, 16, 16))
+  kernel = w.at[3].multiply(0.01)
+  theta = {'ScanBlock_0': {'Dense_0': {'kernel': kernel}}}
+  mask = pruning.prune(theta, 0.5)['ScanBlock_0']['Dense_0']['kernel']
+  assert mask.sum((1, 2)).tolist() == [128] * 4
+  for layer, expected in zip(kernel, mask):
+    single = pruning.prune({'linear': {'w': layer}}, 0.5)
+    np.testing.assert_array_equal(single['linear']['w'], expected)
+  axes = functools.partial(leaves.axes, stacked='.')
+  mask = pruning.prune({'layers': {'w': kernel}}, 0.5, axes=axes)
+  assert mask['layers']['w'].sum((1, 2)).tolist() == [128] * 4
+  counts = jax.jit(functools.partial(pruning.prune, axes=axes))(
+    {'layers': {'w': kernel}}, 0.5
+  )
+  np.testing.assert_array_equal(counts['layers']['w'], mask['layers']['w'])
+
+
+def test_distributions_say_how_many():
+  theta = _random(0, {'a': 10, 'b': 30})
+  counts = distributions.custom({'a': 0.2, 'b': 0.9})
+  mask = pruning.prune(theta, counts)
+  assert [int(m['w'].sum()) for m in mask.values()] == [8, 3]
+  mask = pruning.prune(theta, counts, scope='global')
+  assert sum(int(m['w'].sum()) for m in mask.values()) == 11
+  expected = pruning.prune(theta, 11 / 40, scope='global')
+  jax.tree.map(np.testing.assert_array_equal, mask, expected)
+  for options in {'scope': 'output'}, {'density_scale': {'a': 2.0}}:
+    with pytest.raises(ValueError, match='says itself how many'):
+      pruning.prune(theta, counts, **options)
+
+
+def test_patterns_are_for_rankings_by_layer():
+  theta = {'linear': {'w': jnp.array([[4.0, 1.0], [3.0, 2.0]])}}
+  mask = pruning.prune(theta, distributions.n_of_m(1, 2))
+  assert mask['linear']['w'].tolist() == [[T, F], [F, T]]
+  mask = pruning.prune(theta, distributions.n_of_m(1, 2, axis=1))
+  assert mask['linear']['w'].tolist() == [[T, F], [T, F]]
+  with pytest.raises(ValueError, match="'linear/w' keeps 1 of every 2 weights"):
+    pruning.prune(theta, distributions.n_of_m(1, 2), scope='global')
+
+
+@pytest.mark.parametrize('shape', [(6, 4), (2, 3, 6, 4)])
+def test_output_units_are_ranked_by_themselves(shape):
+  w = jax.random.normal(jax.random.key(0), shape)
+  mask = pruning.prune({'conv2_d': {'w': w}}, 0.5, scope='output')
+  mask = np.asarray(mask['conv2_d']['w']).reshape(-1, 4)
+  size = mask.shape[0]
+  assert mask.sum(0).tolist() == [size // 2] * 4
+  for column, kept in zip(np.abs(np.reshape(w, (-1, 4))).T, mask.T):
+    assert column[kept].min() > column[~kept].max()
+
+
+def test_wanda_by_hand():
+  theta = {'linear': {'w': jnp.array([[1.0, -2.0], [3.0, 0.5]])}}
+  # Two examples, of norms 5 and 1 in the two inputs.
+  inputs = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+  scores = pruning.wanda_scores(theta, {'linear/w': inputs})
+  assert scores['linear']['w'].tolist() == [[5.0, 10.0], [3.0, 0.5]]
+  mask = pruning.prune(theta, 0.5, scores=scores, scope='output')
+  assert mask['linear']['w'].tolist() == [[T, T], [F, F]]
+  # By magnitude it would be the other one of the first unit.
+  mask = pruning.prune(theta, 0.5, scope='output')
+  assert mask['linear']['w'].tolist() == [[F, T], [T, F]]
+
+
+@pytest.mark.parametrize(
+  ('path', 'shape', 'inputs', 'einsum'),
+  [
+    ('conv2_d/w', (3, 3, 5, 2), (7, 4, 4, 5), 'nhwi->i,hwio->hwio'),
+    ('conv2_d_transpose/w', (3, 3, 2, 5), (7, 4, 4, 5), 'nhwi->i,hwoi->hwoi'),
+    ('attention/out/kernel', (4, 3, 6), (7, 9, 4, 3), 'nthd->hd,hdo->hdo'),
+    ('Scan_0/Dense_0/kernel', (3, 5, 2), (7, 5), None),
+    ('ScanB_0/Dense_0/kernel', (3, 5, 2), (3, 7, 5), 'sni->si,sio->sio'),
+  ],
+)
+def test_wanda_finds_the_inputs_of_every_kind_of_layer(
+  path, shape, inputs, einsum
+):
+  rng = np.random.default_rng(0)
+  w, x = (rng.normal(size=s).astype(np.float32) for s in (shape, inputs))
+  *modules, name = path.split('/')
+  theta = {name: jnp.asarray(w)}
+  for module in reversed(modules):
+    theta = {module: theta}
+  activations = {path: jnp.asarray(x)}
+  if einsum is None:  # These are not the activations of three layers.
+    with pytest.raises(ValueError, match=r'must begin with \(3,\)'):
+      pruning.wanda_scores(theta, activations)
+    return
+  scores = pruning.wanda_scores(theta, activations)
+  sums, product = einsum.split(',')
+  norm = np.sqrt(np.einsum(sums, x**2))
+  expected = np.einsum(f'{sums.split("->")[1]},{product}', norm, np.abs(w))
+  np.testing.assert_allclose(jax.tree.leaves(scores)[0], expected, rtol=1e-5)
+
+
+def test_wanda_refuses():
+  theta = {'linear': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}}
+  with pytest.raises(ValueError, match=r"no 'linear/w'; it has \['other'\]"):
+    pruning.wanda_scores(theta, {'other': jnp.ones((4, 3))})
+  with pytest.raises(ValueError, match=r'\(4, 2\), which must .* \(3,\)'):
+    pruning.wanda_scores(theta, {'linear/w': jnp.ones((4, 2))})
+
+
+def test_taylor_scores_rank_by_the_gradient_too():
+  theta = {'linear': {'w': jnp.array([1.0, -2.0, 3.0]), 'b': jnp.ones(1)}}
+  grads = {'linear': {'w': jnp.array([9.0, 3.0, -1.0]), 'b': jnp.ones(1)}}
+  scores = pruning.taylor_scores(theta, grads)
+  assert scores['linear']['w'].tolist() == [9.0, 6.0, 3.0]
+  for scope in ('layer', 'global'):
+    mask = pruning.prune(theta, 1 / 3, scores=scores, scope=scope)
+    assert mask['linear']['w'].tolist() == [T, F, F]
+  by_size = pruning.prune(theta, 1 / 3, scores=pruning.magnitude_scores(theta))
+  expected = pruning.prune(theta, 1 / 3)
+  jax.tree.map(np.testing.assert_array_equal, by_size, expected)
+
+
+def test_scores_of_another_tree_are_refused():
+  theta = _theta()
+  with pytest.raises(ValueError, match='scores have the structure'):
+    pruning.prune(theta, 0.5, scores=theta['linear'])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import updaters
 
@@ -65,3 +66,33 @@ def test_top_kast_penalty_by_hand():
     penalty['linear']['w'], [0.1, 0, 0, 0.9, -0.8, 0.7], rtol=1e-6
   )
   assert not penalty['linear']['b'].any()
+
+
+@pytest.mark.parametrize(
+  ('forward', 'backward'),
+  [
+    (distributions.n_of_m(2, 4, 0), distributions.n_of_m(1, 4, 0)),
+    (distributions.n_of_m(1, 2, 0), distributions.n_of_m(3, 4, 0)),
+    (distributions.n_of_m(1, 2, 0), distributions.uniform(0.5)),
+    (distributions.uniform(0.5), distributions.n_of_m(1, 2, 0)),
+  ],
+)
+def test_top_kast_needs_patterns_one_inside_the_other(forward, backward):
+  theta = {'linear': {'w': jnp.arange(8.0)}}
+  updater = updaters.top_kast(forward, backward)
+  with pytest.raises(ValueError, match=r'Give both'):
+    updater.init(KEY, theta, theta)
+
+
+def test_top_kast_in_patterns():
+  theta = {'linear': {'w': jnp.array([1.0, 4.0, 3.0, 2.0])}}
+  for backward, expected in (
+    (distributions.n_of_m(3, 4, 0), [0, 1, 1, 1]),
+    (distributions.uniform(0.0), [1, 1, 1, 1]),
+  ):
+    updater = updaters.top_kast(distributions.n_of_m(1, 4, 0), backward)
+    made = updater.init(KEY, theta, theta)
+    for _ in range(2):
+      assert _bits(made.forward) == [0, 1, 0, 0]
+      assert _bits(made.backward) == expected
+      _, made = updater.update(KEY, 0, theta, made, theta)

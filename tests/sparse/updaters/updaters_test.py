@@ -302,3 +302,155 @@ def test_leaves_that_are_not_weights_stay_whole():
     assert made.forward['linear']['b'].all()
     assert made.backward['linear']['b'].all()
     assert int(masks.count(made.forward, leaves.weight_mask(theta))[0]) == 3
+
+
+# Three layers of 8 inputs and 10 outputs, scanned or not.
+def _unroll(tree):
+  kernel = tree['ScanBlock_0']['Dense_0']['kernel']
+  return {f'Block_{i}': {'kernel': x} for i, x in enumerate(kernel)}
+
+
+def _stack_of(seed):
+  w = np.random.default_rng(seed).normal(size=(3, 8, 10)).astype(np.float32)
+  # By magnitude the layers differ, and a ranking of all would empty one.
+  w *= np.array([1.0, 0.01, 10.0], np.float32)[:, None, None]
+  return {'ScanBlock_0': {'Dense_0': {'kernel': jnp.asarray(w)}}}
+
+
+_sparse, _wider = distributions.uniform(0.83), distributions.uniform(0.61)
+
+
+@pytest.mark.parametrize(
+  'updater',
+  [
+    updaters.rigl(_sparse, _drop(0.5), None),
+    updaters.rigl(_sparse, _drop(0.5), None, regrow_dropped=False),
+    updaters.top_kast(_sparse, _wider),
+    updaters.magnitude(_sparse, schedules.cubic(0, 100)),
+    updaters.magnitude(_sparse, schedules.cubic(0, 100), 'global'),
+    updaters.magnitude(_sparse),
+    updaters.acdc(_sparse, schedules.alternating([100]), None, 'layer'),
+  ],
+)
+def test_stacked_layers_are_updated_as_unrolled_ones(updater):
+  theta, grads = _stack_of(0), _stack_of(1)
+  start = jax.tree.map(lambda x: jnp.abs(x) % 0.1 < 0.02, theta)
+  made, unrolled = (masks.Masks(tree, tree) for tree in (start, _unroll(start)))
+  _, made = jax.jit(updater.update)(KEY, 50, theta, made, grads)
+  _, unrolled = updater.update(
+    KEY, 50, _unroll(theta), unrolled, _unroll(grads)
+  )
+  chex.assert_trees_all_equal(_unroll(made.forward), unrolled.forward)
+  chex.assert_trees_all_equal(_unroll(made.backward), unrolled.backward)
+
+
+@pytest.mark.parametrize(
+  'updater',
+  [
+    updaters.snip(_sparse, 'layer'),
+    updaters.snip(_sparse, 'global'),
+    updaters.top_kast(_sparse, _wider),
+  ],
+)
+def test_stacked_layers_start_as_unrolled_ones(updater):
+  theta, grads = _stack_of(0), _stack_of(1)
+  made = updater.init(KEY, theta, grads)
+  unrolled = updater.init(KEY, _unroll(theta), _unroll(grads))
+  chex.assert_trees_all_equal(_unroll(made.forward), unrolled.forward)
+  chex.assert_trees_all_equal(_unroll(made.backward), unrolled.backward)
+
+
+def test_each_stacked_layer_has_its_number_of_random_weights():
+  made = updaters.random(_sparse).init(KEY, _stack_of(0), None)
+  kernel = made.forward['ScanBlock_0']['Dense_0']['kernel']
+  assert kernel.sum((1, 2)).tolist() == [14, 14, 13]
+
+
+def test_the_penalty_of_stacked_layers_is_that_of_unrolled_ones():
+  theta = _stack_of(0)
+  updater = updaters.top_kast(distributions.uniform(0.83), _wider)
+  made = updater.init(KEY, theta, theta)
+  kernel = made.forward['ScanBlock_0']['Dense_0']['kernel']
+  made.forward['ScanBlock_0']['Dense_0']['kernel'] = kernel.at[0, 0].set(False)
+  unrolled = masks.Masks(*map(_unroll, made))
+  chex.assert_trees_all_close(
+    _unroll(updaters.exploration_penalty(theta, made, 0.1)),
+    updaters.exploration_penalty(_unroll(theta), unrolled, 0.1),
+    rtol=1e-6,
+  )
+
+
+_pattern = distributions.n_of_m(2, 4)
+
+
+@pytest.mark.parametrize(
+  'updater',
+  [
+    updaters.random(_pattern),
+    updaters.snip(_pattern, 'layer'),
+    updaters.set_(_pattern, _drop(0.4), None),
+    updaters.rigl(_pattern, _drop(0.4), None),
+    updaters.rigl(_pattern, _drop(0.4), None, regrow_dropped=False),
+    updaters.top_kast(_pattern, distributions.n_of_m(3, 4)),
+    updaters.magnitude(_pattern),
+    updaters.magnitude(_pattern, schedules.cubic(0, 100)),
+    updaters.acdc(_pattern, schedules.alternating([10]), None, 'layer'),
+  ],
+)
+def test_patterns_hold_in_every_group(updater):
+  rng = np.random.default_rng(0)
+  trees = [_tree(rng.normal(size=(16, 6)).astype(np.float32)) for _ in range(4)]
+  made = updater.init(KEY, trees[0], trees[1])
+  update = jax.jit(updater.update)
+  for step in (100, 200):
+    key = jax.random.key(step)
+    _, made = update(key, step, trees[2], made, trees[3])
+  mask = made.forward['linear']['w']
+  assert mask.reshape(4, 4, 6).sum(1).tolist() == [[2] * 6] * 4
+  assert masks.n_of_m_axes(mask, 2, 4) == [0]
+  assert made.forward['linear']['b'].all()
+
+
+def test_rigl_in_a_pattern_by_hand():
+  # Groups of four. 0.1, 0.2 and 0.3 are dropped: two of the first group, and
+  # one of the second. Each grows as many, where its gradient is largest.
+  theta = _tree([0.1, 0.2, 5.0, 5.0, 0.3, 4.0, 5.0, 5.0])
+  grads = _tree([1.0, 2.0, 4.0, 3.0, 2.0, 0.0, 1.0, 9.0])
+  before = _masks([1, 1, 0, 0, 1, 1, 0, 0])
+  counts = distributions.n_of_m(2, 4, axis=0)
+  updater = updaters.rigl(counts, _drop(0.75), None)
+  _, made = updater.update(KEY, 0, theta, before, grads)
+  assert _bits(made.forward) == [0, 0, 1, 1, 0, 1, 0, 1]
+
+
+def test_magnitude_reaches_a_pattern_by_steps():
+  theta = _tree([4.0, 3.0, 2.0, 1.0])
+  counts = distributions.n_of_m(1, 4, axis=0)
+  updater = updaters.magnitude(counts, lambda step: step / 100)
+  made = updater.init(KEY, theta, theta)
+  seen = []
+  for step in (20, 34, 70, 100):
+    _, made = updater.update(KEY, step, theta, made, theta)
+    seen.append(_bits(made.forward))
+  assert seen == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_patterns_are_refused_where_all_weights_are_ranked_together():
+  theta = _tree(jnp.ones((4, 2)))
+  updater = updaters.snip(_pattern)
+  with pytest.raises(ValueError, match="'linear/w' keeps 2 of every 4"):
+    updater.init(KEY, theta, theta)
+
+
+def test_the_last_update_trades_as_long_as_the_cosine_ends_after_it():
+  theta = _tree(jnp.arange(1.0, 101.0))
+  grads = _tree(jnp.arange(100.0, 0.0, -1.0))
+  before = _masks([0] * 50 + [1] * 50)
+  # The only update is at step 100. It trades nothing where the cosine has ended
+  # or ends right after it, and half of the drop fraction in the middle.
+  for stop, traded in ((100, 0), (101, 0), (200, 10)):
+    drop = schedules.drop_fraction(0.4, stop)
+    updater = updaters.rigl(_counts(50), drop, None)
+    _, made = updater.update(KEY, 100, theta, before, grads)
+    changed = np.sum(np.array(_bits(made.forward)) != _bits(before.forward))
+    assert changed == 2 * traded
