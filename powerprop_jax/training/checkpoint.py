@@ -1,25 +1,31 @@
 """Checkpoints, by which training that is killed goes on as if it had not been.
 
-A thin layer over Orbax, which writes in the background, under another name
-until a checkpoint is whole, and keeps the newest few. A tree is stored as a
-flat dictionary of arrays by path, with a record beside it: the configuration,
-the type of every leaf, and extras such as the position in the data. A checksum
-tells a damaged checkpoint from a whole one, and the one before is used. To
-restore under another configuration or into another tree is an error that lists
-the differences.
+Orbax writes them: in the background, under another name until a checkpoint is
+whole, and the newest few are kept. This module adds what Orbax lacks.
+
+*   A state is stored as a flat dictionary of arrays by path, with a record
+    beside it: the configuration of the run, the type of every leaf, and extras
+    such as the position in the data. So a checkpoint can be read without the
+    tree that it was made from, on any number of devices, and to restore it
+    under another configuration or into another tree is an error that lists the
+    differences.
+*   A checksum tells a damaged checkpoint from a whole one, and the checkpoint
+    before it is used.
+*   What is still being written when a program ends is finished.
 
 In a program of several processes every process calls every function. The first
-process writes, all read, and the first decides from which step they go on. The
-folder must therefore lie on a file system that they share.
+process writes, all of them read, and the first decides from which step they go
+on. The folder must therefore lie on a file system that they share.
 """
 
 import base64
 from collections.abc import Mapping
+import contextlib
 import json
 import logging
+import operator
 import os
-import pathlib
-import shutil
+import re
 import threading
 from typing import Any, NamedTuple
 import zlib
@@ -31,41 +37,61 @@ import numpy as np
 
 from powerprop_jax import extras
 from powerprop_jax import leaves as leaves_lib
+from powerprop_jax import paths
 
 with extras.needed('experiments'):
   import orbax.checkpoint as ocp
 
 _LOG = logging.getLogger(__name__)
+_STEP = re.compile(r'0|[1-9][0-9]*')
+# What Orbax puts into a checkpoint of ours.
+_ITEMS = {'state', 'record', '_CHECKPOINT_METADATA'}
+# The managers whose last checkpoint may be unfinished.
+_OPEN: set[ocp.CheckpointManager] = set()
 
-# Orbax tells saves apart by a counter of the process, so that threads with a
-# manager each, which save at the same time, would mix them up.
-_TURN = threading.Lock()
-_WRITING: list[ocp.CheckpointManager] = []  # At most one.
+
+def _finish() -> None:
+  """Finishes what is being written, however many managers were left open."""
+  with contextlib.ExitStack() as stack:
+    for writer in tuple(_OPEN):
+      stack.callback(writer.close)
+
+
+# Orbax finishes nothing when a program ends. `atexit` would be too late: the
+# executors that Orbax writes with no longer accept work by then.
+threading._register_atexit(_finish)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Manager(NamedTuple):
-  """The folder of checkpoints of a run.
+  """The folder of checkpoints of a run; a context manager that closes itself.
 
   Attributes:
     directory: the folder.
-    config: the configuration of the run, as JSON knows it.
-    writer: Orbax's manager; None in a process that does not write.
+    config: the configuration of the run, as JSON holds it.
+    writer: Orbax's manager, or None in a process that does not write.
   """
 
-  directory: pathlib.Path
+  directory: paths.Path
   config: dict[str, Any]
   writer: ocp.CheckpointManager | None
 
+  def __enter__(self) -> 'Manager':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    close(self)
+
 
 class Checkpoint(NamedTuple):
-  """A checkpoint, read without knowledge of the tree it was made from.
+  """A checkpoint that was read without knowledge of its tree.
 
   Attributes:
-    step: its step.
+    step: the step it was saved at.
     config: the configuration of the run that wrote it.
     extra: what was saved beside the state.
-    types: the type and shape of every leaf by path, as 'float32[784, 300]'.
-    arrays: every leaf by path, as 'phi/linear/w': numpy arrays, and typed keys.
+    types: the type and shape of every leaf by path, such as 'float32[784, 300]'
+      for 'phi/linear/w'.
+    arrays: every leaf by path: numpy arrays, and arrays of typed keys.
   """
 
   step: int
@@ -85,27 +111,73 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   )
 
 
+def _is_step(path: paths.Path) -> bool:
+  """Whether a path is that of a checkpoint, be it whole or damaged."""
+  if not _STEP.fullmatch(path.name):
+    return False
+  content = {x.name for x in path.iterdir()} if path.is_dir() else set()
+  return not content or bool(content & _ITEMS)
+
+
+def _steps(directory: paths.Path) -> list[int]:
+  return sorted(int(x.name) for x in directory.glob('*') if _is_step(x))
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A configuration as a checkpoint gives it back."""
+  for key, value in config.items():
+    try:
+      json.dumps({key: value}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+      raise ValueError(
+        f'config[{key!r}] = {value!r} cannot be compared with what is stored'
+        f' ({error}). Use finite numbers, texts, booleans, None, lists and'
+        ' dictionaries.'
+      ) from error
+  return json.loads(json.dumps(dict(config)))
+
+
 def open_manager(
   directory: str | os.PathLike[str], config: Mapping[str, Any], keep: int = 3
 ) -> Manager:
   """Opens a folder of checkpoints, and makes it where there is none.
 
   Args:
-    directory: the folder.
+    directory: the folder, of its own; local, or the address of a bucket.
     config: what must be equal for a run to go on from a checkpoint, such as the
-      network, the method and alpha; values that JSON can hold.
+      program, the network, the method and alpha; of values that JSON holds.
     keep: how many checkpoints to keep.
 
   Returns:
-    A `Manager`, to be closed with `close`.
+    A `Manager`, to be used in a `with` statement or closed by `close`.
 
   Raises:
-    ValueError: if keep < 1.
+    ValueError: if keep < 1, if the configuration cannot be stored or compared,
+      or if a folder in the directory has a number for a name and is no
+      checkpoint.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with open_manager(folder, {'alpha': 2.0}) as manager:
+  ...     save(manager, 7, {'w': jnp.ones(2)})
+  ...     step, state, _ = restore_latest(manager, {'w': jnp.zeros(2)})
+  >>> step, state['w'].tolist()
+  (7, [1.0, 1.0])
   """
   if keep < 1:
     raise ValueError(f'keep must be at least 1, got {keep}.')
-  directory = pathlib.Path(directory).absolute()
+  config = _as_json(config)
+  directory = paths.resolve(directory)
+  if '://' not in os.fspath(directory):
+    directory = directory.absolute()  # Orbax takes no other.
   directory.mkdir(parents=True, exist_ok=True)
+  for path in directory.glob('*'):
+    if _STEP.fullmatch(path.name) and not _is_step(path):
+      raise ValueError(
+        f'{path} is no checkpoint. Orbax would count it among them, and delete'
+        ' it in time: use a folder that is for checkpoints only.'
+      )
   writer = None
   if jax.process_index() == 0:
     options = ocp.CheckpointManagerOptions(
@@ -113,9 +185,15 @@ def open_manager(
       cleanup_tmp_directories=True,
       preservation_policy=ocp.checkpoint_managers.LatestN(keep),
       multiprocessing_options=_alone(),
+      # Where it makes folders in the background, Orbax tells saves apart by one
+      # counter of the process, and mixes up threads that save together.
+      async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False
+      ),
     )
     writer = ocp.CheckpointManager(directory, options=options)
-  return Manager(directory, json.loads(json.dumps(dict(config))), writer)
+    _OPEN.add(writer)
+  return Manager(directory, config, writer)
 
 
 def _type(leaf: Any) -> str:
@@ -143,10 +221,6 @@ def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
   return checksum
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
-  return sorted(int(x.name) for x in directory.glob('*') if x.name.isdigit())
-
-
 def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
   """Starts to write a checkpoint; does nothing if it is the newest already.
 
@@ -156,23 +230,38 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
 
   Args:
     manager: a `Manager`.
-    step: the step.
+    step: the step, an integer of 0 or more.
     state: a pytree of arrays, typed keys and numbers, as one device holds it.
     extra: what JSON can hold, and bytes, such as the state of a data iterator.
 
   Raises:
-    ValueError: if there is a checkpoint of a later step.
+    ValueError: if the step is no such integer, or if there is a checkpoint of a
+      later step.
+    TypeError: if extra holds what JSON cannot hold.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with open_manager(folder, {'alpha': 2.0}) as manager:
+  ...     save(manager, 0, {'w': jnp.ones(2)}, extra={'epoch': 3})
+  ...   load(folder).extra
+  {'epoch': 3}
   """
+  try:
+    number = operator.index(step)
+  except TypeError as error:
+    raise ValueError(f'step must be an integer, got {step!r}.') from error
+  if number < 0:
+    raise ValueError(f'step must be 0 or more, got {number}.')
   if manager.writer is None:
     return
-  # The manager knows of the one it is just writing.
-  steps = {*_steps(manager.directory), *manager.writer.all_steps()}
-  if steps and step < max(steps):
+  newest = manager.writer.latest_step()  # Also one that is being written.
+  if newest is not None and number < newest:
     raise ValueError(
-      f'{manager.directory} holds step {max(steps)}, which is after step'
-      f' {step}. Restore it first, or use another folder.'
+      f'{manager.directory} holds step {newest}, which is after step {number}.'
+      ' Restore it first, or use another folder.'
     )
-  if step in steps:
+  if number == newest:
     return
   leaves = leaves_lib.by_path(state)
   keys = {
@@ -181,51 +270,79 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
     if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
   }
   raw = {**leaves, **{k: jax.random.key_data(leaves[k]) for k in keys}}
+  # As numpy arrays, which Orbax gives back on any number of devices.
   arrays = {k: np.asarray(v) for k, v in jax.device_get(raw).items()}
   record = {
     'config': manager.config,
     'extra': json.loads(json.dumps(extra, default=_encode)),
     'types': {k: _type(v) for k, v in leaves.items()},
     'keys': keys,
+    # Orbax refuses arrays without elements: their types are all there is.
+    'empty': {
+      k: [v.dtype.name, v.shape] for k, v in arrays.items() if not v.size
+    },
   }
   record['checksum'] = _checksum(record, arrays)
-  state, record = ocp.args.PyTreeSave(arrays), ocp.args.JsonSave(record)
-  args = ocp.args.Composite(state=state, record=record)
-  with _TURN:
-    if manager.writer not in _WRITING:
-      for other in _WRITING:
-        other.wait_until_finished()
-      _WRITING[:] = [manager.writer]
-    manager.writer.save(step, args=args)
+  filled = {k: v for k, v in arrays.items() if v.size}
+  # Nor does Orbax save trees without any array.
+  filled = ocp.args.PyTreeSave(filled or {'': np.zeros(1)})
+  args = ocp.args.Composite(state=filled, record=ocp.args.JsonSave(record))
+  manager.writer.save(number, args=args)
 
 
 def close(manager: Manager) -> None:
-  """Waits for the last checkpoint to be whole; raises if it cannot be."""
-  if manager.writer is not None:
-    with _TURN:
-      _WRITING[:] = [w for w in _WRITING if w is not manager.writer]
-      manager.writer.close()
+  """Waits for the last checkpoint to be whole.
+
+  Args:
+    manager: a `Manager`; closing it again does nothing.
+
+  Raises:
+    Exception: if the checkpoint cannot be written; of the type Orbax gives it.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   manager = open_manager(folder, {})
+  ...   save(manager, 7, {'w': jnp.ones(2)})
+  ...   close(manager)
+  ...   load(folder).step
+  7
+  """
+  if manager.writer in _OPEN:
+    _OPEN.discard(manager.writer)
+    manager.writer.close()
 
 
-def _read(path: pathlib.Path) -> Checkpoint:
+def _read(path: paths.Path) -> Checkpoint:
   """Reads one checkpoint; raises some error if it is damaged."""
-  state, record = ocp.args.PyTreeRestore(), ocp.args.JsonRestore()
-  args = ocp.args.Composite(state=state, record=record)
+  args = ocp.args.Composite(
+    state=ocp.args.PyTreeRestore(), record=ocp.args.JsonRestore()
+  )
   with ocp.Checkpointer(
     ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone()
   ) as reader:
     items = reader.restore(path, args=args)
-  arrays, record = items['state'], items['record']
+  state, record = items['state'], items['record']
   checksum = record.pop('checksum')
+  # Version 0.1 knew no arrays without elements.
+  empty = {
+    k: np.zeros(shape, jnp.dtype(dtype))
+    for k, (dtype, shape) in record.get('empty', {}).items()
+  }
+  arrays = {k: empty[k] if k in empty else state[k] for k in record['types']}
   if _checksum(record, arrays) != checksum:
     raise ValueError('The checksum is wrong.')
-  for key, impl in record.pop('keys').items():
-    arrays[key] = jax.random.wrap_key_data(arrays[key], impl=impl)
-  extra = json.loads(json.dumps(record.pop('extra')), object_hook=_decode)
-  return Checkpoint(step=int(path.name), extra=extra, arrays=arrays, **record)
+  for key, impl in record['keys'].items():
+    arrays[key] = jax.random.wrap_key_data(jnp.asarray(arrays[key]), impl=impl)
+  extra = json.loads(json.dumps(record['extra']), object_hook=_decode)
+  return Checkpoint(
+    int(path.name), record['config'], extra, record['types'], arrays
+  )
 
 
-def _newest(directory: pathlib.Path) -> tuple[Checkpoint | None, list]:
+def _newest(
+  directory: paths.Path,
+) -> tuple[Checkpoint | None, list[paths.Path]]:
   """The newest whole checkpoint, and the paths of the damaged ones after it."""
   damaged = []
   for step in reversed(_steps(directory)):
@@ -243,15 +360,26 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
   """Reads the newest whole checkpoint of any run, and changes nothing.
 
   Args:
-    directory: the folder given to `open_manager`.
+    directory: the folder that was given to `open_manager`.
 
   Returns:
-    A `Checkpoint`; `fill` makes trees of it.
+    A `Checkpoint`, of which `fill` makes trees.
 
   Raises:
-    FileNotFoundError: if there is none.
+    FileNotFoundError: if there is no whole checkpoint.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with open_manager(folder, {'alpha': 2.0}) as manager:
+  ...     save(manager, 7, {'w': jnp.ones(2)})
+  ...   found = load(folder)
+  >>> found.config, found.types
+  ({'alpha': 2.0}, {'w': 'float32[2]'})
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = paths.resolve(directory)
+  if '://' not in os.fspath(directory):
+    directory = directory.absolute()
   found, _ = _newest(directory)
   if found is None:
     raise FileNotFoundError(f'There is no whole checkpoint in {directory}.')
@@ -284,14 +412,19 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
     like: a tree of arrays or of `jax.ShapeDtypeStruct`. Its paths count and not
       its containers: the key 'phi' of a dictionary takes the field of a state.
     found: a checkpoint.
-    partial: whether the checkpoint may hold more.
+    partial: whether the checkpoint may hold more than the tree asks for.
 
   Returns:
-    A tree as `like`: numpy arrays and Python numbers where it has them, else
-    arrays on the default device.
+    A tree of the structure of `like`: numpy arrays and Python numbers where it
+    has them, and arrays on the default device elsewhere.
 
   Raises:
     ValueError: if the trees differ; it lists the paths that do.
+
+  >>> import numpy as np
+  >>> found = Checkpoint(7, {}, None, {'w': 'int64[2]'}, {'w': np.arange(2)})
+  >>> fill({'w': np.zeros(2, np.int64)}, found)
+  {'w': array([0, 1])}
   """
   leaves = leaves_lib.by_path(like)
   here = {k: _type(v) for k, v in leaves.items()}
@@ -313,14 +446,21 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
 
   Args:
     manager: a `Manager`.
-    like: a tree as of `fill`, such as a fresh training state.
+    like: a tree that `fill` can fill, such as a fresh training state.
 
   Returns:
     (step, state, extra) as they were saved, or None if there is no checkpoint.
 
   Raises:
-    ValueError: if the configuration or the tree differ from what was saved.
+    ValueError: if the configuration or the tree differs from what was saved.
     FileNotFoundError: if there are checkpoints, and all of them are damaged.
+
+  >>> import tempfile
+  >>> import jax.numpy as jnp
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with open_manager(folder, {'alpha': 2.0}) as manager:
+  ...     print(restore_latest(manager, {'w': jnp.zeros(2)}))
+  None
   """
   found = None
   if manager.writer is not None:
@@ -330,7 +470,8 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
     # Nothing is deleted, as the fault may lie with the file system.
     for path in damaged if found is not None else []:
       aside = path.with_name(f'{path.name}.damaged')
-      shutil.rmtree(aside, ignore_errors=True)
+      if aside.is_dir():
+        aside.rmtree()
       path.rename(aside)
     manager.writer.reload()
   # Differences are errors below this line, which all processes have to reach.

@@ -23,7 +23,7 @@ from powerprop_jax.sparse import masks
 from powerprop_jax.training import checkpoint
 
 CONFIG = {'network': 'lenet_300_100', 'alpha': 2.0, 'layers': (300, 100)}
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _tree(step):
@@ -47,6 +47,8 @@ def _tree(step):
     'int': step,
     'float': 1 / 3,
     'bool': True,
+    'no_elements': jnp.zeros((0, 3), jnp.bfloat16),
+    'no_keys': jax.random.split(jax.random.key(0), 3)[:0],
   }
 
 
@@ -144,6 +146,115 @@ def test_state_may_be_donated_at_once(tmp_path):
   # What was restored may be donated as well.
   np.testing.assert_array_equal(step(found[1]['x']), 2.0)
   checkpoint.close(manager)
+
+
+@pytest.mark.parametrize(
+  'state',
+  [
+    {},
+    {'a': None},
+    {'a': np.zeros((2, 0))},
+    jnp.arange(3),
+    np.float32(2),
+    jnp.zeros(0),
+  ],
+  ids=['empty', 'none', 'no_elements', 'leaf', 'scalar', 'empty_leaf'],
+)
+def test_trees_of_little(tmp_path, state):
+  with checkpoint.open_manager(tmp_path, CONFIG) as manager:
+    checkpoint.save(manager, 0, state)
+    found = checkpoint.restore_latest(manager, state)
+  assert found is not None
+  _assert_same(found[1], state)
+
+
+def test_checkpoints_of_version_0_1_are_read(tmp_path):
+  state = {'w': jnp.arange(3.0), 'key': jax.random.key(1)}
+  with checkpoint.open_manager(tmp_path, CONFIG) as manager:
+    checkpoint.save(manager, 3, state)
+  path = tmp_path / '3' / 'record' / 'metadata'
+  record = json.loads(path.read_text())
+  del record['checksum']
+  del record['empty']
+  arrays = {
+    'w': np.arange(3, dtype=np.float32),
+    'key': np.asarray(jax.random.key_data(state['key'])),
+  }
+  record['checksum'] = checkpoint._checksum(record, arrays)
+  path.write_text(json.dumps(record))
+  found = _restore(tmp_path, state)
+  assert found is not None
+  _assert_same(found[1], state)
+
+
+@pytest.mark.parametrize(
+  ('step', 'message'),
+  [
+    (7.0, 'must be an integer, got 7.0'),
+    ('7', "must be an integer, got '7'"),
+    (None, 'must be an integer, got None'),
+    (jnp.float32(7), 'must be an integer'),
+    (jnp.arange(2), 'must be an integer'),
+    (-1, 'must be 0 or more, got -1'),
+    (np.int32(-1), 'must be 0 or more, got -1'),
+  ],
+)
+def test_steps_that_are_none(tmp_path, step, message):
+  with checkpoint.open_manager(tmp_path, CONFIG) as manager:
+    with pytest.raises(ValueError, match=message):
+      checkpoint.save(manager, step, {'x': jnp.float32(1)})
+    assert checkpoint.restore_latest(manager, {'x': jnp.float32(0)}) is None
+  assert not _names(tmp_path)
+
+
+@pytest.mark.parametrize('integer', [np.int64, jnp.int32, jnp.uint8])
+def test_steps_may_be_arrays(tmp_path, integer):
+  with checkpoint.open_manager(tmp_path, CONFIG) as manager:
+    checkpoint.save(manager, integer(7), {'x': jnp.float32(1)})
+    checkpoint.save(manager, 7, {'x': jnp.float32(2)})  # Does nothing.
+    found = checkpoint.restore_latest(manager, {'x': jnp.float32(0)})
+  assert found is not None
+  assert (found[0], type(found[0]), found[1]['x']) == (7, int, 1)
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    (float('nan'), r"config\['rate'\] = nan cannot be compared"),
+    ([1.0, float('-inf')], r"config\['rate'\] = \[1.0, -inf\] cannot"),
+    ({1, 2}, r"config\['rate'\] = \{1, 2\} cannot be compared"),
+    (jnp.float32(1), r"config\['rate'\] = .* cannot be compared"),
+  ],
+)
+def test_configurations_that_cannot_be_compared(tmp_path, value, message):
+  with pytest.raises(ValueError, match=message):
+    checkpoint.open_manager(tmp_path / 'new', {'alpha': 2.0, 'rate': value})
+  assert not (tmp_path / 'new').exists()
+
+
+def test_another_folder_is_left_alone(tmp_path):
+  _write(tmp_path, [1])
+  holidays = tmp_path / '2024'
+  holidays.mkdir()
+  (holidays / 'beach.jpg').write_bytes(b'a')
+  with pytest.raises(ValueError, match='2024 is no checkpoint'):
+    checkpoint.open_manager(tmp_path, CONFIG)
+  assert checkpoint.load(tmp_path).step == 1
+  assert _names(tmp_path) == ['1', '2024']
+  assert _names(holidays) == ['beach.jpg']
+  # Names that Orbax does not take for steps are no matter.
+  holidays.rename(tmp_path / '0x2024')
+  found = _restore(tmp_path, _tree(0))
+  assert found is not None and found[0] == 1
+
+
+def test_closing_twice_and_closing_after_an_error(tmp_path):
+  manager = checkpoint.open_manager(tmp_path, CONFIG)
+  with pytest.raises(KeyError, match='mine'), manager:
+    checkpoint.save(manager, 1, _tree(1))
+    raise KeyError('mine')
+  checkpoint.close(manager)
+  assert checkpoint.load(tmp_path).step == 1
 
 
 def test_steps_that_are_kept(tmp_path):
@@ -272,7 +383,7 @@ def test_other_tree_is_refused(tmp_path):
 
 def test_long_lists_of_differences_are_cut(tmp_path):
   _write(tmp_path, [1])
-  with pytest.raises(ValueError, match=r'and 15 more$'):
+  with pytest.raises(ValueError, match=r'and 17 more$'):
     _restore(tmp_path, {f'x{i}': jnp.zeros(1) for i in range(22)})
 
 
@@ -281,6 +392,66 @@ def test_two_leaves_with_one_path(tmp_path):
   with pytest.raises(ValueError, match='have the same path'):
     checkpoint.save(manager, 0, {'a/b': 1, 'a': {'b': 2}})
   checkpoint.close(manager)
+
+
+def _empty_the_folder(path):
+  shutil.rmtree(path)
+  path.mkdir()
+
+
+def _a_file_in_its_place(path):
+  shutil.rmtree(path)
+  path.write_bytes(b'')
+
+
+def _a_folder_for_every_file(path):
+  for file in [x for x in path.rglob('*') if x.is_file()]:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+  'damage', [_empty_the_folder, _a_file_in_its_place, _a_folder_for_every_file]
+)
+def test_folders_that_are_damaged_as_a_whole(tmp_path, damage):
+  _write(tmp_path, [1, 2])
+  damage(tmp_path / '2')
+  with checkpoint.open_manager(tmp_path, CONFIG) as manager:
+    found = checkpoint.restore_latest(manager, _tree(0))
+    assert found is not None and found[0] == 1
+    _assert_same(found[1], _tree(1))
+    checkpoint.save(manager, 2, _tree(2))
+  assert checkpoint.load(tmp_path).step == 2
+  assert _names(tmp_path) == ['1', '2', '2.damaged']
+
+
+UNCLOSED = """
+import sys
+import jax.numpy as jnp
+from powerprop_jax.training import checkpoint
+
+for name in sys.argv[2:]:
+  manager = checkpoint.open_manager(f'{sys.argv[1]}/{name}', {})
+  checkpoint.save(manager, 1, {'w': jnp.ones(300_000)})
+if name == 'failed':
+  raise SystemExit('The evaluation has failed.')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('names', [['a', 'b'], ['failed']])
+def test_what_nobody_waited_for_is_finished(tmp_path, names):
+  done = subprocess.run(
+    [sys.executable, '-c', UNCLOSED, tmp_path, *names],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == (names == ['failed'])
+  assert 'Error' not in done.stderr
+  for name in names:
+    assert checkpoint.load(tmp_path / name).step == 1
+    assert _names(tmp_path / name) == ['1']
 
 
 def test_threads_that_save_at_the_same_time(tmp_path):
@@ -357,6 +528,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path):
   directory = tmp_path / 'checkpoints'
   moments = random.Random(0)
@@ -435,6 +607,7 @@ print(json.dumps(steps))
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
