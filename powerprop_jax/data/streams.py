@@ -1,48 +1,69 @@
-"""Image streams for sets that do not fit in memory, as ImageNet, with grain.
+"""Image streams for sets that do not fit in memory, such as ImageNet.
 
 All examples form one endless stream, epoch after epoch, each in an order of its
 own. Its batches are dealt out to the hosts in turn, and every host deals its
-own to worker processes. Order, crops and mirroring depend on the seed and the
-place in the stream alone: the batches of all hosts side by side are the same
-for any number of hosts and workers, and a stream can start at any batch.
-Training sees Inception crops (Szegedy et al. 2015): 8 to 100 % of the area at
-an aspect of 3/4 to 4/3, mirrored with probability 1/2. Evaluation sees the
-central 7/8 of the shorter side: 224 pixels of an image resized to 256.
+own to worker processes, which is what grain does. Order, crops and mirroring
+depend on the seed and the place in the stream alone: the batches of all hosts
+side by side are the same for any number of hosts and workers, and a stream can
+start at any batch. Training sees Inception crops (Szegedy et al. 2015): 8 to
+100 % of the area at an aspect of 3/4 to 4/3, mirrored with probability 1/2.
+Evaluation sees the central 7/8 of the shorter side: 224 pixels of an image
+resized to 256.
+
+References:
+  Szegedy et al, `Going deeper with convolutions
+  <https://arxiv.org/abs/1409.4842>`_, CVPR 2015.
 """
 
-from collections.abc import Callable, Sequence
+import atexit
+from collections.abc import Callable, Iterator, Sequence
 import functools
+import gc
 import hashlib
 import io
+import logging
 import math
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+import weakref
 import zlib
 
 import numpy as np
 
 from powerprop_jax import extras
+from powerprop_jax import paths
 from powerprop_jax.data import prepared
 
 with extras.needed('data'):
   from absl import flags
   import grain
 
-_SUFFIXES = ('.jpeg', '.jpg', '.png')
+_LOG = logging.getLogger(__name__)
+_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 _MODES = {1: 'L', 3: 'RGB'}
-Box = tuple[int, int, int, int]  # left, top, right, bottom; the last excluded.
+_LOOKED_AT = 500
+# Where else images come from, if a TFDS set is missing.
+_INSTEAD = {'read a folder': '--dataset=folder --data_dir=...'}
+
+# left, top, right, bottom; the last two are excluded.
+Box: TypeAlias = tuple[int, int, int, int]
 
 
 class Example(NamedTuple):
-  """An image as it is stored."""
+  """An image as it is stored.
 
-  data: bytes  # The file: JPEG, PNG or what else PIL reads.
+  Attributes:
+    data: the bytes of the file: JPEG, PNG or what else PIL reads.
+    label: the class.
+    name: where it came from, for messages.
+  """
+
+  data: bytes
   label: int
-  name: str  # Where it came from, for messages.
+  name: str
 
 
 class Source(NamedTuple):
@@ -83,28 +104,48 @@ def fingerprint(source: Source) -> str:
   digest = hashlib.sha256(
     repr((source.size, source.num_classes, source.identity)).encode()
   )
-  for i in range(min(source.size, 64)):
-    example = source.read(i * source.size // min(source.size, 64))
+  for i in _spread(source.size, 64):
+    example = source.read(i)
     checksum = zlib.crc32(example.data)
     digest.update(f'{len(example.data)} {checksum} {example.label};'.encode())
   return digest.hexdigest()[:16]
 
 
 def folder_source(root: str | os.PathLike[str], split: str) -> Source:
-  """A folder of class folders of JPEGs or PNGs: root/split/class/image.
+  """A folder of class folders of images: root/split/class/image.
+
+  Images are the files that end in .jpg, .jpeg, .png, .bmp or .webp and do not
+  start with a dot. Others are skipped, and a warning says how many. Up to 500
+  images, spread over the split, are decoded at once, so that most faults show
+  before anything trains.
+
+  Pixels are taken as they are stored. An orientation in the EXIF data is not
+  applied, as in most pipelines for ImageNet: rotate such photographs before.
 
   Args:
     root: the folder that holds `train`, whose folders, by name, are the classes
-      of all splits.
-    split: a folder in it, as `train` or `val`.
+      of all splits. It may be the address of a bucket.
+    split: a folder in it, such as `train` or `val`.
 
   Returns:
-    The source.
+    The source, in the order of class and file names.
 
   Raises:
-    ValueError: a folder is missing or empty, or a class is not in `train`.
+    ValueError: if a folder is missing or empty, if a class is not in `train`,
+      or if an image that was decoded cannot be read.
+
+  >>> import tempfile
+  >>> from PIL import Image
+  >>> with tempfile.TemporaryDirectory() as root:
+  ...   for name in ('cat', 'dog'):
+  ...     folder = paths.Path(root) / 'train' / name
+  ...     folder.mkdir(parents=True)
+  ...     Image.new('RGB', (9, 9)).save(folder / '0.png')
+  ...   source = folder_source(root, 'train')
+  ...   source.size, source.num_classes, source.read(1).label
+  (2, 2, 1)
   """
-  folder = pathlib.Path(root).expanduser()
+  folder = paths.resolve(root)
   classes = _class_names(folder, 'train')
   names = classes if split == 'train' else _class_names(folder, split)
   unknown = [name for name in names if name not in classes]
@@ -113,40 +154,65 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
       f'{folder / split}: expected the classes of {folder / "train"}, found '
       f'{len(unknown)} others: {", ".join(unknown[:9])}'
     )
-  paths, labels = [], []
+  files, labels, skipped = [], [], []
   for name in names:
-    files = sorted(os.listdir(folder / split / name))
-    images = [f for f in files if f.lower().endswith(_SUFFIXES)]
+    _, folders, found = next(iter((folder / split / name).walk()))
+    images = sorted(f for f in found if _is_image(f))
+    others = sorted({*folders, *found} - {*images})
     if not images:
       raise ValueError(
         f'{folder / split / name}: expected images ({", ".join(_SUFFIXES)}), '
-        f'found {files[:9]}'
+        f'found {others[:9]}'
       )
-    paths += [os.fsencode(f'{name}/{f}') for f in images]
+    files += [os.fsencode(f'{name}/{f}') for f in images]
     labels += [classes.index(name)] * len(images)
+    skipped += [f'{name}/{f}' for f in others]
+  if skipped:
+    _LOG.warning(
+      '%s: skipped %d beside %d images, which are hidden, folders or no %s: %s',
+      folder / split,
+      len(skipped),
+      len(files),
+      ', '.join(_SUFFIXES),
+      ', '.join(skipped[:9]),
+    )
   # As bytes in one array, the million paths of ImageNet are 40 MB to pickle.
-  table = np.asarray(paths), np.asarray(labels, np.int32)
+  table = np.asarray(files), np.asarray(labels, np.int32)
   read = functools.partial(_read_file, os.fspath(folder / split), *table)
-  identity = hashlib.sha256(b'\0'.join(paths) + table[1].tobytes()).hexdigest()
-  return Source(read, len(paths), len(classes), identity)
+  identity = hashlib.sha256(b'\0'.join(files) + table[1].tobytes()).hexdigest()
+  source = Source(read, len(files), len(classes), identity)
+  for i in _spread(source.size, _LOOKED_AT):
+    _pixels(source.read(i), centre_box, size=16, channels=3)
+  return source
 
 
-def _class_names(root: pathlib.Path, split: str) -> list[str]:
+def _is_image(name: str) -> bool:
+  # macOS writes a hidden `._x.jpg` beside x.jpg, which is no image.
+  return name.lower().endswith(_SUFFIXES) and not name.startswith('.')
+
+
+def _spread(size: int, count: int) -> list[int]:
+  """At most `count` places, spread evenly over `size` places."""
+  count = min(size, count)
+  return [i * size // count for i in range(count)]
+
+
+def _class_names(root: paths.Path, split: str) -> list[str]:
   folder = root / split
   names = sorted(path.name for path in folder.glob('[!.]*') if path.is_dir())
   if not names:
     there = folder if folder.is_dir() else root
-    found = sorted(os.listdir(there))[:9] if there.is_dir() else 'nothing'
+    found = sorted(x.name for x in there.iterdir()) if there.is_dir() else []
     raise ValueError(
       f'expected one folder of images for every class in {folder}; found in '
-      f'{there}: {found}'
+      f'{there}: {found[:9] or "nothing"}'
     )
   return names
 
 
-def _read_file(folder, paths, labels, index):
-  path = pathlib.Path(folder, os.fsdecode(paths[index]))
-  return Example(path.read_bytes(), int(labels[index]), str(path))
+def _read_file(folder, files, labels, index):
+  path = paths.Path(folder) / os.fsdecode(files[index])
+  return Example(path.read_bytes(), int(labels[index]), os.fspath(path))
 
 
 def tfds_source(
@@ -155,20 +221,27 @@ def tfds_source(
   """A split of a TFDS set that was prepared as array_record.
 
   Args:
-    name: as in `in_memory.load`: `imagenet2012`, `imagenette/320px-v2`, ...
-    split: as in TFDS: `train`, `validation`, `train[:-10000]`, ...
-    data_dir: as in `in_memory.load`.
+    name: the name of the set, such as `imagenet2012` or
+      `imagenette/320px-v2`.
+    split: a split as TFDS writes it, such as `train` or `train[:-10000]`.
+    data_dir: the root of the TFDS sets (default: $TFDS_DATA_DIR, else
+      ~/tensorflow_datasets).
 
   Returns:
     The source.
 
   Raises:
-    ValueError: the set or the split is not there, damaged or of another kind.
+    ValueError: if the set or the split is not there, empty, damaged or of
+      another kind.
+
+  >>> tfds_source('imagenet2012', 'train', '/nowhere')
+  Traceback (most recent call last):
+  ValueError: data set 'imagenet2012' is not prepared: looked for ...
   """
   with extras.needed('data'):
     import tensorflow_datasets as tfds
 
-  directory = prepared.find(name, data_dir)
+  directory = prepared.find(name, data_dir, _INSTEAD)
   builder, num_classes = prepared.open_builder(name, directory)
   # Images stay as they are stored, for the workers to decode.
   decoders = {'image': tfds.decode.SkipDecoding()}
@@ -194,14 +267,17 @@ def random_box(
   """The Inception crop of an image of width x height pixels.
 
   Args:
-    width: of the image.
-    height: of the image.
-    draws: numbers in [0, 1), one row a try: for the area, the aspect, the place
-      from left to right and from top to bottom.
+    width: the width of the image.
+    height: the height of the image.
+    draws: numbers in [0, 1) of shape [tries, 4]: for every try the area, the
+      aspect, and the place from left to right and from top to bottom.
 
   Returns:
-    The first crop that fits into the image; where none does, the largest in the
-    middle of an allowed aspect.
+    The first crop that fits into the image; where none does, the largest crop
+    of an allowed aspect in the middle.
+
+  >>> random_box(100, 100, [[0.0, 0.0, 0.0, 0.0]])  # 8 % of the area, 3 to 4.
+  (0, 0, 24, 33)
   """
   for area, aspect, x, y in draws:
     pixels = (0.08 + 0.92 * area) * width * height
@@ -215,7 +291,18 @@ def random_box(
 
 
 def centre_box(width: int, height: int) -> Box:
-  """The central square of 7/8 of the shorter side, for evaluation."""
+  """The central square of 7/8 of the shorter side, for evaluation.
+
+  Args:
+    width: the width of the image.
+    height: the height of the image.
+
+  Returns:
+    The square; at least one pixel.
+
+  >>> centre_box(256, 256)
+  (16, 16, 240, 240)
+  """
   side = max(1, round(min(width, height) * 224 / 256))
   return _middle(width, height, side, side)
 
@@ -273,6 +360,88 @@ def _eval_example(read, num_examples, size, channels, index):
   return pixels, np.int32(example.label)
 
 
+class Stream(Iterator[tuple[np.ndarray, np.ndarray]]):
+  """Batches of (images, labels), and the processes that make them.
+
+  It adds three things to an iterator of grain: it closes itself where its
+  batches or the program end, it gives back the memory that it shares with its
+  workers, and it says so where a worker was killed.
+
+  >>> dataset = grain.MapDataset.source([3, 5]).to_iter_dataset()
+  >>> list(Stream(iter(dataset)))
+  [3, 5]
+  """
+
+  def __init__(self, batches: grain.DatasetIterator):
+    """Takes an iterator over."""
+    self._batches: grain.DatasetIterator | None = batches
+    _OPEN.add(self)
+
+  def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+    if self._batches is None:
+      raise StopIteration
+    try:
+      return next(self._batches)
+    except StopIteration:
+      self.close()
+      raise
+    except RuntimeError as error:
+      if 'Worker process' not in str(error):
+        raise
+      self.close()
+      raise ChildProcessError(
+        'A process that decodes images has been killed, as happens where memory'
+        f' is short: use fewer workers, or smaller batches. {error}'
+      ) from error
+
+  def _opened(self) -> grain.DatasetIterator:
+    if self._batches is None:
+      raise ValueError('The stream is closed.')
+    return self._batches
+
+  def get_state(self) -> dict[str, Any]:
+    """The place in the stream, as a dictionary for JSON or Orbax."""
+    return self._opened().get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a place that `get_state` gave, in a stream of the same kind."""
+    self._opened().set_state(state)
+
+  def close(self) -> None:
+    """Ends the workers and the stream; closing again does nothing."""
+    if self._batches is not None:
+      self._batches.close()
+      self._batches = None
+      # Frames of grain's threads hold the last batches in cycles, whose shared
+      # memory would be reported as leaked when the program ends.
+      gc.collect()
+
+
+_OPEN: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+  for stream in tuple(_OPEN):
+    stream.close()
+
+
+class Batches:
+  """Batches to iterate over as often as needed.
+
+  >>> batches = Batches(grain.MapDataset.source([3, 5]).to_iter_dataset())
+  >>> list(batches), list(batches)
+  ([3, 5], [3, 5])
+  """
+
+  def __init__(self, dataset: grain.IterDataset):
+    """Takes the batches as grain makes them."""
+    self._dataset = dataset
+
+  def __iter__(self) -> Stream:
+    return Stream(iter(self._dataset))
+
+
 def train_stream(
   source: Source,
   *,
@@ -284,33 +453,43 @@ def train_stream(
   shard_index: int = 0,
   shard_count: int = 1,
   channels: int = 3,
-) -> grain.DatasetIterator:
+) -> Stream:
   """An endless stream of training batches.
 
-  A run goes on with the very next batch if it was restored by `get_state()`, a
-  dictionary for JSON or Orbax, and `set_state` on a stream with the very same
-  arguments. With `start` it does so for other numbers of workers too.
+  A run goes on with the very next batch if what `get_state` gave is set by
+  `set_state` on a stream with the very same arguments. With `start` it does so
+  for other numbers of workers too.
 
   Args:
     source: where the images come from.
-    batch_size: examples in a batch of this host.
-    image_size: height and width of the images.
+    batch_size: the examples in a batch of this host.
+    image_size: the height and the width of the images.
     seed: an integer in [0, 2^32).
     start: how many batches to leave out, which takes no time.
     num_workers: how many processes decode; 0 decodes in threads of this one.
       Each holds about three batches in memory. They start afresh and import
       the main module, so a script needs `if __name__ == '__main__'`.
-    shard_index: which host this is, as `jax.process_index()`.
+    shard_index: which host this is, as `jax.process_index()` gives it.
     shard_count: how many hosts there are.
     channels: 3 for colour, 1 for grey; images of the other kind are converted.
 
   Returns:
-    An iterator over (images, labels): uint8 [batch_size, image_size,
-    image_size, channels] and int32 [batch_size]. `close()` ends the workers.
+    A `Stream` of (images, labels): uint8 [batch_size, image_size, image_size,
+    channels] and int32 [batch_size].
 
   Raises:
-    ValueError: an argument is out of range; and, while iterating, an image
-      cannot be read.
+    ValueError: if an argument is out of range; and, while iterating, if an
+      image cannot be read.
+    ChildProcessError: while iterating, if a worker has been killed.
+
+  >>> from PIL import Image
+  >>> Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
+  >>> source = Source(lambda i: Example(file.getvalue(), i, str(i)), 4, 4)
+  >>> stream = train_stream(source, batch_size=2, image_size=8, seed=0)
+  >>> images, labels = next(stream)
+  >>> stream.close()
+  >>> images.shape, labels.dtype
+  ((2, 8, 8, 3), dtype('int32'))
   """
   _check(source, batch_size, image_size, channels)
   if not 0 <= seed < 2**32 or start < 0:
@@ -319,7 +498,8 @@ def train_stream(
   examples = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
   # An endless length overflows in grain where batches may be short.
   batches = examples.random_map(example).batch(batch_size, drop_remainder=True)
-  return iter(_deal(batches, start, num_workers, shard_index, shard_count))
+  dealt = _deal(batches, start, num_workers, shard_index, shard_count)
+  return Stream(iter(dealt))
 
 
 def eval_batches(
@@ -331,16 +511,37 @@ def eval_batches(
   shard_index: int = 0,
   shard_count: int = 1,
   channels: int = 3,
-) -> grain.IterDataset:
+) -> Batches:
   """Every example exactly once, in order, over all hosts together.
 
   All hosts get the same number of batches of the same size. What is missing at
   the end is filled with black images of label -1, which no prediction equals:
-  count correct predictions and divide by `source.size`. Arguments, elements and
-  errors are those of `train_stream`.
+  count correct predictions and divide by `source.size`.
+
+  Args:
+    source: where the images come from.
+    batch_size: the examples in a batch of this host.
+    image_size: the height and the width of the images.
+    num_workers: how many processes decode, as for `train_stream`.
+    shard_index: which host this is, as `jax.process_index()` gives it.
+    shard_count: how many hosts there are.
+    channels: 3 for colour, 1 for grey; images of the other kind are converted.
 
   Returns:
-    The batches, to iterate over as often as needed.
+    The batches, to iterate over as often as needed: (images, labels), which are
+    uint8 [batch_size, image_size, image_size, channels] and int32 [batch_size].
+
+  Raises:
+    ValueError: if an argument is out of range; and, while iterating, if an
+      image cannot be read.
+    ChildProcessError: while iterating, if a worker has been killed.
+
+  >>> from PIL import Image
+  >>> Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
+  >>> source = Source(lambda i: Example(file.getvalue(), i, str(i)), 3, 3)
+  >>> batches = eval_batches(source, batch_size=2, image_size=8)
+  >>> [labels.tolist() for _, labels in batches]
+  [[0, 1], [2, -1]]
   """
   _check(source, batch_size, image_size, channels)
   step = batch_size * max(1, shard_count)
@@ -349,7 +550,7 @@ def eval_batches(
   )
   examples = grain.MapDataset.range(-(-source.size // step) * step)
   batches = examples.map(example).batch(batch_size)
-  return _deal(batches, 0, num_workers, shard_index, shard_count)
+  return Batches(_deal(batches, 0, num_workers, shard_index, shard_count))
 
 
 def _check(source, batch_size, image_size, channels):

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -11,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from typing import Any
+import zlib
 
 from absl import logging
 import numpy as np
@@ -191,7 +194,8 @@ def test_idx_has_at_least_two_classes(write_idx):
 
 GOOD = idx_bytes(np.zeros((200, 28, 28), np.uint8))
 LABELS = idx_bytes(np.arange(200, dtype=np.uint8) % 10)
-ZIPPED = gzip.compress(os.urandom(1) + GOOD)
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 28, 28), np.uint8)
+ZIPPED = gzip.compress(idx_bytes(NOISE))
 
 
 @pytest.mark.parametrize(
@@ -203,9 +207,9 @@ ZIPPED = gzip.compress(os.urandom(1) + GOOD)
     ),
     ({'train_images': GOOD[:3]}, 'truncated: expected 16 bytes.*found 3'),
     ({'train_images': GOOD[:15]}, 'truncated: expected 16 bytes.*found 15'),
-    ({'train_images': GOOD[:16]}, 'truncated: expected 156816 .*found 16$'),
-    ({'train_images': GOOD[:-1]}, 'truncated: expected 156816 .*found 156815'),
-    ({'train_images': GOOD + b'x'}, 'too long: expected 156816 .*found 156817'),
+    ({'train_images': GOOD[:16]}, 'truncated: expected 156816 .*found less$'),
+    ({'train_images': GOOD[:-1]}, 'truncated: expected 156816 .*found less$'),
+    ({'train_images': GOOD + b'x'}, 'too long: expected 156816 .*found more$'),
     ({'train_images': LABELS}, 'train-images.* magic number 2051.*found 2049'),
     ({'train_labels': GOOD}, 'train-labels.* magic number 2049.*found 2051'),
     ({'test_labels': b'<!DOCTYPE html>'}, 't10k-labels.*magic.*<!DO'),
@@ -222,6 +226,12 @@ ZIPPED = gzip.compress(os.urandom(1) + GOOD)
       'train-images.*not a whole gzip file.*CRC',
     ),
     ({'train_images': ZIPPED[:10] + b'\xff' * 99}, 'not a whole gzip file'),
+    (
+      {'train_images': gzip.compress(GOOD[:-1])},
+      'truncated: expected 156816 .*found 156815$',
+    ),
+    ({'train_images': gzip.compress(GOOD + b'x')}, 'too long: .*found more$'),
+    ({'train_images': gzip.compress(b'')}, 'is empty: .*found 0$'),
     ({'train_images': ZIPPED + b'more'}, 'not a whole gzip file'),
     (
       {'train_images': idx_bytes(np.zeros((0, 28, 28), np.uint8))},
@@ -259,6 +269,42 @@ ZIPPED = gzip.compress(os.urandom(1) + GOOD)
 def test_idx_errors_say_what_is_wrong(write_idx, changes, message):
   with pytest.raises(ValueError, match=f'(?s){message}'):
     in_memory.load('idx', write_idx(**changes))
+
+
+@pytest.mark.parametrize(
+  ('header', 'message'),
+  [
+    (b'\0' * 16, 'magic number 2051'),
+    (b'\0\0\x08\3' + b'\0\0\0\1' * 3, 'too long: expected 17 bytes'),
+    (b'\0\0\x08\3' + b'\x7f' * 12, 'truncated: .*found less$'),
+  ],
+)
+def test_idx_that_unpacks_to_much_is_refused_in_little_memory(
+  write_idx, header, message
+):
+  packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+  bomb = packer.compress(header)
+  zeros = bytes(1 << 20)
+  for _ in range(200):  # 200 MB in 200 kB.
+    bomb += packer.compress(zeros)
+  bomb += packer.flush()
+  folder = write_idx(train_images=bomb)
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=message):
+      in_memory.load('idx', folder)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 20e6
+
+
+def test_idx_in_the_home_folder(write_idx, monkeypatch):
+  folder = write_idx()
+  monkeypatch.setenv('HOME', str(folder.parent))
+  assert in_memory.load('idx', f'~/{folder.name}').num_classes == 10
+  with pytest.raises(ValueError, match='gs://bucket/idx'):
+    in_memory.load('idx', 'gs://bucket/idx')
 
 
 def test_idx_needs_a_folder(tmp_path):
@@ -387,6 +433,17 @@ def test_tfds_labels_out_of_range(tmp_path):
   )
   with pytest.raises(ValueError, match='training label 2 is outside 0 to 1'):
     in_memory.load('tiny', tmp_path / 'data', tmp_path / 'cache')
+
+
+def test_tfds_split_without_examples(tiny_dir, tmp_path):
+  # TFDS does not prepare such a set; files made by others may be of this kind.
+  info = tiny_dir / 'tiny' / '1.0.0' / 'dataset_info.json'
+  content = json.loads(info.read_text())
+  (test,) = (x for x in content['splits'] if x['name'] == 'test')
+  test['shardLengths'] = ['0']
+  info.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match='tiny/1.0.0: expected a whole TFDS'):
+    in_memory.load('tiny', tiny_dir, tmp_path / 'cache')
 
 
 def truncate(folder):

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -163,7 +164,7 @@ def test_fingerprint_follows_the_files_and_not_their_place(tmp_path, folder):
   assert fingerprint(copy) == first
   path = copy / 'train' / 'a' / 'a_0.JPEG'
   data = path.read_bytes()
-  path.write_bytes(data[:-1] + b'\0')
+  path.write_bytes(data + b'\0')
   found = {first, fingerprint(copy)}
   path.write_bytes(data)
   path.rename(path.with_name('a_9.JPEG'))
@@ -183,7 +184,7 @@ def test_fingerprint_sees_a_label_of_many(tmp_path):
   for name in ('a', 'b'):
     (tmp_path / 'train' / name).mkdir(parents=True)
     for i in range(100):
-      (tmp_path / 'train' / name / f'{i:03}.png').write_bytes(b'a')
+      Image.new('L', (8, 8)).save(tmp_path / 'train' / name / f'{i:03}.png')
   first = streams.fingerprint(streams.folder_source(tmp_path, 'train'))
   moved = tmp_path / 'train' / 'a' / '099.png'
   moved.rename(tmp_path / 'train' / 'b' / '099_.png')
@@ -199,15 +200,87 @@ def test_fingerprint_of_a_tfds_set(tfds_dir):
 
 
 @pytest.mark.parametrize('part', [0, 0.2, 0.7])
-def test_an_unreadable_image_is_named(tmp_path, folder, part):
+def test_an_unreadable_image_is_named_at_once(tmp_path, folder, part):
   shutil.copytree(folder, tmp_path / 'set')
-  path = tmp_path / 'set' / 'train' / 'b' / 'b_0.jpg'
+  path = next((tmp_path / 'set' / 'val' / 'b').glob('*.[jJ]*'))
   data = path.read_bytes()
   path.write_bytes(data[: int(part * len(data))])
+  with pytest.raises(ValueError, match=f'val/b/{path.name}: unreadable image'):
+    streams.folder_source(tmp_path / 'set', 'val')
+
+
+def test_an_image_that_becomes_unreadable_is_named(tmp_path, folder):
+  shutil.copytree(folder, tmp_path / 'set')
   source = streams.folder_source(tmp_path / 'set', 'train')
+  (tmp_path / 'set' / 'train' / 'b' / 'b_0.jpg').write_bytes(b'')
   stream = streams.train_stream(source, batch_size=13, image_size=8, seed=0)
   with pytest.raises(ValueError, match=r'train/b/b_0\.jpg: unreadable image: '):
     next(stream)
+
+
+def test_many_images_are_looked_at_here_and_there(tmp_path, monkeypatch):
+  monkeypatch.setattr(streams, '_LOOKED_AT', 5)
+  (tmp_path / 'train' / 'a').mkdir(parents=True)
+  for i in range(20):
+    Image.new('L', (8, 8)).save(tmp_path / 'train' / 'a' / f'{i:02}.png')
+  seen = []
+  monkeypatch.setattr(
+    streams, '_pixels', lambda example, *_, **__: seen.append(example.name)
+  )
+  streams.folder_source(tmp_path, 'train')
+  assert [pathlib.Path(x).stem for x in seen] == ['00', '04', '08', '12', '16']
+
+
+def test_what_is_no_image_is_skipped_and_counted(tmp_path, folder, caplog):
+  shutil.copytree(folder, tmp_path / 'set')
+  b = tmp_path / 'set' / 'train' / 'b'
+  Image.new('RGB', (9, 9)).save(b / 'x.webp')
+  Image.new('RGB', (9, 9)).save(b / 'y.BMP')
+  (b / '._b_0.jpg').write_bytes(b'\0\5\x16\7')  # Of macOS.
+  (b / 'x.jpg').mkdir()
+  (b / 'z.gif').write_bytes(b'GIF89a')
+  (b / 'link.png').symlink_to(b / 'x.webp')
+  caplog.clear()
+  source = streams.folder_source(tmp_path / 'set', 'train')
+  names = [pathlib.Path(source.read(i).name).name for i in range(source.size)]
+  assert source.size == NUM_IMAGES + 3
+  assert {'x.webp', 'y.BMP', 'link.png'} < set(names)
+  (record,) = caplog.records
+  assert record.getMessage().startswith(
+    f'{tmp_path}/set/train: skipped 4 beside 16 images'
+  )
+  assert record.getMessage().endswith(
+    'a/notes.txt, b/._b_0.jpg, b/x.jpg, b/z.gif'
+  )
+  caplog.clear()
+  streams.folder_source(tmp_path / 'set', 'val')
+  assert not caplog.records
+
+
+def test_an_orientation_is_not_applied(tmp_path):
+  image = Image.new('L', (16, 8))
+  image.paste(255, (0, 0, 8, 8))
+  exif = Image.Exif()
+  exif[0x0112] = 3  # Upside down.
+  (tmp_path / 'train' / 'a').mkdir(parents=True)
+  image.save(tmp_path / 'train' / 'a' / '0.png', exif=exif)
+  source = streams.folder_source(tmp_path, 'train')
+  stream = streams.eval_batches(source, batch_size=1, image_size=7, channels=1)
+  ((pixels, _),) = stream
+  assert pixels[0, :, 0, 0].min() == 255
+  assert pixels[0, :, -1, 0].max() == 0
+
+
+def test_folders_in_the_home_folder_and_in_buckets(folder, monkeypatch):
+  monkeypatch.setenv('HOME', str(folder.parent))
+  source = streams.folder_source(f'~/{folder.name}', 'val')
+  assert source.size == 4
+  for name in ('gcsfs', 's3fs'):
+    monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(ValueError, match="'gs://bucket/a' cannot be read.*gcsfs"):
+    streams.folder_source('gs://bucket/a', 'train')
+  with pytest.raises(ValueError, match='local folders only'):
+    streams.tfds_source('mnist', 'train', 's3://bucket')
 
 
 def test_tfds_source_decodes_what_tfds_decodes(tfds_dir):
@@ -238,8 +311,15 @@ def test_tfds_source_takes_part_of_a_split_and_trains(tfds_dir):
 def test_tfds_source_says_what_is_wrong(tfds_dir):
   with pytest.raises(ValueError, match=r"cannot read 'x': .*\['train', 'test'"):
     streams.tfds_source('mnist', 'x', tfds_dir)
-  with pytest.raises(ValueError, match="'imagenet2012' is not prepared"):
+  with pytest.raises(ValueError, match=r"cannot read 'test\[:0\]'"):
+    streams.tfds_source('mnist', 'test[:0]', tfds_dir)
+  with pytest.raises(
+    ValueError, match="'imagenet2012' is not prepared"
+  ) as info:
     streams.tfds_source('imagenet2012', 'train', tfds_dir)
+  # These are advised for sets that fit into memory.
+  assert '--dataset=folder' in str(info.value)
+  assert 'mnist_5k' not in str(info.value)
 
 
 # --- geometry -----------------------------------------------------------------
@@ -470,6 +550,55 @@ def test_workers_change_nothing_and_can_be_restored(folder):
   restored.close()
 
 
+def test_a_killed_worker_is_named(folder):
+  source = streams.folder_source(folder, 'train')
+  stream = train(source, 4, num_workers=2)
+  next(stream)
+  for process in multiprocessing.active_children():
+    process.kill()
+  with pytest.raises(ChildProcessError, match='killed.*memory is short'):
+    take(stream, 20)
+  assert not multiprocessing.active_children()
+  stream.close()  # Once more, which does nothing.
+  with pytest.raises(ValueError, match='The stream is closed'):
+    stream.get_state()
+
+
+SHARED = """
+import sys
+import time
+from powerprop_jax.data import streams
+if __name__ == '__main__':
+  source = streams.folder_source(sys.argv[1], 'train')
+  options = {'batch_size': 4, 'image_size': 8, 'num_workers': 2}
+  stream = streams.train_stream(source, seed=0, **options)
+  for _ in range(5):
+    images, labels = next(stream)
+  for images, labels in streams.eval_batches(source, **options):
+    pass
+  stream.close()
+  del images, labels
+  time.sleep(1)  # Memory is freed in the background.
+"""
+
+
+@pytest.mark.slow
+def test_no_shared_memory_is_left(tmp_path, folder):
+  script = tmp_path / 'shared.py'
+  script.write_text(SHARED)
+  root = pathlib.Path(streams.__file__).parents[2]
+  done = subprocess.run(
+    [sys.executable, script, folder],
+    env={**os.environ, 'PYTHONPATH': str(root)},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'leaked' not in done.stderr
+  assert 'Exception' not in done.stderr
+
+
 ORPHANS = """
 import multiprocessing, os, signal, sys
 from powerprop_jax.data import streams
@@ -492,6 +621,7 @@ def is_running(pid):
   return stat.rpartition(')')[2].split()[0] != 'Z'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs /proc')
 def test_workers_end_when_training_is_killed(tmp_path, folder):
   script = tmp_path / 'orphans.py'
