@@ -22,13 +22,15 @@ import fractions
 import functools
 import math
 import operator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax import types
+
+_Tree = TypeVar('_Tree')
 
 
 class Masks(NamedTuple):
@@ -142,7 +144,7 @@ def dense(params: types.Params) -> Masks:
   return Masks(forward=ones(), backward=ones())
 
 
-def apply_mask(tree: types.Params, mask: types.Mask) -> types.Params:
+def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   """Zeroes the entries of a tree where the mask is False.
 
   A selection and not a product: 0 * NaN is NaN, and one diverged update would
