@@ -25,13 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import runner
+from experiments.support import runs
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax import transforms
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
 from powerprop_jax.training import classification
+from powerprop_jax.training import feeds
+from powerprop_jax.training import loop
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0)
 BATCH = 60
@@ -57,15 +59,13 @@ def package(data: in_memory.Dataset, steps: int) -> float:
     transform = power.power_transform(alpha)
     tx = transforms.target_propagation(optax.sgd(RATE), transform)
     loss_fn = classification.make_loss(network.apply)
-    run_steps = training.make_run_steps(
-      training.make_train_step(loss_fn, tx, transform)
-    )
+    step = training.make_train_step(loss_fn, tx, transform)
 
     def init():
       theta, state = network.init(key, jnp.zeros((1, 28, 28, 1)), True)
       return training.init_state(key, theta, state, tx, transform)
 
-    return init, jax.jit(run_steps, donate_argnums=0)
+    return init, feeds.compile_steps(step, None, params={})
 
   jobs = [make(alpha) for alpha in ALPHAS]
   devices = jax.local_devices()
@@ -74,15 +74,14 @@ def package(data: in_memory.Dataset, steps: int) -> float:
   def train(worker, steps):
     with jax.default_device(devices[worker]):
       for init, run_steps in jobs[worker :: len(devices)]:
-        state = runner.train(
-          init(),
+        advance = feeds.make_advance(
           run_steps,
           local[worker],
           key,
-          steps=steps,
           batch_size=BATCH,
-          report=lambda step, metrics: None,
+          size=len(data.train.labels),
         )
+        state = loop.run(advance, init(), start=0, stop=steps, chunk=500)
         jax.block_until_ready(state)
 
   # Compiles, the order of the examples for as many steps as are drawn at once.
@@ -172,7 +171,7 @@ def main() -> None:
   if args.only:
     data = in_memory.load('mnist_5k')
     if args.only != 'obvious':
-      runner.use_cores(len(ALPHAS))
+      runs.use_cores(len(ALPHAS))
     (timed,) = (f for f in TIMED if f.__name__ == args.only)
     print(timed(data, args.steps))
     return

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
+import pytest
 
-from experiments import feeds
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax import transforms
@@ -29,6 +29,7 @@ from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import updaters
 from powerprop_jax.training import classification
 from powerprop_jax.training import devices
+from powerprop_jax.training import feeds
 
 _SIDE = 8
 _PER_CLASS = (10, 7, 4)
@@ -92,9 +93,10 @@ def _make(axis) -> tuple[Any, ...]:
 def _train(axis, data, source):
   """Trains from memory and then from a stream; the state and the metrics."""
   apply, init, step, init_masks, update_masks = _make(axis)
-  options = {'batch_size': 16, 'seed': 0, 'axis': axis}
+  options = {'batch_size': 16, 'axis': axis}
+  key = jax.random.key(0)
   memory = feeds.in_memory(
-    data, step, apply, augment.scale, params=init().phi, **options
+    data, step, apply, augment.scale, params=init().phi, key=key, **options
   )
   stream = feeds.streamed(
     source,
@@ -104,6 +106,7 @@ def _train(axis, data, source):
     augment.scale,
     image_size=_SIDE,
     num_workers=0,
+    seed=0,
     **options,
   )
   state = devices.replicate(init(), axis)
@@ -124,7 +127,8 @@ def _evaluate(axis, source, data):
     del key, is_training
     return jnp.tile(theta, [len(images), 1]), model_state
 
-  options = {'batch_size': 16, 'seed': 0, 'axis': axis}
+  options = {'batch_size': 16, 'axis': axis}
+  key = jax.random.key(0)
   stream = feeds.streamed(
     source,
     source,
@@ -133,6 +137,7 @@ def _evaluate(axis, source, data):
     augment.scale,
     image_size=_SIDE,
     num_workers=0,
+    seed=0,
     **options,
   )
   memory = feeds.in_memory(
@@ -141,6 +146,7 @@ def _evaluate(axis, source, data):
     apply,
     augment.scale,
     params={},
+    key=key,
     **options,
   )
   for label, count in enumerate(_PER_CLASS):
@@ -205,6 +211,7 @@ def test_a_loop_of_python_is_one_of_xla(monkeypatch):
   assert len(set(first['loss'])) == 3
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(tmp_path):
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8'
