@@ -27,8 +27,8 @@ _CORE = [
 ]
 _DATA = [
   'absl-py>=2.1',
-  'etils[epath]>=1.9',
-  'grain>=0.2.12',
+  'etils[epath]>=1.9.1',
+  'grain>=0.2.16',
   # tensorflow-datasets imports it, and does not declare it.
   'importlib_resources>=6.0',
   'mlxtend>=0.23',
@@ -59,7 +59,7 @@ _DEV = [
   'pre-commit>=4.0',
   'pyright==1.1.414',
   'pytest>=8.3',
-  'pytest-xdist>=3.6',
+  'pytest-xdist>=3.6.1',
   'ruff==0.17.6',
   'sphinx>=8.1',
 ]

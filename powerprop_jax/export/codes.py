@@ -25,7 +25,18 @@ import numpy as np
 
 
 def entropy_bits(size: int, count: int) -> float:
-  """log2 C(size, count): the bits that tell which `count` entries are kept."""
+  """log2 C(size, count): the bits that tell which entries are kept.
+
+  Args:
+    size: the number of entries.
+    count: how many of them are kept.
+
+  Returns:
+    The number of bits, which need not be whole.
+
+  >>> round(entropy_bits(4, 2), 3)  # There are six such masks.
+  2.585
+  """
   log = [math.lgamma(n + 1) for n in (size, count, size - count)]
   return max(0.0, (log[0] - log[1] - log[2]) / math.log(2))
 
@@ -42,7 +53,12 @@ def encode(mask: np.ndarray) -> tuple[int, np.ndarray]:
     mask: a boolean array of any shape.
 
   Returns:
-    The parameter r of the Rice code, and the code, an array of bytes.
+    The parameter r of the Rice code, and the code, a vector of bytes.
+
+  >>> import numpy as np
+  >>> rice, code = encode(np.array([False, False, True, False, False, True]))
+  >>> rice, code.tolist()
+  (0, [36])
   """
   mask = np.ravel(mask)
   inverted = _inverted(mask.size, int(np.count_nonzero(mask)))
@@ -61,32 +77,41 @@ def decode(code: np.ndarray, size: int, count: int, rice: int) -> np.ndarray:
   """The mask of a code.
 
   Args:
-    code: the bytes of `encode`.
+    code: the bytes that `encode` returned.
     size: the number of entries of the mask.
     count: how many of them are kept.
     rice: the parameter of the code.
 
   Returns:
-    A boolean vector.
+    A boolean vector of shape [size].
 
   Raises:
     ValueError: if it is the code of no such mask.
+
+  >>> import numpy as np
+  >>> decode(np.array([36], np.uint8), size=6, count=2, rice=0).tolist()
+  [False, False, True, False, False, True]
   """
   inverted = _inverted(size, count)
   number = size - count if inverted else count
+  wrong = f'{code.size} bytes are no code of {count} of {size} positions.'
+  if not 0 <= rice < 64 or not 0 <= count <= size:
+    raise ValueError(wrong)
   bits = np.unpackbits(code).astype(bool)
   # What is left of the last byte is zeros, and adds no end.
   ends = np.flatnonzero(bits[number * rice :])
-  if not 0 <= rice < 64 or not 0 <= count <= size or ends.size != number:
-    raise ValueError(
-      f'{code.size} bytes are no code of {count} of {size} positions.'
-    )
+  used = number * rice + int(ends[-1]) + 1 if ends.size else 0
+  if ends.size != number or code.size != -(-used // 8):
+    raise ValueError(wrong)
   gaps = (np.diff(ends, prepend=-1) - 1) << rice
   for bit, plane in enumerate(bits[: number * rice].reshape(rice, number)):
     gaps |= plane.astype(gaps.dtype) << bit
   marked = np.cumsum(gaps + 1) - 1
-  if number and not 0 <= marked[-1] < size:
-    raise ValueError(f'Position {marked[-1]} is outside of {size} positions.')
+  # Gaps of a damaged code can be so large that their sum overflows.
+  if number and not (
+    (gaps >= 0).all() and (np.diff(marked) > 0).all() and marked[-1] < size
+  ):
+    raise ValueError(f'A position is outside of {size} positions.')
   mask = np.full(size, inverted)
   mask[marked] = not inverted
   return mask

@@ -3,10 +3,10 @@
 Powerpropagation makes networks that can be pruned hard (section 3 of the
 paper); a file of the pruned network should then be as small as what is left.
 `save_compressed` writes the values of kept weights only, the positions of the
-kept weights in a code that is close to their entropy (`codes`), and
-every other leaf as it is. `save_tasks` writes the networks of a sequence of
-tasks (section 4), which share their weights: these once, a mask a task, and
-what each task has for itself.
+kept weights in a code that is close to their entropy (`codes`), and every other
+leaf as it is. `save_tasks` writes the networks of a sequence of tasks (section
+4), which share their weights: these once, one mask per task, and what each task
+has for itself.
 
 A file is a safetensors container (`format`): reading it executes nothing.
 
@@ -17,7 +17,7 @@ that compute with the kept weights only.
 
 from collections.abc import Mapping, Sequence
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.experimental import sparse
@@ -26,13 +26,15 @@ import numpy as np
 
 from powerprop_jax import extras
 from powerprop_jax import leaves
-from powerprop_jax import power
+from powerprop_jax import types
 from powerprop_jax.export import format as export_format
 
-Params = Any  # A pytree of arrays.
-Mask = Any  # A pytree of boolean arrays.
-Alpha = float | Mapping[str, float]
-Arrays = dict[str, np.ndarray]
+Params = types.Params
+Mask = types.Mask
+Alpha: TypeAlias = float | Mapping[str, float]
+Arrays: TypeAlias = dict[str, np.ndarray]
+
+_LIMIT = 2**32
 
 
 class Model(NamedTuple):
@@ -71,6 +73,11 @@ def to_dict(tree: Params, mask: Mask | None = None) -> Arrays:
   Raises:
     ValueError: if a leaf is no array, two have the same path, or the masks do
       not fit.
+
+  >>> import numpy as np
+  >>> tree = {'linear': {'w': np.array([1.0, 2.0]), 'b': np.array([3.0])}}
+  >>> to_dict(tree, {'linear': {'w': np.array([True, False])}})
+  {'linear/b': array([3.]), 'linear/w': array([1., 0.])}
   """
   found = map(np.asarray, jax.device_get(jax.tree.leaves(tree)))
   arrays = dict(zip(_paths(tree), found))
@@ -98,6 +105,11 @@ def from_dict(arrays: Mapping[str, Any], like: Params) -> Params:
 
   Raises:
     ValueError: if the paths or the shapes are not those of like.
+
+  >>> import numpy as np
+  >>> tree = from_dict({'linear/w': np.ones(2)}, {'linear': {'w': np.zeros(2)}})
+  >>> tree['linear']['w'].tolist()
+  [1.0, 1.0]
   """
   wanted = dict(zip(_paths(like), map(np.shape, jax.tree.leaves(like))))
   shapes = {path: np.shape(x) for path, x in arrays.items()}
@@ -126,21 +138,6 @@ def _masks_by_path(masks: Mask, arrays: Arrays) -> Arrays:
       )
   ones = {p: np.ones(x.shape, bool) for p, x in arrays.items()}
   return ones | found
-
-
-def _metadata(alpha: Alpha | None, values: Any) -> dict[str, Any]:
-  """What is written beside the leaves, checked."""
-  if isinstance(alpha, Mapping):
-    alpha = {path: power.check_alpha(a) for path, a in alpha.items()}
-  elif alpha is not None:
-    alpha = power.check_alpha(alpha)
-  if values is not None:
-    values = jnp.dtype(values).name
-  if values not in (None, 'float16', 'bfloat16'):
-    raise ValueError(
-      f'values must be float16, bfloat16 or None, got {values!r}.'
-    )
-  return {'alpha': alpha, 'values': values}
 
 
 def _unless_whole(mask: np.ndarray) -> np.ndarray | None:
@@ -174,15 +171,29 @@ def save_compressed(
   Raises:
     ValueError: if the masks do not fit, alpha or values are impossible, or a
       value is too large for float16.
+
+  >>> import tempfile
+  >>> import numpy as np
+  >>> theta = {'w': np.arange(1000.0)}
+  >>> masks = {'w': np.arange(1000) < 10}
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = os.path.join(folder, 'model')
+  ...   sizes = save_compressed(path, theta, masks)
+  >>> sizes.dense, sizes.file < 1000
+  (8000, True)
   """
-  metadata, arrays = _metadata(alpha, values), to_dict(theta)
+  alpha = export_format.check_alpha(alpha)
+  values = export_format.check_values(values)
+  arrays = to_dict(theta)
   found = _masks_by_path(masks, arrays)
   section = export_format.section(
     [(p, x, _unless_whole(found[p])) for p, x in arrays.items()],
-    metadata['values'],
+    values,
   )
   dense = sum(x.nbytes for x in arrays.values())
-  return export_format.write(path, {'': section}, metadata, dense)
+  return export_format.write(
+    path, {'': section}, alpha=alpha, values=values, dense=dense
+  )
 
 
 def save_tasks(
@@ -216,13 +227,26 @@ def save_tasks(
   Raises:
     ValueError: as `save_compressed`, or if there is not one mask and one tree
       of private leaves for each of at least one task.
+
+  >>> import tempfile
+  >>> import numpy as np
+  >>> theta = {'w': np.array([1.0, 2.0, 3.0])}
+  >>> masks = [{'w': np.array(m, bool)} for m in ([1, 0, 0], [1, 0, 1])]
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = os.path.join(folder, 'tasks')
+  ...   sizes = save_tasks(path, theta, masks, [{}, {}])
+  ...   [load_task(path, t).theta['w'].tolist() for t in (0, 1)]
+  [[1.0, 0.0, 0.0], [1.0, 0.0, 3.0]]
   """
   if not 0 < len(masks) == len(private):
     raise ValueError(
-      f'One mask and one tree of private leaves a task, got {len(masks)} masks'
-      f' and {len(private)} trees. A task without any has {{}}.'
+      'One mask and one tree of private leaves per task are needed, got'
+      f' {len(masks)} masks and {len(private)} trees. A task without any has'
+      ' {}.'
     )
-  metadata, arrays = _metadata(alpha, values), to_dict(theta)
+  alpha = export_format.check_alpha(alpha)
+  values = export_format.check_values(values)
+  arrays = to_dict(theta)
   found = [_masks_by_path(mask, arrays) for mask in masks]
   own = [to_dict(tree) for tree in private]
   union = {
@@ -231,7 +255,7 @@ def save_tasks(
     if any(p not in o for o in own)
   }
   shared = [(p, arrays[p], _unless_whole(m)) for p, m in union.items()]
-  sections = {'': export_format.section(shared, metadata['values'])}
+  sections = {'': export_format.section(shared, values)}
   for t, (mask, alone) in enumerate(zip(found, own)):
     entries = [
       (p, x, _unless_whole(mask[p]) if p in mask else None)
@@ -240,63 +264,101 @@ def save_tasks(
     # Positions among the weights that some task uses.
     used = {p: mask[p][union[p]] for p in union if p not in alone}
     entries += [(p, None, m) for p, m in used.items() if not m.all()]
-    sections[f'tasks/{t}/'] = export_format.section(entries, metadata['values'])
+    sections[f'tasks/{t}/'] = export_format.section(entries, values)
   dense = sum(x.nbytes for tree in (arrays, *own) for x in tree.values())
-  return export_format.write(path, sections, metadata, dense)
+  return export_format.write(
+    path, sections, alpha=alpha, values=values, dense=dense
+  )
 
 
 def _model(
-  metadata: dict[str, Any], found: dict[str, export_format.Found]
+  alpha: float | dict[str, float] | None, found: dict[str, export_format.Found]
 ) -> Model:
   theta, masks = {}, {}
   for path, (leaf, values, mask) in found.items():
     x = np.zeros(mask.size, values.dtype)
     x[mask] = values
     theta[path], masks[path] = x.reshape(leaf.shape), mask.reshape(leaf.shape)
-  return Model(theta, masks, metadata['alpha'])
+  return Model(theta, masks, alpha)
 
 
-def load_compressed(path: str | os.PathLike[str]) -> Model:
+def load_compressed(path: str | os.PathLike[str], limit: int = _LIMIT) -> Model:
   """Reads a network that `save_compressed` wrote.
 
   Args:
     path: the file.
+    limit: the bytes of memory that the network may take. Of what is pruned
+      nearly nothing is stored, so that a small file can announce a network that
+      no machine can hold.
 
   Returns:
     A `Model`, equal to what was saved bit for bit where a mask keeps it, unless
     its values were rounded.
 
   Raises:
-    ValueError: if the file is damaged, cut off or of another kind.
+    ValueError: if the file is damaged, cut off, larger than the limit or of
+      another kind.
+    OSError: if the file cannot be opened.
+
+  >>> import tempfile
+  >>> import numpy as np
+  >>> theta = {'w': np.array([1.0, 2.0, 3.0])}
+  >>> masks = {'w': np.array([True, False, True])}
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = os.path.join(folder, 'model')
+  ...   sizes = save_compressed(path, theta, masks, alpha=2.0)
+  ...   model = load_compressed(path)
+  >>> model.theta['w'].tolist(), model.alpha
+  ([1.0, 0.0, 3.0], 2.0)
   """
-  metadata, found, _ = export_format.read(path, None)
-  return _model(metadata, found)
+  alpha, found, _ = export_format.read(path, None, limit)
+  return _model(alpha, found)
 
 
-def load_task(path: str | os.PathLike[str], task: int) -> Model:
+def load_task(
+  path: str | os.PathLike[str], task: int, limit: int = _LIMIT
+) -> Model:
   """Reads the network of one task that `save_tasks` wrote, and no other.
 
   Args:
     path: the file.
     task: which task, from 0.
+    limit: the bytes of memory that the network may take, as for
+      `load_compressed`.
 
   Returns:
     A `Model` of the shared and the task's own leaves.
 
   Raises:
-    ValueError: if the file is damaged, cut off or of another kind, or there is
-      no such task.
+    ValueError: if the file is damaged, cut off, larger than the limit or of
+      another kind, or if there is no such task.
+    OSError: if the file cannot be opened.
+
+  >>> import tempfile
+  >>> import numpy as np
+  >>> theta = {'w': np.array([1.0, 2.0, 3.0])}
+  >>> used = {'w': np.array([True, False, True])}
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   path = os.path.join(folder, 'tasks')
+  ...   sizes = save_tasks(path, theta, [used], [{'b': np.ones(1)}])
+  ...   load_task(path, 0).theta
+  {'w': array([1., 0., 3.]), 'b': array([1.])}
   """
-  metadata, found, own = export_format.read(path, task)
+  alpha, found, own = export_format.read(path, task, limit)
   for name, (leaf, _, used) in own.items():
     if leaf.dtype is not None:
       found[name] = own[name]
       continue
-    shared = found[name]
+    shared = found.get(name)
+    if shared is None or shared.values.size != used.size:
+      raise ValueError(
+        f'{os.fspath(path)!r} is damaged: task {task} uses positions of'
+        f' {name!r} that the shared leaves do not have.'
+      )
     mask = shared.mask.copy()
     mask[shared.mask] = used
     found[name] = export_format.Found(shared.leaf, shared.values[used], mask)
-  return _model(metadata, found)
+  return _model(alpha, found)
 
 
 def _csr(x: np.ndarray, mask: np.ndarray) -> Any:
@@ -334,6 +396,12 @@ def to_sparse(theta: Params, masks: Mask, kind: str = 'csr') -> Params:
 
   Raises:
     ValueError: if there is no such kind, or the masks do not fit.
+
+  >>> import numpy as np
+  >>> theta = {'w': np.arange(4.0).reshape(2, 2)}
+  >>> sparse = to_sparse(theta, {'w': np.eye(2, dtype=bool)})
+  >>> (np.ones(2) @ sparse['w']).tolist(), sparse['w'].nnz
+  ([0.0, 3.0], 2)
   """
   if kind not in ('csr', 'bcoo'):
     raise ValueError(f"kind must be 'csr' or 'bcoo', got {kind!r}.")

@@ -35,13 +35,14 @@ from collections.abc import Callable
 import contextlib
 import functools
 import inspect
+from typing import Any, TypeAlias
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import jmp
 
-Network = Callable[..., jax.Array]
+Network: TypeAlias = Callable[..., jax.Array]
 
 _FAN_IN = hk.initializers.VarianceScaling(1.0, 'fan_in', 'truncated_normal')
 _HE = hk.initializers.VarianceScaling(2.0, 'fan_in', 'truncated_normal')
@@ -71,6 +72,27 @@ def lenet_300_100(
 
   Weights start from a truncated normal distribution of variance 1 / fan-in and
   biases at zero, which are the settings of the paper's MNIST experiment.
+
+  Args:
+    images: floats of shape [n, h, w, c], with sides of at least 1 pixel.
+    is_training: not used.
+    num_classes: the number of outputs.
+    cross_replica_axis: not used.
+
+  Returns:
+    Logits of shape [n, num_classes].
+
+  Raises:
+    ValueError: if the images do not fit.
+
+  >>> import jax
+  >>> network = build('lenet_300_100', num_classes=10)
+  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], float)
+  >>> theta, _ = jax.eval_shape(
+  ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
+  ... )
+  >>> sum(x.size for x in jax.tree.leaves(theta))
+  266610
   """
   del is_training, cross_replica_axis
   _check_images(images, 'lenet_300_100', 1)
@@ -90,7 +112,28 @@ def lenet_5(
 
   Two convolutions (20 and 50 filters of 5 x 5, no padding), each followed by
   ReLU and a 2 x 2 maximum, a hidden layer of 500, and the outputs: 431,080
-  parameters on MNIST. Initialised as `lenet_300_100`.
+  parameters on MNIST. It is initialised as `lenet_300_100`.
+
+  Args:
+    images: floats of shape [n, h, w, c], with sides of at least 16 pixels.
+    is_training: not used.
+    num_classes: the number of outputs.
+    cross_replica_axis: not used.
+
+  Returns:
+    Logits of shape [n, num_classes].
+
+  Raises:
+    ValueError: if the images do not fit.
+
+  >>> import jax
+  >>> network = build('lenet_5', num_classes=10)
+  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], float)
+  >>> theta, _ = jax.eval_shape(
+  ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
+  ... )
+  >>> sum(x.size for x in jax.tree.leaves(theta))
+  431080
   """
   del is_training, cross_replica_axis
   _check_images(images, 'lenet_5', 16)
@@ -127,6 +170,27 @@ def alexnet_s(
 
   Five convolutions of stride 2 instead of pooling, two hidden layers of 1024,
   BatchNorm and ReLU after each.
+
+  Args:
+    images: floats of shape [n, h, w, c], with sides of at least 17 pixels.
+    is_training: whether BatchNorm normalises by the batch.
+    num_classes: the number of outputs.
+    cross_replica_axis: the mapped axis that BatchNorm averages over, if any.
+
+  Returns:
+    Logits of shape [n, num_classes].
+
+  Raises:
+    ValueError: if the images do not fit.
+
+  >>> import jax
+  >>> network = build('alexnet_s', num_classes=10)
+  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], float)
+  >>> theta, _ = jax.eval_shape(
+  ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
+  ... )
+  >>> sum(x.size for x in jax.tree.leaves(theta))
+  5073642
   """
   _check_images(images, 'alexnet_s', 17)
   x = images
@@ -167,12 +231,27 @@ def wide_resnet(
   """Wide ResNet for small images; WRN-22-2 has 1.08 M weights.
 
   Args:
-    images, is_training, num_classes, cross_replica_axis: see the module.
+    images: floats of shape [n, h, w, c], with sides of at least 3 pixels.
+    is_training: whether BatchNorm normalises by the batch.
+    num_classes: the number of outputs.
+    cross_replica_axis: the mapped axis that BatchNorm averages over, if any.
     depth: 6 n + 4 layers, in three groups of n blocks.
     width: multiplies the 16, 32 and 64 channels of the groups.
 
+  Returns:
+    Logits of shape [n, num_classes].
+
   Raises:
     ValueError: if depth is not 6 n + 4, or the images do not fit.
+
+  >>> import jax
+  >>> network = build('wrn_22_2', num_classes=10)
+  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], float)
+  >>> theta, _ = jax.eval_shape(
+  ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
+  ... )
+  >>> sum(x.size for x in jax.tree.leaves(theta))
+  1079642
   """
   blocks, rest = divmod(depth - 4, 6)
   if blocks < 1 or rest:
@@ -191,7 +270,7 @@ def wide_resnet(
   return hk.Linear(num_classes, w_init=_FAN_IN, name='logits')(x)
 
 
-def _scales_of_last_norms(last: str, value: float):
+def _scales_of_last_norms(last: str, value: float) -> Any:
   """A Haiku creator for the scale of the last BatchNorm of every block."""
 
   def creator(next_creator, shape, dtype, init, context):
@@ -225,15 +304,30 @@ def resnet(
   normal distribution of standard deviation 0.01.
 
   Args:
-    images, is_training, num_classes, cross_replica_axis: see the module.
+    images: floats of shape [n, h, w, c], with sides of at least 17 pixels.
+    is_training: whether BatchNorm normalises by the batch.
+    num_classes: the number of outputs.
+    cross_replica_axis: the mapped axis that BatchNorm averages over, if any.
     depth: 18 or 50.
     zero_init: whether the scale of the last BatchNorm of every block starts at
       zero, so that the blocks start as the identity. The gradient of every
       weight inside a block is then zero at the start: methods that score
       weights by it, such as SNIP, need False.
 
+  Returns:
+    Logits of shape [n, num_classes].
+
   Raises:
     ValueError: if there is no such depth, or the images do not fit.
+
+  >>> import jax
+  >>> network = build('resnet18', num_classes=1000)
+  >>> images = jax.ShapeDtypeStruct([1, 64, 64, 3], float)
+  >>> theta, _ = jax.eval_shape(
+  ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
+  ... )
+  >>> sum(x.size for x in jax.tree.leaves(theta))
+  11689512
   """
   if depth not in _RESNETS:
     raise ValueError(f'depth must be one of {list(_RESNETS)}, got {depth}.')
@@ -304,12 +398,12 @@ def build(
 
   Args:
     name: one of `NETWORKS`.
-    num_classes: number of outputs.
-    dtype: dtype of the activations: float32, bfloat16 or float16. Parameters
-      are float32 always, as is the arithmetic of BatchNorm.
-    cross_replica_axis: name of the mapped axis over which BatchNorm averages
-      its batch statistics, or None for statistics of each replica's own. `init`
-      runs outside of the map all the same.
+    num_classes: the number of outputs.
+    dtype: the dtype of the activations: float32, bfloat16 or float16.
+      Parameters are always float32, as is the arithmetic of BatchNorm.
+    cross_replica_axis: the mapped axis over which BatchNorm averages its batch
+      statistics, or None for statistics of each replica's own. `init` runs
+      outside of the map all the same.
     **options: keyword arguments of the network, such as `zero_init`.
 
   Returns:
@@ -318,6 +412,15 @@ def build(
   Raises:
     ValueError: if the name, the number of classes, the dtype or an option is
       not possible; from `init` and `apply`, if the images do not fit.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> network = build('lenet_300_100', num_classes=10)
+  >>> images = jnp.zeros([2, 28, 28, 1])
+  >>> theta, state = network.init(jax.random.key(0), images, is_training=True)
+  >>> logits, _ = network.apply(theta, state, None, images, is_training=False)
+  >>> logits.shape
+  (2, 10)
   """
   if name not in NETWORKS:
     raise ValueError(f'No network {name!r}; there are {sorted(NETWORKS)}.')

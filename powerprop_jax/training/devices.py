@@ -18,7 +18,17 @@ AXIS = 'devices'
 
 
 def axis_name(num_devices: int | None = None) -> str | None:
-  """The axis to average over: None on a single device, AXIS on several."""
+  """The axis to average over: None on a single device, AXIS on several.
+
+  Args:
+    num_devices: how many devices there are (default: those of all hosts).
+
+  Returns:
+    The name of the axis, or None.
+
+  >>> axis_name(8)
+  'devices'
+  """
   count = jax.device_count() if num_devices is None else num_devices
   return AXIS if count > 1 else None
 
@@ -30,12 +40,16 @@ def on_devices(
 
   Args:
     step: a pure function, made with the same axis name.
-    axis: the name of the axis, as of `axis_name`. None compiles for one device;
-      otherwise every argument has a leading axis of local devices.
+    axis: the name of the axis, as `axis_name` returns it. None compiles for one
+      device; otherwise every argument has a leading axis of local devices.
     donate: which arguments may be overwritten.
 
   Returns:
     The compiled function.
+
+  >>> import jax.numpy as jnp
+  >>> on_devices(lambda state: state + 1, axis=None)(jnp.zeros(2)).tolist()
+  [1.0, 1.0]
   """
   if axis is None:
     return jax.jit(step, donate_argnums=donate)
@@ -43,7 +57,19 @@ def on_devices(
 
 
 def replicate(tree: Any, axis: str | None) -> Any:
-  """A copy of a tree on every local device."""
+  """A copy of a tree on every local device.
+
+  Args:
+    tree: a pytree of arrays.
+    axis: the name of the axis, as for `on_devices`.
+
+  Returns:
+    Arrays with a leading axis of local devices; without one if axis is None.
+
+  >>> import jax
+  >>> replicate({'w': 1.0}, 'devices')['w'].shape == (jax.local_device_count(),)
+  True
+  """
   if axis is None:
     return jax.tree.map(jnp.asarray, tree)
   # Compiled, so that each device holds its own copy and none holds all: what
@@ -53,7 +79,18 @@ def replicate(tree: Any, axis: str | None) -> Any:
 
 
 def unreplicate(tree: Any, axis: str | None) -> Any:
-  """The tree of the first local device, of a replicated one."""
+  """The copy of a replicated tree that the first local device holds.
+
+  Args:
+    tree: a pytree of arrays with a leading axis of local devices.
+    axis: the name of the axis, as for `on_devices`; None returns the tree.
+
+  Returns:
+    The arrays without that axis.
+
+  >>> float(unreplicate(replicate(1.0, 'devices'), 'devices'))
+  1.0
+  """
   if axis is None:
     return tree
   # x[0] would be a program of all local devices, with an all-reduce for every
@@ -64,14 +101,33 @@ def unreplicate(tree: Any, axis: str | None) -> Any:
 
 
 def any_host(flag: bool) -> bool:
-  """Whether a flag is set on any host. All hosts have to ask together."""
+  """Whether a flag is set on any host. All hosts have to ask together.
+
+  Args:
+    flag: the flag of this host.
+
+  Returns:
+    The same answer on every host.
+
+  >>> any_host(True)
+  True
+  """
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def check_batch_size(batch_size: int) -> None:
-  """Raises ValueError if a global batch does not divide among all devices."""
+  """Checks that a global batch divides among all devices.
+
+  Args:
+    batch_size: the examples in a batch of all devices together.
+
+  Raises:
+    ValueError: if it does not; it names the nearest sizes that do.
+
+  >>> check_batch_size(8 * jax.device_count())
+  """
   count = jax.device_count()
   if batch_size % count:
     below, above = batch_size - batch_size % count, -(-batch_size // count)
@@ -87,11 +143,16 @@ def shard(batch: Any, axis: str | None, dim: int = 0) -> Any:
 
   Args:
     batch: a pytree of arrays.
-    axis: as in `on_devices`; None returns the batch.
+    axis: the name of the axis, as for `on_devices`; None returns the batch.
     dim: the axis of the arrays that counts examples.
 
   Returns:
     Arrays with a leading axis of local devices.
+
+  >>> import numpy as np
+  >>> count = jax.local_device_count()
+  >>> shard(np.zeros([3 * count, 2]), 'devices').shape == (count, 3, 2)
+  True
   """
   if axis is None:
     return batch

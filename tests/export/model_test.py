@@ -3,6 +3,11 @@
 import json
 import math
 import pickle
+import random
+import sys
+import threading
+import tracemalloc
+import zlib
 
 import equinox as eqx
 from flax import linen
@@ -192,7 +197,7 @@ def test_the_metadata_are_plain_text(tmp_path):
   export.save_compressed(path, theta, masks, alpha=powers, values='float16')
   text = json.loads(_header(path)[0]['__metadata__']['powerprop_jax'])
   assert (text['version'], text['alpha'], text['values']) == (
-    1,
+    2,
     powers,
     'float16',
   )
@@ -265,6 +270,184 @@ class _Trap:
     return pytest.fail, ('The file was unpickled.',)
 
 
+def _container(text, tensors):
+  """A file of this metadata, whose checksums are right."""
+  sums = {k: zlib.crc32(x.tobytes()) for k, x in tensors.items()}
+  text = {k: v for k, v in text.items() if k != 'crc32'} | {'tensors': sums}
+  packed = json.dumps(text, separators=(',', ':'))
+  text['crc32'] = zlib.crc32(packed.encode())
+  packed = json.dumps(text, separators=(',', ':'))
+  return safetensors.numpy.save(tensors, {'powerprop_jax': packed})
+
+
+_ONES = np.ones(4, np.float32)
+_NO_CODE = np.zeros(0, np.uint8)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'tensors'),
+  [
+    ([['w', 'float32', [2_000_000_000]]], {'float32': _ONES}),
+    (
+      [['w', 'float32', [2_000_000_000], 0, 0.0, 0, 0]],
+      {'float32': _ONES[:0], 'masks': _NO_CODE},
+    ),
+    ([['w', 'S100000000', [4]]], {'float32': _ONES}),
+    ([['w', 'float32', [-4]]], {'float32': _ONES}),
+    ([['w', 'float32', [True, 4]]], {'float32': _ONES}),
+    ([['w', 'float32', [0, 2**60]]], {'float32': _ONES[:0]}),
+    ([[['w'], 'float32', [4]]], {'float32': _ONES}),
+    ([['w', None, [4], 4, 1.0, 0, 0]], {'masks': _NO_CODE}),
+    (
+      [['w', 'float32', [4], 4, 1.0, 10**9, 0]],
+      {'float32': _ONES, 'masks': _NO_CODE},
+    ),
+    ([['w', 'float32', [4]]], {'float32': _ONES.reshape(2, 2)}),
+    ([['w', 'float64', [4]]], {'float64': _ONES}),
+    (None, {'float32': _ONES}),
+    (3, {'float32': _ONES}),
+  ],
+)
+def test_hostile_files_are_refused_in_little_memory(tmp_path, rows, tensors):
+  text = {'version': 2, 'alpha': None, 'values': None, 'leaves': {'': rows}}
+  (tmp_path / 'model').write_bytes(_container(text, tensors))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError):
+      export.load_compressed(tmp_path / 'model')
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 10e6
+
+
+@pytest.mark.parametrize(
+  'alpha',
+  [float('nan'), float('inf'), '2.0', True, 0.5, [2], {'w': '2'}, {'w': None}],
+)
+def test_impossible_powers_in_a_file_are_refused(tmp_path, alpha):
+  rows = [['w', 'float32', [4]]]
+  text = {'version': 2, 'alpha': alpha, 'values': None, 'leaves': {'': rows}}
+  (tmp_path / 'model').write_bytes(_container(text, {'float32': _ONES}))
+  with pytest.raises(ValueError, match='is no whole file'):
+    export.load_compressed(tmp_path / 'model')
+
+
+def test_large_networks_need_a_limit(tmp_path):
+  path = tmp_path / 'model'
+  export.save_compressed(path, {'w': np.zeros(1000, np.float32)}, {})
+  with pytest.raises(ValueError, match='6000 bytes .* limit=5999'):
+    export.load_compressed(path, limit=5999)
+  assert export.load_compressed(path, limit=6000).theta['w'].size == 1000
+
+
+def _damage(content, moments):
+  """Flips a bit, replaces, inserts, reverses or cuts off some bytes."""
+  data, kind = bytearray(content), moments.randrange(5)
+  first, last = sorted(moments.sample(range(len(data)), 2))
+  if kind == 0:
+    data[first] ^= 1 << moments.randrange(8)
+  elif kind == 1:
+    data[first : first + 8] = moments.randbytes(moments.randrange(9))
+  elif kind == 2:
+    data[first:first] = moments.randbytes(moments.randrange(1, 20))
+  elif kind == 3:
+    data[first:last] = data[first:last][::-1]
+  else:
+    del data[first:]
+  return bytes(data)
+
+
+def _assert_same_model(model, wanted):
+  _assert_same_bits(model.theta, wanted.theta)
+  _assert_same_bits(model.masks, wanted.masks)
+  assert model.alpha == wanted.alpha
+
+
+def test_no_damaged_file_gives_another_network(tmp_path):
+  rng = np.random.default_rng(0)
+  theta = {'w': rng.normal(size=(30, 20)), 'b': np.arange(20.0)}
+  masks = {'w': rng.random((30, 20)) < 0.1}
+  other = {'w': rng.random((30, 20)) < 0.1}
+  path, damaged = tmp_path / 'whole', tmp_path / 'damaged'
+  export.save_compressed(path, theta, masks, alpha=2.0)
+  one = path.read_bytes(), export.load_compressed
+  export.save_tasks(path, theta, [masks, other], [{}, {'b': np.ones(20)}])
+  many = path.read_bytes(), lambda path: export.load_task(path, 1)
+  moments = random.Random(0)
+  for content, load in (one, many):
+    path.write_bytes(content)
+    wanted = load(path)
+    refused = 0
+    for _ in range(300):
+      damaged.write_bytes(_damage(content, moments))
+      try:
+        model = load(damaged)
+      except ValueError:
+        refused += 1
+      else:
+        _assert_same_model(model, wanted)
+    # Bytes that nobody reads, and texts of one meaning, do no harm.
+    assert refused > 250
+
+
+def test_files_of_version_0_1_are_read_with_a_warning(tmp_path, caplog):
+  text = {
+    'version': 1,
+    'alpha': 2.0,
+    'values': None,
+    'leaves': {'': [['w', 'float32', [4]]]},
+  }
+  packed = {'powerprop_jax': json.dumps(text)}
+  path = tmp_path / 'model'
+  path.write_bytes(safetensors.numpy.save({'float32': _ONES}, packed))
+  model = export.load_compressed(path)
+  assert (model.alpha, model.theta['w'].tolist()) == (2.0, [1, 1, 1, 1])
+  (record,) = caplog.records
+  assert 'without a checksum' in record.getMessage()
+
+
+@pytest.mark.parametrize('dtype', ['float8_e4m3fn', 'int4', 'complex128'])
+def test_dtypes_that_cannot_be_read_are_not_written(tmp_path, dtype):
+  theta = {'w': np.ones(3).astype(jnp.dtype(dtype))}
+  with pytest.raises(ValueError, match=f"'w' is of dtype {dtype}"):
+    export.save_compressed(tmp_path / 'model', theta, {})
+  assert not list(tmp_path.iterdir())
+
+
+def test_threads_that_write_to_one_path(tmp_path):
+  theta, masks = _lenet(0.01)
+  path, errors = tmp_path / 'model', []
+
+  def work():
+    try:
+      for _ in range(5):
+        export.save_compressed(path, theta, masks)
+    except Exception as error:
+      errors.append(error)
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert not errors
+  _assert_same_bits(
+    export.load_compressed(path).theta, export.to_dict(theta, masks)
+  )
+  assert [x.name for x in tmp_path.iterdir()] == ['model']
+
+
+def test_files_in_the_home_folder_and_in_buckets(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  export.save_compressed('~/model', {'w': np.ones(3)}, {})
+  assert (tmp_path / 'model').is_file()
+  assert export.load_compressed('~/model').theta['w'].size == 3
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)
+  with pytest.raises(ValueError, match='gs://bucket/model'):
+    export.save_compressed('gs://bucket/model', {'w': np.ones(3)}, {})
+
+
 def test_foreign_files_are_refused(tmp_path):
   theta, masks = _lenet(0.01)
   path = tmp_path / 'model'
@@ -273,18 +456,20 @@ def test_foreign_files_are_refused(tmp_path):
   text = json.loads(_header(path)[0]['__metadata__']['powerprop_jax'])
 
   def changed(**fields):
-    metadata = {'powerprop_jax': json.dumps({**text, **fields})}
-    return safetensors.numpy.save(tensors, metadata)
+    return _container({**text, **fields}, tensors)
 
   rows = text['leaves']['']
   foreign = [
     pickle.dumps(_Trap()),
     safetensors.numpy.save(tensors),
     safetensors.numpy.save(tensors, {'powerprop_jax': 'alpha = 2'}),
-    changed(version=2),
+    safetensors.numpy.save(tensors, {'powerprop_jax': '[' * 100_000}),
+    changed(version=3),
     changed(leaves={}),
     changed(leaves={'': [['w']]}),
     changed(leaves={'': [*rows, ['more', 'float32', [9]]]}),
+    changed(leaves={'': [*rows, rows[0]]}),
+    changed(leaves={'': rows[:-1]}),
     changed(leaves={'': [['w', 'float32', [784, 300], 2353, 0.01, 6, 2385]]}),
   ]
   for content in foreign:
@@ -362,7 +547,7 @@ def test_a_task_is_loaded_without_reading_the_others(tmp_path):
   path.write_bytes(content)
   wanted, _ = _wanted(theta, masks[1], private[1])
   _assert_same_bits(export.load_task(path, 1).theta, wanted)
-  with pytest.raises(ValueError, match='no code of'):
+  with pytest.raises(ValueError, match='The checksum of tasks/0/'):
     export.load_task(path, 0)
 
 
