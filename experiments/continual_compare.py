@@ -9,62 +9,79 @@ that against the folder of `independent`, where there is one.
 """
 
 from collections.abc import Sequence
-import functools
-import itertools
-import pathlib
-from typing import Any
+import dataclasses
 
-from absl import app
-from absl import flags
+from etils import epath
 
-from experiments import common
-from experiments import continual_summary
-from experiments import runner
+from experiments.support import comparison
+from experiments.support import config
+from experiments.support import output
+from experiments.support import runs as runs_lib
+from experiments.support import settings as settings_lib
 from powerprop_jax import plots
 from powerprop_jax.continual import report as continual_report
 
+# What a run must tell to be compared.
+_NEEDED = ('method', 'alpha', 'seed', 'num_tasks', 'accuracy_matrix')
 
-def define_flags(values: flags.FlagValues) -> None:
-  """Defines the flags of this binary."""
-  string = functools.partial(flags.DEFINE_string, flag_values=values)
-  flags.DEFINE_list(
-    'runs', [], 'Folders of continual_learning.', flag_values=values
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Output):
+  """The runs."""
+
+  runs: tuple[str, ...] = config.flag(
+    (), 'The folders that continual_learning has written, one or more.'
   )
-  string('out_dir', 'results/continual_compare', 'Folder of the figures.')
+  out_dir: str = config.flag(
+    'results/continual_compare', 'The folder to which the figures are written.'
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.runs:
+      raise ValueError('--runs must name folders of continual_learning.')
+    if len({output.folder(run).name for run in self.runs}) < len(self.runs):
+      raise ValueError(
+        f'--runs={",".join(self.runs)}: folders are told apart by their last'
+        ' names, which must differ.'
+      )
 
 
-def load(folders: Sequence[str]) -> list[dict[str, Any]]:
+def load(folders: Sequence[str]) -> list[comparison.Run]:
   """The finished runs of the folders, under the names of the folders.
 
+  Args:
+    folders: what `continual_learning` has written.
+
+  Returns:
+    The runs, with forward transfer where it can be told.
+
   Raises:
-    ValueError: if there are no folders, two of one name, or one without runs.
+    ValueError: if a folder holds none.
   """
-  if not folders:
-    raise ValueError('--runs must name folders of continual_learning.')
-  paths = [pathlib.Path(folder) for folder in folders]
-  if len({path.name for path in paths}) < len(paths):
-    raise ValueError(
-      f'--runs={",".join(folders)}: folders are told apart by their last names,'
-      ' which must differ.'
-    )
-  by_path = {}
-  for path in paths:
-    found = runner.finished(path)
-    if not all('accuracy_matrix' in run for run in found.values()) or not found:
+  found = {}
+  for path in map(output.folder, folders):
+    runs = runs_lib.finished(path).values()
+    if not runs or not all(name in run for run in runs for name in _NEEDED):
       raise ValueError(f'{path} holds no finished run of continual_learning.')
-    by_path[path] = found.values()
-  everything = list(itertools.chain(*by_path.values()))
+    found[path.name] = list(runs)
+  everything = [run for runs in found.values() for run in runs]
   return [
-    continual_summary.with_transfer(run, everything) | {'method': path.name}
-    for path, found in by_path.items()
-    for run in found
+    comparison.with_transfer(run, everything) | {'method': name}
+    for name, runs in found.items()
+    for run in runs
   ]
 
 
-def compare(runs: Sequence[dict[str, Any]], out_dir: pathlib.Path) -> None:
-  """Writes the figures, and prints the table."""
+def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
+  """Writes the figures, and prints the table.
+
+  Args:
+    runs: what `load` returned.
+    out_dir: the folder of the figures, which is made.
+  """
   out_dir.mkdir(parents=True, exist_ok=True)
-  figures = continual_summary.compare(runs)
+  figures = comparison.figures(runs)
   for name, figure in figures.items():
     plots.save(figure, out_dir / name)
   print('Test accuracy after the last task, and capacity, in percent:\n')
@@ -72,15 +89,13 @@ def compare(runs: Sequence[dict[str, Any]], out_dir: pathlib.Path) -> None:
   print(f'\nIn {out_dir}: {", ".join(figures)}')
 
 
-def main(argv: Sequence[str]) -> None:
-  common.check_no_arguments(argv)
-  try:
-    runs = load(flags.FLAGS.runs)
-  except ValueError as e:
-    common.fail(e)
-  compare(runs, pathlib.Path(flags.FLAGS.out_dir))
+def main(settings: Settings) -> None:
+  """Compares the runs."""
+  with config.refusing():
+    runs = load(settings.runs)
+  output.announce('continual_compare')
+  write(runs, output.folder(settings.out_dir))
 
 
 if __name__ == '__main__':
-  define_flags(flags.FLAGS)
-  app.run(main)
+  config.run(main, Settings)

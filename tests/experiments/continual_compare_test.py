@@ -2,9 +2,11 @@
 
 import json
 
+from etils import epath
 import pytest
 
 from experiments import continual_compare
+from experiments.support import config
 
 
 def _write(folder, method, seed, accuracies, used=None):
@@ -17,6 +19,7 @@ def _write(folder, method, seed, accuracies, used=None):
     'accuracy_matrix': [[0.9, None], accuracies],
     'average_accuracy': sum(accuracies) / 2,
     'worst_accuracy': min(accuracies),
+    'valid_accuracy': accuracies,
   }
   if used:
     run |= {'used': used, 'capacity_used': used[-1]}
@@ -36,8 +39,8 @@ def folders(tmp_path):
 
 
 def test_folders_are_the_rows(folders, tmp_path, capsys):
-  out_dir = tmp_path / 'out'
-  continual_compare.compare(continual_compare.load(folders), out_dir)
+  out_dir = epath.Path(tmp_path / 'out')
+  continual_compare.write(continual_compare.load(folders), out_dir)
   rows = [line.split() for line in capsys.readouterr().out.split('\n')]
   # Transfer: of the second task, when learnt, over a network of its own.
   assert ['narrow', '2', '96.00', '±', '1.41', '95.00', '30.0', '-4.00'] in rows
@@ -47,15 +50,34 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
     assert (out_dir / name).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 
+def _parse(*folders):
+  return config.parse(
+    continual_compare.Settings, [f'--runs={",".join(map(str, folders))}']
+  )
+
+
 @pytest.mark.parametrize(
   ('names', 'message'),
   [
     ([], '--runs must name folders'),
-    (['narrow', 'narrow'], 'last names, which must differ'),
-    (['narrow', 'absent'], 'absent holds no finished run'),
+    (['one/narrow', 'other/narrow'], 'last names, which must differ'),
   ],
 )
-def test_impossible_folders(folders, tmp_path, names, message):
+def test_impossible_names(names, message):
   with pytest.raises(ValueError, match=message):
-    continual_compare.load([str(tmp_path / name) for name in names])
-  assert len(continual_compare.load(folders)) == 5
+    _parse(*names)
+
+
+def test_impossible_folders(folders, tmp_path):
+  assert len(continual_compare.load(_parse(*folders).runs)) == 5
+  with pytest.raises(ValueError, match='absent holds no finished run'):
+    continual_compare.load([*folders, str(tmp_path / 'absent')])
+
+
+@pytest.mark.parametrize(
+  'content', ['', '[]', 'null', '{"valid_accuracy": 1, "alpha": 2.0}']
+)
+def test_results_of_something_else(folders, tmp_path, content):
+  (tmp_path / 'narrow' / 'runs' / 'foreign.json').write_text(content)
+  with pytest.raises(ValueError, match='narrow'):
+    continual_compare.load(folders)

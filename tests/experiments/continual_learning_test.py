@@ -4,27 +4,26 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
 
-from absl import flags
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import continual_data
-from experiments import continual_inference
 from experiments import continual_learning
-from experiments import continual_problem
-from experiments import continual_run
-from experiments import runner
 from experiments.presets import continual as presets
+from experiments.support import config
+from experiments.support import runs
+from experiments.support import sequence
+from experiments.support import tasks
 from powerprop_jax.continual import benchmarks
 from powerprop_jax.data import in_memory
 from powerprop_jax.training import checkpoint
+from powerprop_jax.training import loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _QUICK = {
@@ -32,7 +31,7 @@ _QUICK = {
   'steps_per_task': 40,
   'retrain_steps': 20,
   'batch_size': 20,
-  'densities': ['0.1', '0.2', '0.4', '0.7', '1'],
+  'densities': '0.1,0.2,0.4,0.7,1',
   'search_steps': 3,
   'gamma': 0.97,
   'phi_decay': 0,
@@ -40,14 +39,8 @@ _QUICK = {
 
 
 def _read(**options):
-  values = flags.FlagValues()
-  continual_learning.define_flags(values)
-  arguments = [
-    f'--{k}={",".join(v) if isinstance(v, list) else v}'
-    for k, v in (_QUICK | options).items()
-  ]
-  values(['continual_learning', *arguments])
-  return continual_learning.read_flags(values)
+  arguments = [f'--{k}={v}' for k, v in (_QUICK | options).items()]
+  return config.parse(continual_learning.Settings, arguments, presets.PRESETS)
 
 
 @functools.cache
@@ -63,24 +56,27 @@ def _data():
 
 @functools.cache
 def _problem(method, **options):
-  _, settings = _read(**options)
-  return settings, continual_problem.make_problem(
-    settings, method, 2.0, (7, 7, 1), 10
-  )
+  settings = _read(**options)
+  return settings, tasks.make_problem(settings, method, 2.0, (7, 7, 1), 10)
 
 
-def _run(out_dir, method='epn', data=None, report=None, **options):
+def _run(
+  out_dir, method='epn', data=None, report=None, stopped=None, **options
+):
   settings, problem = _problem(method, **options)
-  lines = []
-  result = continual_run.run(
-    continual_problem.Job(method, 2.0, 0),
+  data, lines = data or _data(), []
+  result = sequence.learn_all(
+    tasks.Job(method, 2.0, 0),
     problem,
     settings,
-    'digits',
-    10,
+    config.deciding(settings),
+    in_memory.Dataset('digits', *data, num_classes=10),
     out_dir,
-    data or _data(),
-    report or (lambda *line: lines.append(line)),
+    data,
+    runs.Watch(
+      report or (lambda *line: lines.append(line)),
+      stopped or (lambda: False),
+    ),
   )
   return result, lines
 
@@ -97,7 +93,7 @@ def _without_seconds(result):
 
 
 def _arrays(out_dir, method='epn'):
-  name = continual_problem.Job(method, 2.0, 0).name
+  name = tasks.Job(method, 2.0, 0).name
   return checkpoint.load(out_dir / 'checkpoints' / name).arrays
 
 
@@ -167,12 +163,15 @@ def test_capacity_adds_up(epn):
 def test_a_run_goes_on_at_the_task_where_it_was(epn, tmp_path):
   _, expected, lines = epn
 
-  def report(step, metrics):
-    if step > 70:  # In the middle of the second task.
-      raise InterruptedError
-
-  with pytest.raises(InterruptedError):
-    _run(tmp_path, report=report)
+  steps = []
+  with pytest.raises(loop.Interrupted):
+    _run(
+      tmp_path,
+      report=lambda step, metrics: steps.append(step),
+      # Before the retraining of the second task.
+      stopped=lambda: steps[-1:] == [100],
+    )
+  assert steps == [40, 60, 60, 100]
   result, resumed = _run(tmp_path)
   assert _without_seconds(result) == _without_seconds(expected)
   assert resumed == lines
@@ -222,7 +221,7 @@ def test_other_methods_take_the_same_way(method, tmp_path):
 
 
 def test_a_full_network_stops_and_says_so(tmp_path):
-  result, _ = _run(tmp_path, densities='1', retrain_steps=0)
+  result, _ = _run(tmp_path, densities=1, retrain_steps=0)
   assert 'no weight is free for task 1' in result['stopped']
   assert result['num_tasks'] == 1
   assert result['capacity_used'] == 1.0
@@ -241,25 +240,71 @@ def test_a_cap_limits_new_weights(tmp_path):
 
 
 def test_a_diverging_loss_is_reported(tmp_path):
-  with pytest.raises(runner.Diverged, match='in step .* of task 0'):
+  message = 'at step .*, with task = 0, alpha = 2 and learning_rate = 1e'
+  with pytest.raises(loop.Diverged, match=message):
     _run(tmp_path, clip_norm=0, learning_rate=1e9, momentum=0, retrain_steps=0)
+
+
+def test_networks_are_evaluated_before_a_task_is_learnt(epn):
+  _, result, _ = epn
+  before = [record['test_accuracy_before'] for record in result['tasks']]
+  initial = result['initial_test_accuracy']
+  assert before[0] == initial[0]  # The first task begins with this network.
+  assert all(0 <= x < 0.3 for x in [*before, *initial])
+  transfer = result['zero_shot_transfer']
+  assert transfer[0] is None
+  np.testing.assert_allclose(transfer[1:], np.subtract(before, initial)[1:])
+  assert result['backward_transfer'] == [0.0, 0.0, 0.0]
+  # It is no part of what was learnt.
+  assert result['accuracy_matrix'][0][1] is None
+
+
+def test_damaged_checkpoints_are_refused_at_once(epn, tmp_path):
+  out_dir, _, _ = epn
+  shutil.copytree(out_dir / 'checkpoints', tmp_path / 'checkpoints')
+  folder = tmp_path / 'checkpoints' / tasks.Job('epn', 2.0, 0).name
+  damaged = [p for p in folder.glob('*/**/*') if p.is_file()]
+  assert len([p for p in folder.iterdir() if p.name.isdigit()]) == 2
+  for path in damaged:
+    path.write_bytes(b'')
+  steps = []
+  with pytest.raises(ValueError, match='Move it away to start anew'):
+    _run(tmp_path, report=lambda step, metrics: steps.append(step))
+  assert not steps  # Nothing was trained.
+
+
+def test_checkpoints_of_other_settings_are_refused(epn, tmp_path):
+  out_dir, _, _ = epn
+  shutil.copytree(out_dir / 'checkpoints', tmp_path / 'checkpoints')
+  with pytest.raises(ValueError, match='gamma: 0.97 there, 0.5 here'):
+    _run(tmp_path, gamma=0.5)
 
 
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'gamma': 1.5}, r'--gamma=1.5 must be in \[0, 1\]'),
-    ({'gamma': -0.1}, r'--gamma=-0.1 must be in \[0, 1\]'),
-    ({'densities': ['0.5', '0.2']}, '--densities.*must rise'),
-    ({'densities': ['0', '0.2']}, '--densities.*must be in'),
-    ({'densities': ['0.2', '1.2']}, '--densities.*must be in'),
-    ({'densities': ['0.2', 'x']}, '--densities.*x'),
+    ({'gamma': 1.5}, '--gamma=1.5: must be between 0 and 1'),
+    ({'gamma': 'nan'}, '--gamma=nan: must be a finite number'),
+    ({'cap': 'nan'}, '--cap=nan: must be a finite number'),
+    ({'ewc_strength': 'nan'}, '--ewc_strength=nan: must be a finite number'),
+    ({'ewc_strength': -1}, '--ewc_strength=-1: must be at least 0'),
+    ({'retrain_learning_rate': -1}, '--retrain_learning_rate=-1: must be'),
+    ({'densities': '0.5,0.2'}, '--densities.*must rise'),
+    ({'densities': '0,0.2'}, '--densities.*must be in'),
+    ({'densities': '0.2,1.2'}, '--densities.*must be in'),
+    ({'densities': '0.2,x'}, '--densities=0.2,x: must be a number'),
+    ({'densities': ''}, '--densities=.*must not be empty'),
     ({'min_density': 0.5, 'max_density': 0.6}, '--densities.*None of'),
-    ({'method': 'replay'}, "--method must be among .*'replay'"),
+    ({'method': 'replay'}, '--method=replay: must be one of epn, packnet'),
+    ({'method': ''}, '--method=: '),
     ({'alpha': '0.5'}, '--alpha=0.5.*>= 1'),
-    ({'alpha': '2,x'}, '--alpha=2,x'),
-    ({'infer_tasks': ['4']}, r'--infer_tasks=4 must be .* to --tasks=3'),
-    ({'infer_tasks': ['1.5']}, r'--infer_tasks=1.5 must be a whole number'),
+    ({'alpha': '2,x'}, '--alpha=2,x: must be a number'),
+    ({'alpha': ''}, '--alpha=: must not be empty'),
+    ({'seeds': 10**12}, '--seeds=1000000000000: must be between 1 and'),
+    ({'tasks': 10**12}, '--tasks=1000000000000: must be between 1 and 65535'),
+    ({'infer_tasks': '4'}, '--infer_tasks=4 is more than --tasks=3'),
+    ({'infer_tasks': '1.5'}, '--infer_tasks=1.5: must be a whole number'),
+    ({'norm': 'shared'}, '--norm=shared.*task.*frozen'),
   ],
 )
 def test_impossible_flags(options, message):
@@ -268,74 +313,62 @@ def test_impossible_flags(options, message):
 
 
 def test_lists_of_flags_make_runs():
-  jobs, _ = _read(method='epn,packnet', alpha='1,2', seeds=2)
+  jobs = continual_learning.make_jobs(
+    _read(method='epn,packnet,epn', alpha='1,2', seeds=2)
+  )
   assert len(jobs) == len({job.name for job in jobs}) == 8
   assert jobs[0].name == 'epn-alpha=1.0-seed=0'
+  assert [job.seed for job in jobs] == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_set_flags_that_exist(name):
-  values = flags.FlagValues()
-  continual_learning.define_flags(values)
-  values(['continual_learning', f'--preset={name}', '--seeds=1'])
-  jobs, settings = continual_learning.read_flags(values)
-  preset = presets.PRESETS[name]
-  assert [job.method for job in jobs] == preset['method']
-  assert settings['infer_tasks'] == [
-    int(n) for n in preset.get('infer_tasks', [])
-  ]
-  for flag in preset.keys() - {'method', 'alpha', 'seeds', 'infer_tasks'}:
-    assert settings[flag] == preset[flag], flag
+  arguments = [f'--preset={name}', '--seeds=1']
+  settings = config.parse(
+    continual_learning.Settings, arguments, presets.PRESETS
+  )
+  assert settings.seeds == 1
+  for flag, value in presets.PRESETS[name].items():
+    if flag != 'seeds':
+      assert getattr(settings, flag) == value, flag
+
+
+def test_settings_come_back_from_a_checkpoint():
+  settings = _read(heads='shared', infer_tasks=2, cap=0.5)
+  found = config.restored(tasks.Settings, config.deciding(settings))
+  for name in ('heads', 'infer_tasks', 'cap', 'densities', 'learning_rate'):
+    assert getattr(found, name) == getattr(settings, name)
+
+
+def _dataset():
+  return in_memory.Dataset('digits', *_data(), num_classes=10)
 
 
 def test_more_tasks_than_classes():
-  train, valid, test = _data()
-  data = in_memory.Dataset('digits', train, valid, test, 10)
-  _, settings = _read(benchmark='split', tasks=6)
   with pytest.raises(ValueError, match='--tasks=6: digits has 5 tasks'):
-    continual_data.make_benchmark(settings, data, 0)
+    tasks.make_benchmark(_read(benchmark='split', tasks=6), _dataset(), 0)
 
 
-def test_parts_of_split_tasks_have_one_shape():
-  train, valid, test = _data()
-  benchmark = benchmarks.split(
-    in_memory.Dataset('digits', train, valid, test, 10)
-  )
-  part = continual_data.make_part(benchmark, 5)
-  sizes = [len(benchmark.part(t, 'train').labels) for t in range(5)]
-  for t, size in enumerate(sizes):
-    images, labels = part(t, 'train')
-    assert images.shape == (max(sizes), 7, 7, 1)
-    assert np.all(labels[size:] == -1)
-    assert np.all(labels[:size] == benchmark.part(t, 'train').labels)
+def test_a_batch_larger_than_the_smallest_task():
+  settings = _read(benchmark='split', tasks=5, batch_size=110)
+  data = _dataset()
+  sizes = np.bincount(data.train.labels // 2, minlength=5)
+  assert sizes.min() < 110 < sizes.max()
+  with pytest.raises(ValueError, match=f'more than the {sizes.min()} training'):
+    tasks.make_benchmark(settings, data, 0)
 
 
-def test_tasks_that_do_not_fit():
-  images = np.zeros((2, 7, 7, 1), np.uint8)
-  split = in_memory.Split(images, np.array([0, 4], np.int32))
-  continual_data.check_part(split, 5, (7, 7, 1))
-  with pytest.raises(
-    ValueError, match='the label 4, and the network 4 outputs'
-  ):
-    continual_data.check_part(split, 4, (7, 7, 1))
-  with pytest.raises(ValueError, match=r'\(7, 7, 1\), and the network takes'):
-    continual_data.check_part(split, 5, (8, 8, 1))
-
-
-def test_task_inference_finds_sure_networks():
-  # The network of task t is sure of images of t, and of no other.
-  thetas = {'w': 9.0 * jnp.eye(3)}
-
-  def logits(theta, state, images):
-    del state
-    return (images * theta['w'][None]) @ jnp.array([[1.0, -1.0]] * 3)
-
-  found = continual_inference.evaluate(
-    logits, (thetas, {}), lambda t: jnp.eye(3)[jnp.full(20, t)], 3, (1, 10)
-  )
-  for rule in ('entropy', 'entropy_halving', 'logsumexp'):
-    assert found[rule] == {'1': 1.0, '10': 1.0}
-  assert set(found) >= {'one_shot', 'one_shot_normalised'}
+def test_parts_of_the_tasks_that_are_learnt_have_one_shape():
+  plain = benchmarks.split(_dataset())
+  found = tasks.make_benchmark(_read(benchmark='split'), _dataset(), 0)
+  sizes = [plain.size(t, 'train') for t in range(3)]
+  assert len({*sizes}) > 1
+  for t in range(3):
+    labels = found.part(t, 'train').labels
+    assert len(labels) == max(sizes)
+    assert int(np.sum(labels >= 0)) == sizes[t]
+  with pytest.raises(ValueError, match='there is no task 5'):
+    found.part(5, 'train')
 
 
 def _start(tmp_path, *arguments, devices=1):
@@ -346,10 +379,7 @@ def _start(tmp_path, *arguments, devices=1):
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
   }
-  quick = [
-    f'--{k}={",".join(v) if isinstance(v, list) else v}'
-    for k, v in (_QUICK | {'batch_size': 40}).items()
-  ]
+  quick = [f'--{k}={v}' for k, v in (_QUICK | {'batch_size': 40}).items()]
   command = [sys.executable, '-W', 'error', '-m']
   return subprocess.Popen(
     [*command, 'experiments.continual_learning', *quick, *arguments],
@@ -376,6 +406,7 @@ def _killed(process, path):
   assert path.exists()
 
 
+@pytest.mark.slow
 def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   code, out, err = _finish(_start(tmp_path, f'--out_dir={whole}'))
@@ -416,8 +447,12 @@ def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   code, _, err = _finish(_start(tmp_path, arguments, '--gamma=0.9'))
   assert code == 2
   assert 'gamma: 0.97 there, 0.9 now' in err
+  # The wrong flag has left no trace.
+  code, _, err = _finish(_start(tmp_path, arguments))
+  assert code == 0, err
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does(tmp_path):
   one, eight = tmp_path / 'one', tmp_path / 'eight'
   options = (

@@ -3,21 +3,22 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
-from absl import flags
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import continual_learning
-from experiments import continual_problem
-from experiments import continual_run
 from experiments import export_model
-from experiments import export_tasks
-from experiments import sparse_problem
-from experiments import sparse_training
+from experiments.support import config
+from experiments.support import problem
+from experiments.support import runs
+from experiments.support import sequence
+from experiments.support import tasks
+from experiments.support import trained as trained_lib
 from powerprop_jax import export
 from powerprop_jax import leaves
 from powerprop_jax.data import in_memory
@@ -65,11 +66,22 @@ def run(tmp_path_factory, data):
   path = folder / 'runs' / 'one.safetensors'
   path.parent.mkdir()
   export.save_compressed(path, theta, {}, alpha=2.0)
-  config = {'settings': {'dataset': 'mnist_5k'}}
-  (folder / 'config.json').write_text(json.dumps(config))
+  settings = {'dataset': 'mnist_5k', 'data': in_memory.fingerprint(data)}
+  (folder / 'config.json').write_text(json.dumps({'settings': settings}))
   return path, theta
 
 
+def _settings(path, *arguments):
+  return config.parse(
+    export_model.Settings, [f'--checkpoint={path}', *arguments]
+  )
+
+
+def _masks(network, *arguments):
+  return export_model.choose_masks(network, _settings('', *arguments))
+
+
+@pytest.mark.slow
 def test_a_pruned_run_is_small_and_as_accurate(run, data, tmp_path):
   path, theta = run
   out = tmp_path / 'new' / 'model.safetensors'
@@ -85,7 +97,8 @@ def test_a_pruned_run_is_small_and_as_accurate(run, data, tmp_path):
     text=True,
   )
   assert process.returncode == 0, process.stderr
-  lines = process.stdout.splitlines()
+  first, *lines = process.stdout.splitlines()
+  assert first.startswith('export_model on ')
   assert lines[0].split() == ['dense', '1,066,440', 'bytes']
   assert f'{out.stat().st_size:,} bytes' in lines[1]
   model = export.load_compressed(out)
@@ -109,7 +122,7 @@ def test_a_pruned_run_is_small_and_as_accurate(run, data, tmp_path):
 
 
 def test_statistics_are_written_and_used(tmp_path):
-  trained = export_model.Trained(
+  network = trained_lib.Network(
     alpha=3.0,
     theta={'w': jnp.array([1.0, 2.0, 3.0])},
     masks={},
@@ -118,11 +131,9 @@ def test_statistics_are_written_and_used(tmp_path):
       'accuracy': float(jnp.sum(theta['w']) * state['norm']['mean'][0])
     },
   )
-  mask = export_model.choose_masks(
-    trained, 0.5, {'scope': 'global', 'density_scale': {}}
-  )
+  mask = _masks(network, '--density=0.5', '--scope=global')
   path = tmp_path / 'model'
-  sizes, accuracies = export_model.write(trained, mask, path, 'float16')
+  sizes, accuracies = export_model.write_network(network, mask, path, 'float16')
   assert {k: v['accuracy'] for k, v in accuracies.items()} == {
     'trained': 3.0,
     'pruned': 1.5,
@@ -142,11 +153,9 @@ def test_statistics_are_written_and_used(tmp_path):
 def sparse_run(tmp_path_factory, data):
   """A checkpoint of sparse_training, with masks."""
   folder = tmp_path_factory.mktemp('sparse_training')
-  values = flags.FlagValues()
-  sparse_training.define_flags(values)
-  values(['test', '--method=static', '--alpha=3'])
-  settings = {name: values[name].value for name in sparse_training._RUN_FLAGS}
-  state = sparse_problem.make_problem(settings, data, 0).init()
+  arguments = ['--method=static', '--alpha=3']
+  settings = config.parse(problem.Settings, arguments)
+  state = problem.make(settings, data).init()
   rng = np.random.default_rng(0)
 
   def mask(path, x):
@@ -155,7 +164,12 @@ def sparse_run(tmp_path_factory, data):
   forward = leaves.map_with_path(mask, state.phi)
   masks = state.masks._replace(forward=forward)
   state = state._replace(masks=masks)
-  manager = checkpoint.open_manager(folder / 'checkpoints', settings)
+  written = {
+    'binary': 'sparse_training',
+    'data': problem.fingerprint(data),
+    **config.deciding(settings),
+  }
+  manager = checkpoint.open_manager(folder / 'checkpoints', written)
   checkpoint.save(manager, 7, {'state': state, 'ever': forward})
   checkpoint.close(manager)
   return folder, state
@@ -163,10 +177,10 @@ def sparse_run(tmp_path_factory, data):
 
 def test_a_sparse_checkpoint_keeps_its_masks(sparse_run, data, tmp_path):
   folder, state = sparse_run
-  trained = export_model.load(str(folder), None)
-  masks = export_model.choose_masks(trained, None, {})
+  network = trained_lib.load(str(folder), None)
+  masks = _masks(network)
   path = tmp_path / 'model'
-  sizes, accuracies = export_model.write(trained, masks, path, None)
+  sizes, accuracies = export_model.write_network(network, masks, path, None)
   assert sizes.bound < sizes.file < 1.05 * sizes.bound
   model = export.load_compressed(path)
   assert model.alpha == 3.0
@@ -181,13 +195,12 @@ def test_a_sparse_checkpoint_keeps_its_masks(sparse_run, data, tmp_path):
 
 def test_a_density_prunes_within_the_masks(sparse_run):
   folder, state = sparse_run
-  trained = export_model.load(str(folder / 'checkpoints'), None)
+  network = trained_lib.load(str(folder / 'checkpoints'), None)
   forward = export.to_dict(state.masks.forward)
-  options = {'scope': 'global', 'density_scale': {}}
   there = sum(int(m.sum()) for p, m in forward.items() if p.endswith('w'))
   for density, kept in ((0.05, 13_310), (0.5, there)):
     chosen = export.to_dict(
-      export_model.choose_masks(trained, density, options)
+      _masks(network, f'--density={density}', '--scope=global')
     )
     assert not any((m & ~forward[p]).any() for p, m in chosen.items())
     assert kept == sum(
@@ -199,11 +212,9 @@ def test_a_density_prunes_within_the_masks(sparse_run):
 def tasks_run(tmp_path_factory):
   """A run of continual_learning: its folder and its result."""
   folder = tmp_path_factory.mktemp('continual_learning')
-  values = flags.FlagValues()
-  continual_learning.define_flags(values)
-  values(
+  settings = config.parse(
+    tasks.Settings,
     [
-      'test',
       '--tasks=2',
       '--steps_per_task=60',
       '--retrain_steps=20',
@@ -211,29 +222,28 @@ def tasks_run(tmp_path_factory):
       '--densities=0.05,0.2,1',
       '--gamma=0.9',
       '--phi_decay=0',
-    ]
+    ],
   )
-  (job,), settings = continual_learning.read_flags(values)
   data = in_memory.load('mnist_5k')
-  problem = continual_problem.make_problem(settings, *job[:2], (28, 28, 1), 10)
-  result = continual_run.run(
+  job = tasks.Job('epn', 2.0, 0)
+  result = sequence.learn_all(
     job,
-    problem,
+    tasks.make_problem(settings, 'epn', 2.0, (28, 28, 1), 10),
     settings,
-    'mnist_5k',
-    10,
-    folder,
+    config.deciding(settings) | {'data': in_memory.fingerprint(data)},
+    data,
+    epath.Path(folder),
     (data.train, data.valid, data.test),
-    lambda *line: None,
+    runs.Watch(lambda *line: None, lambda: False),
   )
   return folder / 'checkpoints' / job.name, result
 
 
 def test_tasks_are_written_once_and_read_alone(tasks_run, tmp_path):
   folder, result = tasks_run
-  trained = export_model.load(str(folder), None)
+  trained = trained_lib.load(str(folder), None)
   path = tmp_path / 'tasks'
-  sizes, accuracies = export_tasks.write(trained, path, None)
+  sizes, accuracies = export_model.write_tasks(trained, path, None)
   expected = result['accuracy_matrix'][-1]
   assert list(accuracies) == ['task 0', 'task 1']
   for found, accuracy in zip(accuracies.values(), expected):
@@ -253,44 +263,87 @@ def test_tasks_are_written_once_and_read_alone(tasks_run, tmp_path):
 
 def test_tasks_are_not_pruned_again(tasks_run):
   folder, _ = tasks_run
-  values = flags.FlagValues()
-  export_model.define_flags(values)
-  values(['test', f'--checkpoint={folder}', '--density=0.1'])
   with pytest.raises(ValueError, match='--density=0.1 is not for continual'):
-    export_model.read_flags(values)
+    export_model.prepare(_settings(folder, '--density=0.1'))
 
 
 def test_what_is_no_network_is_refused(run, tmp_path):
   path, _ = run
   with pytest.raises(FileNotFoundError):
-    export_model.load(str(tmp_path / 'absent'), None)
-  manager = checkpoint.open_manager(tmp_path / 'a', {'flavour': 'sweet'})
+    trained_lib.load(str(tmp_path / 'absent'), None)
+  manager = checkpoint.open_manager(tmp_path / 'a', {'binary': 'cooking'})
   checkpoint.save(manager, 1, {'x': np.ones(2)})
   checkpoint.close(manager)
-  with pytest.raises(ValueError, match=r"no checkpoint of .*\['flavour'\]"):
-    export_model.load(str(tmp_path / 'a'), None)
+  with pytest.raises(ValueError, match='no checkpoint of .* one of cooking'):
+    trained_lib.load(str(tmp_path / 'a'), None)
   foreign = path.with_name('foreign')
   foreign.write_text(json.dumps({}))
-  with pytest.raises(ValueError, match='is no whole file'):
-    export_model.load(str(foreign), None)
+  with pytest.raises(ValueError, match='foreign'):
+    trained_lib.load(str(foreign), None)
   export.save_compressed(foreign, {'w': np.ones(2)}, {})
   with pytest.raises(ValueError, match='does not tell the alpha'):
-    export_model.load(str(foreign), None)
+    trained_lib.load(str(foreign), None)
+
+
+@pytest.mark.parametrize('content', ['', '[]', 'null', '{}', '{"settings": 1}'])
+def test_a_run_without_its_settings_is_refused(run, tmp_path, content):
+  path, _ = run
+  folder = tmp_path / 'runs'
+  folder.mkdir()
+  copy = shutil.copy(path, folder)
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(ValueError, match=r'config\.json'):
+    trained_lib.load(str(copy), None)
+
+
+def test_other_data_than_those_of_the_training_are_refused(run, tmp_path):
+  path, _ = run
+  folder = tmp_path / 'runs'
+  folder.mkdir()
+  copy = shutil.copy(path, folder)
+  settings = {'dataset': 'mnist_5k', 'data': 'other'}
+  (tmp_path / 'config.json').write_text(json.dumps({'settings': settings}))
+  with pytest.raises(ValueError, match='trained on other data'):
+    trained_lib.load(str(copy), None)
+
+
+def test_what_was_trained_is_never_overwritten(run, sparse_run, tmp_path):
+  path, _ = run
+  folder, _ = sparse_run
+  link = tmp_path / 'link'
+  link.symlink_to(path)
+  before = path.read_bytes()
+  for place, out in (
+    (path, path),
+    (path, link),
+    (path, path.with_name('another')),
+    (folder, folder / 'checkpoints' / 'model'),
+    (folder / 'checkpoints', folder / 'checkpoints' / '7' / 'model'),
+    (path, tmp_path),
+  ):
+    with pytest.raises(ValueError, match='Name a file elsewhere'):
+      export_model.prepare(_settings(place, f'--out={out}'))
+  assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    ([], '--checkpoint must be given'),
+    (['--checkpoint='], 'checkpoint'),
     (['--density=1.5'], r'density must be in \(0, 1\], got 1.5'),
+    (['--density=nan'], '--density=nan'),
+    (['--scope='], '--scope=.*layer.*global'),
+    (['--density_scale=w=2'], '--density_scale=w=2 needs the --density'),
+    (['--density=0.5', '--density_scale=w'], 'must be pattern=factor'),
     (['--density=0.5', '--scope=global', '--density_scale=w=2'], 'scope='),
-    (['--density_scale=w'], 'density_scale takes pattern=factor'),
   ],
 )
 def test_bad_flags_stop_before_anything_is_written(run, args, message):
   path, _ = run
-  values = flags.FlagValues()
-  export_model.define_flags(values)
-  values(['test', *args, *([f'--checkpoint={path}'] if args else [])])
-  with pytest.raises(ValueError, match=message):
-    export_model.read_flags(values)
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    export_model.prepare(_settings(path, *args))
+
+
+def test_a_checkpoint_must_be_named():
+  with pytest.raises(ValueError, match='--checkpoint must be given'):
+    config.parse(export_model.Settings, [])

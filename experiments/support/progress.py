@@ -1,4 +1,9 @@
-"""The progress of a run of continual learning, and its checkpoints."""
+"""How far a run of continual learning is, and its checkpoints.
+
+At the boundary of two tasks everything is in a `Progress`, which is written to
+a checkpoint whose step is the number of tasks: a run that was killed goes on at
+the task where it was, and ends with the same numbers.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax import continual
-from powerprop_jax.continual import layouts
 from powerprop_jax.training import checkpoint
 
 
@@ -32,6 +36,11 @@ class Progress(NamedTuple):
   history: list[tuple[int, dict[str, Any]]]
 
 
+def start(memory: continual.Memory, anchors: Any) -> Progress:
+  """The progress before the first task."""
+  return Progress(memory, anchors, [], [], [], [])
+
+
 def _stacked(progress: Progress) -> dict[str, Any]:
   """What a checkpoint holds: few arrays, however many tasks there are."""
   stack = lambda *x: np.stack([np.asarray(a) for a in x])
@@ -43,28 +52,46 @@ def _stacked(progress: Progress) -> dict[str, Any]:
 
 
 def save(manager: checkpoint.Manager, progress: Progress) -> None:
-  """Writes a checkpoint, whose step is the number of tasks."""
+  """Writes a checkpoint.
+
+  Args:
+    manager: that of the run.
+    progress: the progress after at least one task.
+  """
   extra = {
-    'records': progress.records,
-    'matrix': progress.matrix,
-    'history': progress.history,
+    name: getattr(progress, name) for name in ('records', 'matrix', 'history')
   }
   checkpoint.save(manager, len(progress.tasks), _stacked(progress), extra)
 
 
-def start(memory: continual.Memory, anchors: Any) -> Progress:
-  """The progress before the first task."""
-  return Progress(memory, anchors, [], [], [], [])
-
-
-def _like(first: Progress, layout: layouts.Layout, count: int) -> Any:
+def _like(first: Progress, layout: continual.Layout, count: int) -> Any:
   """A tree as the checkpoint of so many tasks holds."""
   none = {p: jnp.zeros(x.shape, bool) for p, x in first.memory.owners.items()}
-  # A weight's owner may have outgrown a byte.
+  # The owner of a weight may have outgrown a byte.
   owners = continual.claim(first.memory.owners, none, count - 1)
   memory = first.memory._replace(owners=owners)
   task = continual.store(memory, none, layout)
   return _stacked(first._replace(memory=memory, tasks=[task] * count))
+
+
+def read(
+  found: checkpoint.Checkpoint, first: Progress, layout: continual.Layout
+) -> Progress:
+  """The progress that a checkpoint holds.
+
+  Args:
+    found: the checkpoint.
+    first: the progress before the first task.
+    layout: how every leaf is kept.
+
+  Returns:
+    A `Progress`.
+
+  Raises:
+    ValueError: if it is one of another network.
+  """
+  state = checkpoint.fill(_like(first, layout, found.step), found)
+  return _progress(state, found.extra, found.step)
 
 
 def _progress(state: dict[str, Any], extra: Any, count: int) -> Progress:
@@ -72,40 +99,35 @@ def _progress(state: dict[str, Any], extra: Any, count: int) -> Progress:
     jax.tree.map(lambda x, t=t: jnp.asarray(x[t]), state['tasks'])
     for t in range(count)
   ]
-  return Progress(
-    state['memory'],
-    state['anchors'],
-    learnt,
-    *(extra[name] for name in ('records', 'matrix', 'history')),
-  )
-
-
-def read(
-  found: checkpoint.Checkpoint, first: Progress, layout: layouts.Layout
-) -> Progress:
-  """The progress that a checkpoint holds; `first` as of `restore`."""
-  state = checkpoint.fill(_like(first, layout, found.step), found)
-  return _progress(state, found.extra, found.step)
+  return Progress(state['memory'], state['anchors'], learnt, **extra)
 
 
 def restore(
-  manager: checkpoint.Manager, first: Progress, layout: layouts.Layout
+  manager: checkpoint.Manager, first: Progress, layout: continual.Layout
 ) -> Progress:
-  """The progress of the newest checkpoint, or the start.
+  """The progress of the newest whole checkpoint, or the start.
 
   Args:
-    manager: of this run.
+    manager: that of the run.
     first: the progress before the first task.
-    layout: a `Layout`.
+    layout: how every leaf is kept.
 
   Returns:
     A `Progress`.
+
+  Raises:
+    ValueError: if the checkpoints are those of a run with other settings.
+    FileNotFoundError: if there are checkpoints, and all of them are damaged.
   """
   try:
     count = checkpoint.load(manager.directory).step
   except FileNotFoundError:
-    return first
-  found = checkpoint.restore_latest(manager, _like(first, layout, count))
+    # Either there are none, or all are damaged, which is an error here.
+    like: Any = first.memory
+    count = 0
+  else:
+    like = _like(first, layout, count)
+  found = checkpoint.restore_latest(manager, like)
   if found is None:
     return first
   _, state, extra = found

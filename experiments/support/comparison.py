@@ -1,0 +1,81 @@
+"""Runs of continual learning side by side: forward transfer and figures."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from powerprop_jax import plots
+from powerprop_jax.continual import report as continual_report
+
+# What `continual_learning` writes of a run.
+Run = dict[str, Any]
+
+
+def with_transfer(run: Run, runs: Iterable[Run]) -> Run:
+  """Adds forward transfer, if there are networks of single tasks.
+
+  Args:
+    run: a run of any method.
+    runs: all runs there are. Of those of `independent` with its seed, and no
+      fewer tasks, one of the same alpha is preferred.
+
+  Returns:
+    The run, with or without the forward transfer of `accuracy_report`.
+  """
+  alone = [
+    other
+    for other in runs
+    if (other['method'], other['seed']) == ('independent', run['seed'])
+    and other['num_tasks'] >= run['num_tasks']
+  ]
+  if not alone:
+    return run
+  nearest = min(alone, key=lambda other: other['alpha'] != run['alpha'])
+  rows = nearest['accuracy_matrix']
+  return run | continual_report.accuracy_report(
+    run['accuracy_matrix'], [row[t] for t, row in enumerate(rows)]
+  )
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  """The seeds of every method and power; '2.0 epn' is a label."""
+  groups: dict[str, list[Run]] = {}
+  for run in runs:
+    groups.setdefault(f'{run["alpha"]} {run["method"]}', []).append(run)
+  return groups
+
+
+def _over_seeds(
+  seeds: Sequence[Run], values: Callable[[Run], Sequence[float]]
+) -> np.ndarray:
+  """One list per seed, as long as all of them are."""
+  length = min(run['num_tasks'] for run in seeds)
+  return np.array([values(run)[:length] for run in seeds], float)
+
+
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
+  """The figures that show methods side by side.
+
+  Args:
+    runs: what `continual_learning` wrote of each run.
+
+  Returns:
+    Figures by the name of their file.
+  """
+  groups, found = by_label(runs), {}
+  found['accuracy.png'] = plots.accuracy_by_task(
+    {
+      label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])
+      for label, seeds in groups.items()
+    }
+  )
+  pruned = {k: v for k, v in groups.items() if 'used' in v[0]}
+  if pruned:
+    found['capacity.png'] = plots.capacity(
+      {
+        label: _over_seeds(seeds, lambda run: run['used'])
+        for label, seeds in pruned.items()
+      }
+    )
+  return found
