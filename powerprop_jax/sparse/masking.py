@@ -77,6 +77,7 @@ def masked_update(
       return value_fn(whole, *args, **kwargs)
 
     extra_args['value_fn'] = evaluate
+  updates: Any
   updates, opt_state = optax.with_extra_args_support(tx).update(
     masks_lib.apply_mask(grads, masks.backward),
     opt_state,

@@ -26,7 +26,7 @@ which goes on from the same gradient under the new masks.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import jax
@@ -225,7 +225,8 @@ def sparsify(
     masks = masks_lib.dense(params)
     if not updater.starts_from_gradient:
       # Copies, because a mask of the caller's must not be donated.
-      start = jax.tree.map(jnp.copy, updater.init(init_key, params, None))
+      none = cast(types.Updates, None)  # The method does not read it.
+      start = jax.tree.map(jnp.copy, updater.init(init_key, params, none))
       inner_state = masking.change_masks(
         inner, inner_state, params, masks, start
       )

@@ -40,7 +40,7 @@ class MaskUpdater(NamedTuple):
       before training. Where it does not, the gradient may be None.
   """
 
-  init: Callable[[jax.Array, types.Params, types.Updates | None], Masks]
+  init: Callable[[jax.Array, types.Params, types.Updates], Masks]
   update: Callable[
     [jax.Array, jax.Array, types.Params, Masks, types.Updates],
     tuple[types.Params, Masks],
