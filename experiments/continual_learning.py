@@ -35,8 +35,6 @@ from powerprop_jax import power
 from powerprop_jax.continual import report as continual_report
 from powerprop_jax.data import in_memory
 
-_MAX_RUNS = 10_000
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings(tasks_lib.Settings, settings_lib.Output):
@@ -59,7 +57,7 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
     1,
     'The number of runs of each method and power.',
     low=1,
-    high=_MAX_RUNS,
+    high=settings_lib.MAX_RUNS,
     decides=False,
   )
   out_dir: str = config.like(

@@ -85,7 +85,7 @@ class Settings(config.Settings):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.checkpoint is None:
+    if not self.checkpoint:
       raise ValueError('--checkpoint must be given.')
     if self.density_scale and self.density is None:
       raise ValueError(
@@ -204,9 +204,9 @@ def prepare(settings: Settings) -> Callable[..., Result]:
     ValueError: if it cannot be loaded or pruned so.
     FileNotFoundError: if it is not there.
   """
-  assert settings.checkpoint is not None  # Checked where it is made.
-  _check_out(settings.checkpoint, settings.out)
+  assert settings.checkpoint  # Checked where the settings are made.
   trained = trained_lib.load(settings.checkpoint, settings.data_dir)
+  _check_out(settings.checkpoint, settings.out)
   if isinstance(trained, trained_lib.Network):
     masks = choose_masks(trained, settings)
     return functools.partial(write_network, trained, masks)

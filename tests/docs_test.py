@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 
-from absl import flags
 import pytest
 
 from experiments.support import config
@@ -162,13 +161,6 @@ def test_commands_exist(path):
     assert importlib.util.find_spec(module) is not None, module
     if module.startswith('experiments.'):
       program = importlib.import_module(module)
-      if hasattr(program, 'Settings'):
-        presets = getattr(program, 'presets', None)
-        # Raises if a flag is unknown or its value is impossible.
-        config.parse(program.Settings, arguments, presets and presets.PRESETS)
-        continue
-      values = flags.FlagValues()
-      program.define_flags(values)
+      presets = getattr(program, 'presets', None)
       # Raises if a flag is unknown or its value is impossible.
-      rest = values([module, *arguments])
-      assert rest == [module], f'{module}: {rest[1:]} are no flags'
+      config.parse(program.Settings, arguments, presets and presets.PRESETS)

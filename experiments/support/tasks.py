@@ -294,11 +294,9 @@ def make_benchmark(
     )
   benchmark = benchmark._replace(num_tasks=settings.tasks)
   least = min(benchmark.size(t, 'train') for t in range(settings.tasks))
-  if settings.batch_size > least:
-    raise ValueError(
-      f'--batch_size={settings.batch_size} is more than the {least} training'
-      f' examples of a task of {benchmark.name}. Give at most {least}.'
-    )
+  settings_lib.check_batch_size(
+    settings.batch_size, least, f'a task of {benchmark.name}'
+  )
   return benchmarks.padded(benchmark)
 
 

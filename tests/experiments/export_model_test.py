@@ -78,7 +78,7 @@ def _settings(path, *arguments):
 
 
 def _masks(network, *arguments):
-  return export_model.choose_masks(network, _settings('', *arguments))
+  return export_model.choose_masks(network, _settings('network', *arguments))
 
 
 @pytest.mark.slow
@@ -329,7 +329,8 @@ def test_what_was_trained_is_never_overwritten(run, sparse_run, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--checkpoint='], 'checkpoint'),
+    (['--checkpoint='], '--checkpoint must be given'),
+    (['--checkpoint=results'], 'There is no whole checkpoint in'),
     (['--density=1.5'], r'density must be in \(0, 1\], got 1.5'),
     (['--density=nan'], '--density=nan'),
     (['--scope='], '--scope=.*layer.*global'),
@@ -338,8 +339,11 @@ def test_what_was_trained_is_never_overwritten(run, sparse_run, tmp_path):
     (['--density=0.5', '--scope=global', '--density_scale=w=2'], 'scope='),
   ],
 )
-def test_bad_flags_stop_before_anything_is_written(run, args, message):
+def test_bad_flags_stop_before_anything_is_written(
+  run, args, message, tmp_path, monkeypatch
+):
   path, _ = run
+  monkeypatch.chdir(tmp_path)
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     export_model.prepare(_settings(path, *args))
 
