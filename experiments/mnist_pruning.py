@@ -187,9 +187,9 @@ def make_functions(
     theta, model_state = network.init(init_key, images, True)
     return training.init_state(run_key, theta, model_state, tx, transform)
 
-  # What does not fit the network, as a pattern without a match, fails here.
   key, image = jax.random.key(0), data.train.images[:1]
-  state = jax.eval_shape(init, key, key, image)
+  params = jax.eval_shape(init, key, key, image).phi
+  optimisers.check_scale(settings, params)
   shift = settings.max_shift
   prepare = augment.crop_and_flip(shift, False) if shift else augment.scale
   accuracy = classification.make_accuracy(network.apply)
@@ -197,7 +197,7 @@ def make_functions(
   step = training.make_train_step(loss_fn, tx, transform)
   return Functions(
     init=jax.jit(init),
-    run_steps=feeds.compile_steps(step, None, state.phi),
+    run_steps=feeds.compile_steps(step, None, params),
     to_theta=jax.jit(transform.to_theta),
     sweeps={
       scope: pruning.make_prune_sweep(

@@ -271,6 +271,7 @@ def make_functions(
     return network.init(key, images, True)
 
   shapes = jax.eval_shape(init_network, jax.random.key(0))
+  optimisers.check_scale(settings, shapes[0])
   layer_flops = flops.layer_flops(
     lambda p, s, x: network.apply(p, s, None, x, False)[0], *shapes, images
   )
@@ -285,7 +286,6 @@ def make_functions(
     del options['alpha']
     chosen = dataclasses.replace(settings, **options)
     tx = optimisers.make_tx(transform, chosen, chosen, steps=settings.steps)
-    jax.eval_shape(tx.init, shapes[0])  # What fits no layer fails here.
 
     def init(init_key, run_key):
       theta, model_state = init_network(init_key)

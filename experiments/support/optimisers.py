@@ -1,11 +1,13 @@
 """From settings to the optimiser: which, its learning rate, and its decay."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import dataclasses
 import inspect
 import math
 import re
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,6 +16,7 @@ from experiments.support import settings as settings_lib
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import transforms
+from powerprop_jax import types
 
 # Aliases of optax whose first argument is a learning rate and which need no
 # more than gradients and parameters.
@@ -208,30 +211,24 @@ def decay_rate(settings: Decay, steps: int) -> optax.Schedule:
   return _warmed(rate, warmup, steps, 'phi_decay_warmup_steps')
 
 
-def _decay_phi(
-  rate: optax.Schedule, norm: str, factors: Mapping[str, float]
-) -> optax.GradientTransformation:
-  """Decay of the weights' phi, to follow the optimiser in a chain."""
+def check_scale(settings: Decay, params: types.Params) -> None:
+  """Refuses factors of the decay for layers that the network does not have.
 
-  def init_fn(params):
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+  Args:
+    settings: the decay.
+    params: the parameters of the network, or their shapes.
 
-  def update_fn(updates, state, params=None):
-    decay = rate(state.count)
-
-    def leaf(path, u, p):
-      if not leaves.is_weight(path, p):
-        return u
-      factor = next((f for k, f in factors.items() if re.search(k, path)), 1.0)
-      r = factor * decay
-      # L1 takes at most |phi|: the soft threshold, which stops at zero.
-      return u - (r * p if norm == 'l2' else jnp.clip(p, -r, r))
-
-    updates = leaves.map_with_path(leaf, updates, params)
-    return updates, state._replace(count=optax.safe_increment(state.count))
-
-  return optax.GradientTransformation(init_fn, update_fn)
+  Raises:
+    ValueError: if a pattern matches no weight.
+  """
+  pairs = zip(leaves.paths(params), jax.tree.leaves(params))
+  weights = [path for path, x in pairs if leaves.is_weight(path, x)]
+  for pattern in config.factors(settings.phi_decay_scale):
+    if not any(re.search(pattern, path) for path in weights):
+      raise ValueError(
+        f'--phi_decay_scale={",".join(settings.phi_decay_scale)}: the pattern'
+        f' {pattern!r} matches none of the weights {", ".join(weights)}.'
+      )
 
 
 def _make_inner(
@@ -289,7 +286,8 @@ def make_tx(
   rate = decay_rate(decay, steps)
   if decay.phi_decay:
     factors = config.factors(decay.phi_decay_scale)
-    tx = optax.chain(tx, _decay_phi(rate, decay.phi_decay_norm, factors))
+    norm: Any = decay.phi_decay_norm
+    tx = optax.chain(tx, transforms.decay_phi(rate, norm, factors))
   if optimiser.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(optimiser.clip_norm), tx)
   return tx

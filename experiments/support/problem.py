@@ -240,7 +240,7 @@ def make(settings: Settings, data: Data) -> Problem:
     return network.init(key, jnp.zeros((1, *shape)), True)
 
   theta, model_state = jax.eval_shape(init, jax.random.key(0))
-  jax.eval_shape(tx.init, theta)  # What fits no layer fails here.
+  optimisers.check_scale(settings, theta)
   method = methods.make_plan(
     settings,
     theta,

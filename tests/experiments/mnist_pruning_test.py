@@ -168,6 +168,7 @@ def data():
     (['--max_shift=1000000000000'], r'moves images .* out of sight'),
     (['--phi_decay_schedule=linear'], r'constant, cosine or a fraction'),
     (['--phi_decay_scale=w=x'], r'must be pattern=factor'),
+    (['--phi_decay_scale=conv=2'], r"'conv' matches none of the weights"),
     (
       ['--phi_decay_warmup_steps=1000000'],
       r'phi_decay_warmup_steps=1000000 must be below',

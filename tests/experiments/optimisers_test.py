@@ -79,7 +79,7 @@ def test_l1_decay_of_phi_stops_at_zero():
 
 def test_layers_can_have_a_phi_decay_of_their_own():
   plain = np.array([-0.1 * 4, -0.1 * 3])
-  scale = ['other=5', 'line.r/w=2', 'linear=7']
+  scale = ['line.r/w=2', 'linear=7']
   updates = _update(phi_decay=1e-2, phi_decay_scale=scale)
   np.testing.assert_allclose(updates, plain - [4e-2, -1e-2], rtol=1e-5)
 
@@ -109,6 +109,14 @@ def test_layers_can_have_a_phi_decay_of_their_own():
 def test_impossible_settings(values, message):
   with pytest.raises(ValueError, match=message):
     _update(**values)
+
+
+def test_a_pattern_for_no_layer_is_refused():
+  optimisers.check_scale(_Settings(phi_decay_scale=('lin=2',)), _PHI)
+  with pytest.raises(
+    ValueError, match="=lin=2,conv=3: the pattern 'conv' matc"
+  ):
+    optimisers.check_scale(_Settings(phi_decay_scale=('lin=2', 'conv=3')), _PHI)
 
 
 def test_chain_rule_gives_the_optimiser_the_gradient_at_phi():

@@ -79,6 +79,16 @@ def test_an_experiment_goes_on_with_equal_settings_alone(tmp_path):
     pass
 
 
+def test_other_data_are_another_experiment(tmp_path):
+  with _open(tmp_path, settings=_SETTINGS | {'data': '0123'}):
+    pass
+  with (
+    pytest.raises(ValueError, match='data: 0123 there, 4567 now'),
+    _open(tmp_path, settings=_SETTINGS | {'data': '4567'}),
+  ):
+    pass
+
+
 def test_a_setting_that_is_not_a_number_is_never_written(tmp_path):
   with pytest.raises(ValueError), _open(tmp_path, settings={'a': float('nan')}):
     pass

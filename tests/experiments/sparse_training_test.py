@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -410,6 +411,55 @@ def test_flags_that_a_method_does_not_use_are_not_checked(data, args):
     assert sum(jax.tree.leaves(problem.method.counts)) == _SIZE + 410
 
 
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (('--steps_multiplier=inf',), 'multiplier=inf: must be a finite number'),
+    (
+      ('--steps_multiplier=1e6',),
+      r'multiplier=1e\+06 leads to --steps=50000000',
+    ),
+    (('--steps_multiplier=1e-6',), 'multiplier=1e-06 leads to --steps=0: must'),
+    (('--seed=9223372036854775808',), '--seed=9223372036854775808: must be'),
+    (('--seed=-1',), '--seed=-1: must be between 0'),
+    (('--gradient_batches=1000000000000',), 'batches=1000000000000: must be'),
+    (('--alpha=nan',), '--alpha=nan: must be a finite number'),
+    (('--alpha=0.5',), '--alpha=0.5: alpha must be'),
+    (('--method=acrobatics',), 'value should be one of <dense|static'),
+    (('--checkpoint_every=0',), '--checkpoint_every=0: must be between 1'),
+    (('--label_smoothing=nan',), '--label_smoothing=nan: must be a finite'),
+    (('--image_size=0',), '--image_size=0: must be between 8'),
+    (('--nesterov',), '--nesterov=True: there is no momentum'),
+    (('--dense_layers=(',), 'is no regular expression'),
+    (('--coordinator=nope',), '--coordinator=nope: must be host:port, or auto'),
+    (('--coordinator=a:1',), 'needs --num_processes and a --process_index'),
+    (('--num_processes=2',), 'need the --coordinator=host:port'),
+    (
+      ('--coordinator=a:1', '--num_processes=2', '--process_index=2'),
+      'below it, got 2 and 2',
+    ),
+  ],
+)
+def test_impossible_flags(args, message):
+  with pytest.raises(ValueError, match=message):
+    settings_of(*args)
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (('--batch_size=1000000000000',), 'more than the 4000 training examples'),
+    (('--dataset=no_such_set',), 'no_such_set'),
+    (('--dataset=folder',), 'folder needs --data_dir'),
+    (('--phi_decay_scale=conv=2',), "'conv' matches none of the weights"),
+  ],
+)
+def test_flags_that_do_not_fit_the_data_or_the_network(args, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    settings = settings_of(*args)
+    problem_lib.make(settings, problem_lib.load(settings))
+
+
 def test_a_batch_that_does_not_divide(data, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 8)
   with pytest.raises(ValueError, match='that do are 96 and 104'):
@@ -534,6 +584,41 @@ def test_a_stopped_run_goes_on(start, uninterrupted, tmp_path):
   assert 'Interrupted' not in err
   wanted = summary_of(uninterrupted)['fingerprint']
   assert summary_of(tmp_path)['fingerprint'] == wanted
+
+
+def test_a_finished_run_still_knows_its_speed(small_data, tmp_path):
+  args = (*_TINY, '--method=static', '--checkpoint_every=4')
+  _, before = train(small_data, tmp_path, *args)
+  assert before['steps_per_second'] > 0
+  lines = losses(tmp_path)
+  assert train(small_data, tmp_path, *args)[1] == before
+  assert losses(tmp_path) == lines
+
+
+@pytest.mark.parametrize('content', ['[]\n7\n"a"\n{"step": "x"}\n{}\n', '{'])
+def test_strange_lines_of_metrics_are_left_out(small_data, tmp_path, content):
+  (tmp_path / 'metrics.jsonl').write_text(content)
+  train(small_data, tmp_path, *_TINY, '--method=static')
+  assert [step for step, _ in losses(tmp_path)] == [12]
+
+
+def test_a_file_in_the_place_of_the_checkpoints(small_data, tmp_path):
+  (tmp_path / 'checkpoints').write_text('')
+  with pytest.raises(OSError, match='checkpoints'):
+    train(small_data, tmp_path, *_TINY, '--method=static')
+
+
+def test_a_folder_that_vanishes_ends_the_run(small_data, tmp_path):
+  settings, problem = prepare(small_data, *_TINY, '--method=static')
+  feed = problem.make_feed()
+
+  def advance(*args):
+    shutil.rmtree(tmp_path / 'a')
+    return feed.advance(*args)
+
+  vanishing = problem._replace(make_feed=lambda: feed._replace(advance=advance))
+  with pytest.raises(OSError, match=r'metrics\.jsonl'):
+    run(vanishing, settings, tmp_path / 'a')
 
 
 def test_a_signal_before_the_first_step_is_heeded(small_data, tmp_path):
