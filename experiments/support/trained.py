@@ -60,7 +60,7 @@ class Tasks(NamedTuple):
   masks: list[dict[str, Any]]
   private: list[dict[str, Any]]
   networks: list[dict[str, Any]]
-  evaluate: Callable[[int, dict[str, Any]], float]
+  evaluate: Callable[[int, Any], float]
 
 
 def _check_data(trained_on: Mapping[str, Any], fingerprint: str) -> None:

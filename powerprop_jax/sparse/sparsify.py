@@ -8,9 +8,8 @@ places, the optimiser and the weights that the loss reads:
   tx = sparsify(powerprop(optax.adam(1e-3), 2.0), rigl, key=key, due=due)
   state = tx.init(params)
   ...
-  loss, grads = jax.value_and_grad(
-    lambda params: loss_fn(tx.weights(params, state), batch)
-  )(params)
+  loss = lambda params: loss_fn(tx.weights(params, state), batch)
+  grads = jax.grad(loss)(params)
   updates, state = tx.update(grads, state, params)
   params = optax.apply_updates(params, updates)
 
