@@ -102,7 +102,7 @@ def test_masks_hold_for_every_optimiser(name):
   counts = lambda theta: {'b': 3, 'kernel': 3, 'w': 6}
   half, fresh = lambda step: jnp.asarray(0.5), lambda key: _draw(1)
   init_masks, update_masks = training.make_mask_updates(
-    _two_layers, tx, updaters.rigl(counts, half, fresh), transform
+    _two_layers, tx, updaters.rigl(counts, half, fresh, False), transform
   )
   step = training.make_train_step(_two_layers, tx, transform)
   rng = np.random.default_rng(2)
