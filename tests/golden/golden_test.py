@@ -1,11 +1,11 @@
 """Tests that every binary computes what it did when `golden.json` was recorded.
 
-On the machine and with the versions of the recording weights and masks have to
-be the same to the last bit, and accuracies to the last but one, as they are
-divided by a count now. What is reported beyond the recording does not matter.
-Elsewhere accuracies and the numbers of weights that layers keep are compared.
-One command of each kind is run, and all of them where GOLDEN=all is set, which
-takes ten minutes.
+Accuracies, losses and the numbers of weights that layers keep are compared: to
+the last place on the machine and with the versions of the recording, and more
+coarsely elsewhere. What is reported beyond the recording does not matter. By
+default two commands are run. With GOLDEN=all all of them are, in ten minutes,
+and the bits of weights and masks are compared as well. CHANGELOG.md says which
+results have been changed on purpose since the recording.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,9 @@ _SPEC.loader.exec_module(record)
 _GOLDEN = json.loads((_HERE / 'golden.json').read_text())
 _FLAGS = json.loads((_HERE / 'old_help.json').read_text())
 _TOLERANCE = 0.03
-_FEW = (
-  'mnist_pruning-l2',
-  'sparse_training-rigl',
-  'continual_learning-packnet',
-)
-_CHOSEN = record.ENTRIES if os.environ.get('GOLDEN') == 'all' else _FEW
+_ALL = os.environ.get('GOLDEN') == 'all'
+_FEW = ('mnist_pruning-l2', 'continual_learning-packnet')
+_CHOSEN = record.ENTRIES if _ALL else _FEW
 
 
 @pytest.fixture(scope='module')
@@ -75,6 +72,8 @@ def test_results_are_those_recorded(recorder, name):
     _GOLDEN['machine'],
     _GOLDEN['versions'],
   )
+  if not _ALL:
+    expected.pop('fingerprints', None)
   if same:
     differences = _differences(found, expected, 1e-6)
   else:
