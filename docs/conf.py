@@ -158,6 +158,8 @@ def _find(app, env, node, contnode):
     for name in domain.objects
     if name.split('.')[-1] == parts[-1] and set(parts) <= set(name.split('.'))
   ]
+  if len(found) > 1:  # A function comes before the module of its name.
+    found = [x for x in found if domain.objects[x].objtype != 'module']
   if len(found) != 1:
     return None
   return domain.resolve_xref(
