@@ -24,7 +24,7 @@ def resolve(path: str | os.PathLike[str]) -> epath.Path:
       such as `gs://bucket/folder` or `s3://bucket/folder`.
 
   Returns:
-    An `epath.Path`, which has the methods of `pathlib.Path`.
+    A path of etils, which has the methods of those of pathlib.
 
   Raises:
     ValueError: if the address is of an unknown kind, if the package that reads
