@@ -201,7 +201,8 @@ def test_weight_scatter_draws_the_density_curves():
 
 
 def test_weight_scatter_without_survivors(tmp_path):
-  distribution = _distribution(1.0, density=0.1)
+  with pytest.warns(UserWarning, match='cuts the network'):
+    distribution = _distribution(1.0, density=0.1)
   figure = plots.weight_scatter({'1.0': distribution})
   plots.save(figure, tmp_path / 'figure.png')
   assert 'of survivors' not in _texts(figure)
