@@ -49,8 +49,7 @@ _LEAST_KEPT = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Settings(
-  optimisers.Optimiser,
-  optimisers.Decay,
+  optimisers.Settings,
   settings_lib.Data,
   settings_lib.Output,
 ):
@@ -177,9 +176,8 @@ def make_functions(
       f' pixels out of sight. Give less than {min(height, width)}.'
     )
   network = networks.build('lenet_300_100', data.num_classes)
-  transform = power.power_transform(alpha)
-  tx = optimisers.make_tx(
-    transform, settings, settings, steps=settings.steps, update_rule=update_rule
+  transform, tx = optimisers.make(
+    settings, alpha, steps=settings.steps, update_rule=update_rule
   )
 
   def init(init_key, run_key, images):
@@ -252,13 +250,14 @@ def run(
     stop=settings.steps,
     chunk=_CHUNK,
     report=watch.report,
-    recipe={'alpha': job.alpha, 'learning_rate': settings.learning_rate},
+    recipe=optimisers.recipe(settings, job.alpha),
     stopped=watch.stopped,
   )
   if step < settings.steps:
     raise loop.Interrupted
   theta, seconds = functions.to_theta(state.phi), time.time() - begin
-  export.save_compressed(weights_path, theta, masks={}, alpha=job.alpha)
+  last = optimisers.last_alpha(settings, job.alpha)
+  export.save_compressed(weights_path, theta, masks={}, alpha=last)
 
   def sweep(split):
     return {

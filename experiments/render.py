@@ -25,6 +25,7 @@ from typing import Any
 import tabulate
 
 from experiments.support import config
+from experiments.support import sweep_report
 from powerprop_jax import plots
 from powerprop_jax.plots import style
 
@@ -35,15 +36,6 @@ DOCUMENTS = ('README.md', 'docs/results.md', 'docs/tutorial.md')
 _TABLE = re.compile(
   r'(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)', re.S
 )
-_METHODS = {
-  'dense': 'dense',
-  'static': 'static',
-  'snip': 'SNIP',
-  'set': 'SET',
-  'rigl': 'RigL',
-  'top_kast': 'Top-KAST',
-  'magnitude': 'magnitude',
-}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -154,7 +146,7 @@ def _sweep(
   lines: dict[tuple[str, ...], dict[float, str]] = {}
   for r in entries:
     alpha = r['recipe']['alpha']
-    key: tuple[str, ...] = (_METHODS[r['method']], f'{alpha:g}')
+    key: tuple[str, ...] = (sweep_report.TITLES[r['method']], f'{alpha:g}')
     if alphas is not None:
       key = key[:1]
       if not alphas(alpha) or r['method'] == 'dense':
@@ -423,7 +415,7 @@ def _sweep_curves() -> dict[str, dict[str, list[float]]]:
   """What `plots.accuracy_against_sparsity` draws."""
   lines: dict[str, dict[str, list[float]]] = {}
   for r in load('sparse_sweep-mnist')['results']:
-    label = f'{r["recipe"]["alpha"]} {_METHODS[r["method"]]}'
+    label = f'{r["recipe"]["alpha"]} {sweep_report.TITLES[r["method"]]}'
     line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
     for key, values in line.items():
       values.append(r[key])

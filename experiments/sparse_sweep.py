@@ -46,8 +46,7 @@ from powerprop_jax.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class Settings(
-  optimisers.Optimiser,
-  optimisers.Decay,
+  optimisers.Settings,
   settings_lib.Network,
   settings_lib.Data,
   settings_lib.Output,
@@ -246,7 +245,7 @@ def make_plan(
     exploration_penalty=settings.exploration_penalty,
   )
   return methods_lib.make_plan(
-    method, theta, alpha=job.recipe.alpha, steps=settings.steps, fresh=fresh
+    method, theta, moves_zeros=False, steps=settings.steps, fresh=fresh
   )
 
 
@@ -281,11 +280,10 @@ def make_functions(
 
   @functools.cache
   def update_rule(recipe):
-    transform = power.power_transform(recipe.alpha)
     options = recipe._asdict()
-    del options['alpha']
+    alpha = options.pop('alpha')
     chosen = dataclasses.replace(settings, **options)
-    tx = optimisers.make_tx(transform, chosen, chosen, steps=settings.steps)
+    transform, tx = optimisers.make(chosen, alpha, steps=settings.steps)
 
     def init(init_key, run_key):
       theta, model_state = init_network(init_key)

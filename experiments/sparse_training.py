@@ -25,6 +25,7 @@ import numpy as np
 from experiments.presets import sparse_training as presets
 from experiments.support import config
 from experiments.support import methods
+from experiments.support import optimisers
 from experiments.support import output
 from experiments.support import problem as problem_lib
 from experiments.support import settings as settings_lib
@@ -130,7 +131,9 @@ def begin(
   names = ('phi', 'model_state', 'masks')
   wanted = {'state': {name: getattr(state, name) for name in names}}
   there = checkpoint.fill(wanted, source, partial=True)['state']
-  old = power.power_transform(source.config['alpha'])
+  # With --alpha_steps parameters are theta.
+  steps = source.config.get('alpha_steps')
+  old = power.power_transform(1.0 if steps else source.config['alpha'])
   phi = power.change_alpha(there['phi'], old, problem.transform)
   state = state._replace(**(there | {'phi': phi}))
   forward = state.masks.forward
@@ -263,10 +266,7 @@ def train(
       ],
       after=[loop.Hook(loop.every(settings.checkpoint_every), save)],
       report=report,
-      recipe={
-        'alpha': settings.alpha,
-        'learning_rate': settings.learning_rate,
-      },
+      recipe=optimisers.recipe(settings, settings.alpha),
       stopped=lambda: devices.any_host(asked.is_set()),
     )
     save(step, progress)  # Does nothing if it is the newest.

@@ -17,7 +17,16 @@ from powerprop_jax.sparse import flops
 from powerprop_jax.sparse import schedules
 from powerprop_jax.sparse import updaters
 
-METHODS = ('dense', 'static', 'snip', 'set', 'rigl', 'top_kast', 'magnitude')
+METHODS = (
+  'dense',
+  'static',
+  'snip',
+  'set',
+  'rigl',
+  'top_kast',
+  'magnitude',
+  'acdc',
+)
 _NEVER_UPDATED = ('dense', 'static', 'snip')
 
 
@@ -95,13 +104,14 @@ class Method(config.Settings):
   )
   scope: str = config.flag(
     'layer',
-    'Whether magnitude pruning and SNIP rank the weights of each layer, or all'
-    ' weights together.',
+    'Whether magnitude pruning, AC/DC and SNIP rank the weights of each layer,'
+    ' or all weights together.',
     choices=('layer', 'global'),
   )
   update_every: int = config.flag(
     100,
-    'The number of steps from one update of the masks to the next.',
+    'The number of steps from one update of the masks to the next, and that of'
+    ' each phase of AC/DC.',
     low=1,
     high=settings_lib.MAX_STEPS,
   )
@@ -131,10 +141,11 @@ class Method(config.Settings):
     'SET and RigL: how --drop_fraction falls until the last update.',
     choices=('cosine', 'constant'),
   )
-  regrow: str = config.flag(
-    'init',
-    'SET and RigL: the values of weights that come into use. init draws them as'
-    ' at initialisation, keep leaves what they were, and zero needs alpha = 1.',
+  regrow: str | None = config.flag(
+    None,
+    'SET, RigL and AC/DC: the values of weights that come into use. init draws'
+    ' them as at initialisation, keep leaves what they were, and zero needs'
+    ' alpha = 1 or --floor. Without it that is init, and keep for AC/DC.',
     choices=('init', 'keep', 'zero'),
   )
   regrow_dropped: bool = config.flag(
@@ -220,6 +231,12 @@ def _progress(cadence: Cadence) -> Callable[[Any], Any]:
   return schedules.cubic(cadence.start - cadence.every, cadence.last)
 
 
+def _phases(cadence: Cadence) -> schedules.Cadence:
+  """AC/DC: the first update begins a sparse phase, and so does the last."""
+  starts = list(range(cadence.start, cadence.last + 1, cadence.every))
+  return schedules.alternating(starts[: len(starts) - (len(starts) + 1) % 2])
+
+
 def _forward_and_backward(
   settings: Method,
 ) -> tuple[distributions.Distribution, distributions.Distribution]:
@@ -258,7 +275,7 @@ def _make_updater(
     'init': fresh,
     'keep': None,
     'zero': lambda key: jax.tree.map(jnp.zeros_like, fresh(key)),
-  }[settings.regrow]
+  }[settings.regrow or ('keep' if settings.method == 'acdc' else 'init')]
   return {
     'dense': updaters.dense,
     'static': lambda: updaters.random(forward),
@@ -267,6 +284,7 @@ def _make_updater(
     'rigl': lambda: updaters.rigl(forward, drop, values, dropped),
     'top_kast': lambda: updaters.top_kast(forward, backward),
     'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
+    'acdc': lambda: updaters.acdc(forward, _phases(cadence), values, scope),
   }[settings.method]()
 
 
@@ -331,6 +349,10 @@ def _make_training_flops(
       return flops.rigl_training_flops(dense, sparse, cadence.every)
     if method == 'top_kast':
       return flops.top_kast_training_flops(sparse, wide)
+    if method == 'acdc':
+      is_sparse = _phases(cadence)
+      share = sum(map(is_sparse, range(steps))) / steps
+      sparse = share * sparse + (1 - share) * dense
     if method == 'magnitude':
       sparse = _gradual_flops(cadence, steps, layers, ever, forward)
     return flops.training_flops(sparse)
@@ -342,7 +364,7 @@ def make_plan(
   settings: Method,
   theta: Any,
   *,
-  alpha: float,
+  moves_zeros: bool,
   steps: int,
   fresh: Callable[[jax.Array], Any],
 ) -> Plan:
@@ -351,7 +373,8 @@ def make_plan(
   Args:
     settings: the method; what it does not use does not count.
     theta: the weights, or their shapes and dtypes.
-    alpha: the power.
+    moves_zeros: whether training moves a weight at zero, as it does without a
+      power or with a floor.
     steps: length of the run.
     fresh: draws weights theta as at initialisation, from a key.
 
@@ -362,11 +385,11 @@ def make_plan(
     ValueError: if the settings are impossible.
   """
   method = settings.method
-  trades = method in ('set', 'rigl')
-  if trades and settings.regrow == 'zero' and alpha != 1.0:
+  grows = method in ('set', 'rigl', 'acdc')
+  if grows and settings.regrow == 'zero' and not moves_zeros:
     raise ValueError(
-      f'--regrow=zero with alpha = {alpha:g}: a weight at zero never moves for'
-      ' alpha > 1 (section 2 of the paper). Use init or keep.'
+      '--regrow=zero: a weight at zero never moves for alpha > 1 (section 2 of'
+      ' the paper). Use init or keep, or give --floor.'
     )
   cadence = make_cadence(settings, steps)
   forward, backward = _forward_and_backward(settings)

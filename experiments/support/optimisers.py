@@ -1,8 +1,10 @@
-"""From settings to the optimiser: which, its learning rate, and its decay."""
+"""From settings to the optimiser, its learning rate, its decay and powers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import inspect
+import itertools
 import math
 import re
 from typing import Any
@@ -53,8 +55,76 @@ def _check_decay_schedule(text: str) -> None:
     raise ValueError('must be constant, cosine or a fraction from 0 to 1')
 
 
+def _read_alpha_step(text: str) -> tuple[float, float]:
+  """The power and the fraction of the steps of an item of --alpha_steps."""
+  alpha, colon, fraction = text.partition(':')
+  try:
+    pair = float(alpha), float(fraction)
+  except ValueError:
+    pair = math.nan, math.nan
+  if not (colon and 0 <= pair[1] < 1):
+    raise ValueError(
+      'must be alpha:fraction, with a fraction of the steps from 0 to below 1'
+    )
+  return power.check_alpha(pair[0]), pair[1]
+
+
+def _read_norm(text: str) -> Any:
+  """The norm as `decay_phi` takes it."""
+  if text in ('l1', 'l2'):
+    return text
+  try:
+    p = float(text)
+  except ValueError:
+    p = math.nan
+  if not 0 < p < 2:
+    raise ValueError('must be l1, l2 or a number between 0 and 2')
+  return p
+
+
 @dataclasses.dataclass(frozen=True)
-class Optimiser(config.Settings):
+class Powers(config.Settings):
+  """How the power acts in the course of a run."""
+
+  alpha_steps: tuple[str, ...] = config.flag(
+    (),
+    'Powers that follow the first one, as alpha:fraction,...: each holds from'
+    ' that fraction of the steps on. 2:0.25,3:0.5 goes on to alpha = 2 after a'
+    ' quarter of the steps and to 3 after half of them. The weights keep their'
+    ' values.',
+    check=_read_alpha_step,
+  )
+  floor: float = config.flag(
+    0.0,
+    'How much of the step that the optimiser would take without a power is'
+    ' added to that with it. It lets weights change their sign.',
+    low=0.0,
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    starts = [_read_alpha_step(text)[1] for text in self.alpha_steps]
+    if any(a >= b for a, b in itertools.pairwise(starts)):
+      raise ValueError(
+        f'--alpha_steps={",".join(self.alpha_steps)}: the fractions must rise'
+        ' from one to the next.'
+      )
+
+  def powers(self, alpha: float, steps: int) -> dict[int, float]:
+    """The powers of a run that begins with alpha, by their first steps."""
+    pairs = map(_read_alpha_step, self.alpha_steps)
+    return {0: alpha} | {round(f * steps): a for a, f in pairs}
+
+
+def last_alpha(settings: Powers, alpha: float) -> float:
+  """The power at the end of a run that begins with alpha."""
+  if not settings.alpha_steps:
+    return alpha
+  return _read_alpha_step(settings.alpha_steps[-1])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimiser(Powers):
   """The optimiser and its learning rate."""
 
   optimizer: str = config.flag(
@@ -125,8 +195,8 @@ class Decay(config.Settings):
   phi_decay_norm: str = config.flag(
     'l2',
     'l2 decays phi in proportion to phi. l1 takes a constant amount away, down'
-    ' to zero.',
-    choices=('l1', 'l2'),
+    ' to zero. A number p between 0 and 2 is the penalty phi_decay |phi|^p.',
+    check=_read_norm,
   )
   phi_decay_schedule: str = config.flag(
     'constant',
@@ -147,6 +217,11 @@ class Decay(config.Settings):
     ' one that matches counts.',
     check=config.check_factor,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Optimiser, Decay):
+  """All that `make` makes a transformation of, to inherit from."""
 
 
 def _warmed(
@@ -247,47 +322,124 @@ def _make_inner(
   return make(rate, weight_decay=decay, **masks, **options)
 
 
-def make_tx(
-  transform: power.PowerTransform,
-  optimiser: Optimiser,
-  decay: Decay,
+def _power_by_step(
+  powers: Mapping[int, float], floor: float
+) -> optax.GradientTransformation:
+  """The last link of a chain of which the power changes at known steps.
+
+  It is `powerprop` with a schedule, by powers that the compiler knows: products
+  and roots take a third of the time of those that it does not.
+
+  Args:
+    powers: by the steps from which they hold; one from step 0.
+    floor: as `powerprop` takes it.
+
+  Returns:
+    A gradient transformation for parameters theta.
+  """
+  links = [
+    transforms.powerprop(optax.identity(), alpha, floor=floor)
+    for alpha in powers.values()
+  ]
+
+  def init(params):
+    for link in links:
+      link.init(params)
+    return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+  def update(updates, state, params=None):
+    now = sum((state.count >= step) * 1 for step in powers) - 1
+    branches = [
+      lambda updates, link=link: link.update(
+        updates, optax.EmptyState(), params
+      )[0]
+      for link in links
+    ]
+    count = optax.safe_increment(state.count)
+    updates = jax.lax.switch(now, branches, updates)
+    return updates, optax.ScaleByScheduleState(count)
+
+  return optax.GradientTransformation(init, update)
+
+
+def make(
+  settings: Settings,
+  alpha: float,
   *,
   steps: int,
   update_rule: str = 'target_propagation',
-) -> optax.GradientTransformation:
-  """The transformation of gradients at theta into updates of phi.
+) -> tuple[power.PowerTransform, optax.GradientTransformation]:
+  """The parameters of a run and the transformation that trains them.
+
+  With `alpha_steps` the parameters are theta, which keeps its values when the
+  power changes, and the transform is the identity. Decay of phi by a factor is
+  decay of theta by alpha times as much.
 
   Args:
-    transform: a `power.power_transform`.
-    optimiser: the settings of the optimiser.
-    decay: the settings of the decay, which may be the same object.
-    steps: length of the schedules.
+    settings: the optimiser and the decay.
+    alpha: the power, the first one if there are several.
+    steps: length of the run and of the schedules.
     update_rule: `target_propagation` (section 2 of the paper), or `chain_rule`:
       the optimiser sees the gradient at phi, as plain autodiff would give it.
 
   Returns:
-    A gradient transformation with parameters phi.
+    The map from parameters to theta, and a transformation of gradients at theta
+    into updates of the parameters.
 
   Raises:
     ValueError: if settings do not fit one another or the length of the run.
   """
-  inner = _make_inner(optimiser, learning_rate(optimiser, steps))
-  if optimiser.weight_decay and update_rule == 'chain_rule':
-    raise ValueError(
-      f'--weight_decay={optimiser.weight_decay:g} acts on theta, which an'
-      ' optimiser under --update_rule=chain_rule does not see. Use --phi_decay,'
-      ' or target_propagation.'
+  inner = _make_inner(settings, learning_rate(settings, steps))
+  powers, rate = settings.powers(alpha, steps), decay_rate(settings, steps)
+  norm = _read_norm(settings.phi_decay_norm)
+  if update_rule == 'chain_rule':
+    for name, remedy in (
+      ('weight_decay', 'Use --phi_decay'),
+      ('floor', 'Leave it out'),
+      ('alpha_steps', 'Leave it out'),
+    ):
+      if getattr(settings, name):
+        raise ValueError(
+          f'--{name} acts on theta, which an optimiser under'
+          f' --update_rule=chain_rule does not see. {remedy}, or use'
+          ' target_propagation.'
+        )
+  if settings.alpha_steps:
+    if settings.phi_decay and norm != 'l2':
+      raise ValueError(
+        f'--phi_decay_norm={norm} is another penalty on theta for every power.'
+        ' With --alpha_steps use l2.'
+      )
+    transform = power.power_transform(1.0)
+    tx = optax.chain(inner, _power_by_step(powers, settings.floor))
+    of_phi = rate
+    # The largest step that has come is the newest.
+    rate = lambda t: (
+      of_phi(t)
+      * functools.reduce(
+        lambda now, item: jnp.where(t >= item[0], item[1], now),
+        powers.items(),
+        alpha,
+      )
     )
-  if update_rule == 'target_propagation':
-    tx = transforms.target_propagation(inner, transform)
+  elif update_rule == 'target_propagation':
+    transform = power.power_transform(alpha)
+    tx = transforms.target_propagation(inner, transform, settings.floor)
   else:
+    transform = power.power_transform(alpha)
     # The Jacobian comes first: the optimiser sees dL / d phi.
     tx = optax.chain(transforms.scale_by_power_jacobian(transform), inner)
-  rate = decay_rate(decay, steps)
-  if decay.phi_decay:
-    factors = config.factors(decay.phi_decay_scale)
-    norm: Any = decay.phi_decay_norm
+  if settings.phi_decay:
+    factors = config.factors(settings.phi_decay_scale)
     tx = optax.chain(tx, transforms.decay_phi(rate, norm, factors))
-  if optimiser.clip_norm:
-    tx = optax.chain(optax.clip_by_global_norm(optimiser.clip_norm), tx)
-  return tx
+  if settings.clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
+  return transform, tx
+
+
+def recipe(settings: Optimiser, alpha: float) -> dict[str, Any]:
+  """What the error of a run that diverged says of it."""
+  powers: dict[str, Any] = {'alpha': alpha}
+  if settings.alpha_steps:
+    powers['alpha_steps'] = ','.join(settings.alpha_steps)
+  return powers | {'learning_rate': settings.learning_rate}

@@ -31,8 +31,7 @@ _STREAMED = ('imagenet2012', 'folder')
 @dataclasses.dataclass(frozen=True)
 class Settings(
   methods.Method,
-  optimisers.Optimiser,
-  optimisers.Decay,
+  optimisers.Settings,
   settings_lib.Network,
   settings_lib.Data,
 ):
@@ -233,18 +232,20 @@ def make(settings: Settings, data: Data) -> Problem:
     # A last scale of zero in each block would hide the block from SNIP.
     **({'zero_init': False} if 'resnet' in settings.network else {}),
   )
-  transform = power.power_transform(settings.alpha)
-  tx = optimisers.make_tx(transform, settings, settings, steps=settings.steps)
+  transform, tx = optimisers.make(
+    settings, settings.alpha, steps=settings.steps
+  )
 
   def init(key):
     return network.init(key, jnp.zeros((1, *shape)), True)
 
   theta, model_state = jax.eval_shape(init, jax.random.key(0))
   optimisers.check_scale(settings, theta)
+  powers = set(settings.powers(settings.alpha, settings.steps).values())
   method = methods.make_plan(
     settings,
     theta,
-    alpha=settings.alpha,
+    moves_zeros=settings.floor > 0 or powers <= {1.0},
     steps=settings.steps,
     fresh=lambda key: init(key)[0],
   )

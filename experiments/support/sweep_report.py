@@ -10,7 +10,7 @@ from experiments.support import output
 from powerprop_jax import plots
 
 Row = dict[str, Any]
-_TITLES = {
+TITLES = {
   'dense': 'dense',
   'static': 'static',
   'snip': 'SNIP',
@@ -18,6 +18,7 @@ _TITLES = {
   'rigl': 'RigL',
   'top_kast': 'Top-KAST',
   'magnitude': 'magnitude',
+  'acdc': 'AC/DC',
 }
 
 
@@ -118,7 +119,7 @@ def curves(
   lines: dict[str, dict[str, list[float]]] = {}
   for r in sorted(rows, key=lambda r: r['sparsity']):
     if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:
-      label = f'{r["recipe"]["alpha"]} {_TITLES[r["method"]]}'
+      label = f'{r["recipe"]["alpha"]} {TITLES[r["method"]]}'
       line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
       for name, values in line.items():
         values.append(r[name])

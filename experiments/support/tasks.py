@@ -160,8 +160,7 @@ class Settings(
   Kept,
   Pruning,
   Evaluation,
-  optimisers.Optimiser,
-  optimisers.Decay,
+  optimisers.Settings,
   settings_lib.Network,
   settings_lib.Data,
 ):
@@ -322,9 +321,11 @@ def _layout(settings: Settings, method: str, params: Any) -> continual.Layout:
 
 def _for_retraining(settings: Settings) -> Settings:
   """Decay of phi makes weights sparse, and has no place under a mask."""
-  rate = settings.retrain_learning_rate
+  rate, last = settings.retrain_learning_rate, settings.alpha_steps[-1:]
   return dataclasses.replace(
     settings,
+    # The last power, from the first step on.
+    alpha_steps=tuple(f'{text.split(":")[0]}:0' for text in last),
     learning_rate=settings.learning_rate if rate is None else rate,
     warmup_steps=0,
     phi_decay=0.0,
@@ -340,9 +341,7 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
     steps = {False: sum(steps.values()), True: 0}
   recipes = {False: settings, True: _for_retraining(settings)}
   txs = {
-    retraining: optimisers.make_tx(
-      transform, recipes[retraining], recipes[retraining], steps=count
-    )
+    retraining: optimisers.make(recipes[retraining], alpha, steps=count)[1]
     for retraining, count in steps.items()
     if count
   }
@@ -395,11 +394,7 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
       stop=steps[retraining],
       chunk=_CHUNK,
       report=watch.report,
-      recipe={
-        'task': index,
-        'alpha': alpha,
-        'learning_rate': recipes[retraining].learning_rate,
-      },
+      recipe={'task': index} | optimisers.recipe(recipes[retraining], alpha),
       stopped=watch.stopped,
     )
     if step < steps[retraining]:
@@ -537,7 +532,7 @@ def make_problem(
   network = networks.build(
     settings.network, num_classes, cross_replica_axis=axis
   )
-  transform = power.power_transform(alpha)
+  transform, _ = optimisers.make(settings, alpha, steps=settings.steps_per_task)
   images = jnp.zeros((1, *input_shape))
 
   def fresh(key):

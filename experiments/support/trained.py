@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.support import config
+from experiments.support import optimisers
 from experiments.support import output
 from experiments.support import problem as problem_lib
 from experiments.support import progress as progress_lib
@@ -115,7 +116,7 @@ def _of_sparse_training(
   there = checkpoint.fill({'state': wanted}, found, partial=True)['state']
   theta, chosen = problem.transform.to_theta(there['phi']), there['masks']
   return Network(
-    alpha=settings.alpha,
+    alpha=optimisers.last_alpha(settings, settings.alpha),
     theta=masks.apply_mask(theta, chosen.forward),
     masks=chosen.forward,
     state=there['model_state'],
@@ -159,7 +160,7 @@ def _of_continual_learning(
   # Its parts are asked for twice, before and after the file is written.
   part = functools.cache(benchmark.part)
   return Tasks(
-    alpha=job.alpha,
+    alpha=optimisers.last_alpha(settings, job.alpha),
     shared={
       'theta': problem.transform.to_theta(memory.phi),
       'state': memory.model_state,

@@ -35,6 +35,7 @@ _QUICK = {
   'search_steps': 3,
   'gamma': 0.97,
   'phi_decay': 0,
+  'alpha_steps': '3:0.5',
 }
 
 

@@ -18,6 +18,7 @@ from experiments import mnist_pruning
 from experiments.presets import mnist_pruning as presets
 from experiments.support import config
 from experiments.support import settings as settings_lib
+from powerprop_jax import export
 from powerprop_jax.data import in_memory
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -70,9 +71,11 @@ def _start(environment, *args):
 
 @pytest.mark.slow
 def test_mnist_pruning_writes_and_prints_its_results(run, tmp_path):
-  args = (*_QUICK, f'--out_dir={tmp_path}')
+  args = (*_QUICK, '--alpha_steps=3:0.5', f'--out_dir={tmp_path}')
   code, out, err = run(*args)
   assert code == 0, err
+  for path in (tmp_path / 'runs').glob('*.safetensors'):
+    assert export.load_compressed(path).alpha == 3.0  # That of the end.
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert summary['kept'] == [0.1, 1.0]
   assert list(summary['results']) == ['1.0', '2.0', '1.0 global', '2.0 global']

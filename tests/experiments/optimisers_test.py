@@ -1,31 +1,24 @@
 """Tests of the optimisers that settings ask for."""
 
-import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 import optax
 import pytest
 
 from experiments.support import optimisers
-from powerprop_jax import power
 
-
-@dataclasses.dataclass(frozen=True)
-class _Settings(optimisers.Optimiser, optimisers.Decay):
-  """Both groups."""
-
-
-_PHI = {'linear': {'w': np.array([2.0, -0.5], np.float32)}}
-_GRADS = {'linear': {'w': np.array([1.0, 3.0], np.float32)}}
+_PHI: Any = {'linear': {'w': np.array([2.0, -0.5], np.float32)}}
+_GRADS: Any = {'linear': {'w': np.array([1.0, 3.0], np.float32)}}
 
 
 def _update(steps=1, **flag_values):
   rule = flag_values.pop('update_rule', 'target_propagation')
-  settings = _Settings(**flag_values)
-  tx = optimisers.make_tx(
-    power.power_transform(2.0), settings, settings, steps=100, update_rule=rule
-  )
-  state, updates = tx.init(_PHI), None
+  settings = optimisers.Settings(**flag_values)
+  _, tx = optimisers.make(settings, 2.0, steps=100, update_rule=rule)
+  updates: Any = None
+  state = tx.init(_PHI)
   for _ in range(steps):
     updates, state = tx.update(_GRADS, state, _PHI)
   assert updates is not None
@@ -77,6 +70,14 @@ def test_l1_decay_of_phi_stops_at_zero():
   np.testing.assert_allclose(updates, plain - [1.0, -0.5], rtol=1e-6)
 
 
+def test_decay_of_a_power_of_phi():
+  plain = np.array([-0.1 * 4, -0.1 * 3])
+  updates = _update(phi_decay=0.1, phi_decay_norm='0.5')
+  sizes = np.array([2.0, 0.5]) ** 1.5
+  expected = plain - np.array([2.0, -0.5]) * 0.05 / (sizes + 0.05)
+  np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
 def test_layers_can_have_a_phi_decay_of_their_own():
   plain = np.array([-0.1 * 4, -0.1 * 3])
   scale = ['line.r/w=2', 'linear=7']
@@ -102,6 +103,23 @@ def test_layers_can_have_a_phi_decay_of_their_own():
       {'update_rule': 'chain_rule', 'weight_decay': 0.1},
       'chain_rule does not see',
     ),
+    (
+      {'update_rule': 'chain_rule', 'alpha_steps': ['3:0.5']},
+      'chain_rule does not see',
+    ),
+    ({'update_rule': 'chain_rule', 'floor': 0.1}, 'chain_rule does not see'),
+    ({'alpha_steps': ['3']}, 'must be alpha:fraction'),
+    ({'alpha_steps': ['x:0.5']}, 'must be alpha:fraction'),
+    ({'alpha_steps': ['3:1']}, 'must be alpha:fraction'),
+    ({'alpha_steps': ['3:nan']}, 'must be alpha:fraction'),
+    ({'alpha_steps': ['0.5:0.5']}, 'alpha must be a finite number >= 1'),
+    ({'alpha_steps': ['2:0.5', '3:0.5']}, '2:0.5,3:0.5: the fractions must'),
+    (
+      {'alpha_steps': ['3:0.5'], 'phi_decay': 0.1, 'phi_decay_norm': 'l1'},
+      '--phi_decay_norm=l1 is another penalty',
+    ),
+    ({'phi_decay_norm': 'l3'}, '--phi_decay_norm=l3: must be l1, l2 or a'),
+    ({'phi_decay_norm': '2.5'}, '--phi_decay_norm=2.5: must be l1, l2 or a'),
     # A wrong decay is found out also where there is none.
     ({'phi_decay_warmup_steps': 100}, '--phi_decay_warmup_steps=100 must be'),
   ],
@@ -112,11 +130,13 @@ def test_impossible_settings(values, message):
 
 
 def test_a_pattern_for_no_layer_is_refused():
-  optimisers.check_scale(_Settings(phi_decay_scale=('lin=2',)), _PHI)
+  optimisers.check_scale(optimisers.Settings(phi_decay_scale=('lin=2',)), _PHI)
   with pytest.raises(
     ValueError, match="=lin=2,conv=3: the pattern 'conv' matc"
   ):
-    optimisers.check_scale(_Settings(phi_decay_scale=('lin=2', 'conv=3')), _PHI)
+    optimisers.check_scale(
+      optimisers.Settings(phi_decay_scale=('lin=2', 'conv=3')), _PHI
+    )
 
 
 def test_chain_rule_gives_the_optimiser_the_gradient_at_phi():
@@ -130,3 +150,53 @@ def test_chain_rule_gives_the_optimiser_the_gradient_at_phi():
 @pytest.mark.parametrize('optimizer', sorted(optimisers.OPTIMISERS))
 def test_every_optimiser_can_be_built_with_decay(optimizer):
   assert np.isfinite(_update(optimizer=optimizer, weight_decay=1e-3)).all()
+
+
+def _train(first_alphas, **flag_values):
+  """theta after ten steps with each transformation, of powers or of stages.
+
+  The first weight has a gradient and the second has none.
+  """
+  settings = optimisers.Settings(momentum=0.9, clip_norm=3.0, **flag_values)
+  theta: Any = {'linear': {'w': np.array([0.8, -0.3], np.float32)}}
+  state = None
+  for alpha in first_alphas:
+    transform, tx = optimisers.make(settings, alpha, steps=100)
+    phi = transform.to_phi(theta)
+    state = tx.init(phi) if state is None else state
+    update = jax.jit(tx.update)
+    for _ in range(10):
+      w: Any = transform.to_theta(phi)
+      grads = {'linear': {'w': (w['linear']['w'] - 0.4) * np.array([1.0, 0.0])}}
+      updates, state = update(grads, state, phi)
+      phi = optax.apply_updates(phi, updates)
+    theta = transform.to_theta(phi)
+  return np.asarray(theta['linear']['w'])
+
+
+def test_powers_change_at_their_steps():
+  settings = optimisers.Settings(alpha_steps=('2:0.1', '3:0.2'))
+  assert settings.powers(1.5, 100) == {0: 1.5, 10: 2.0, 20: 3.0}
+  assert optimisers.last_alpha(settings, 1.5) == 3.0
+  assert optimisers.last_alpha(optimisers.Settings(), 1.5) == 1.5
+  steps = {'alpha_steps': settings.alpha_steps}
+  decay = {'phi_decay': 1e-3, 'phi_decay_schedule': 'cosine'}
+  # Decay takes the same from phi and from theta to first order, and meets the
+  # step of the optimiser in another place.
+  for options, rtol in (({'floor': 0.05}, 1e-5), (decay, 2e-3)):
+    found = _train([1.5] * 3, **steps, **options)
+    expected = _train([1.5, 2.0, 3.0], **options)
+    np.testing.assert_allclose(found[0], expected[0], rtol=rtol)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    others = _train([1.5, 2.0, 2.0], **options)
+    assert abs(others[0] / expected[0] - 1) > 1e-2
+  assert abs(others[1] / expected[1] - 1) > 5e-3  # By less decay.
+
+
+def test_a_floor_moves_a_weight_at_zero():
+  phi: Any = {'linear': {'w': np.array([1.0, 0.0], np.float32)}}
+  _, tx = optimisers.make(optimisers.Settings(floor=0.5), 2.0, steps=100)
+  grads: Any = {'linear': {'w': np.ones(2, np.float32)}}
+  updates: Any = tx.update(grads, tx.init(phi), phi)[0]
+  # theta moves by -0.1 / 2, of which phi is the root.
+  np.testing.assert_allclose(updates['linear']['w'][1], -(0.05**0.5), 1e-6)

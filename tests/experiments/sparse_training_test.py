@@ -25,6 +25,7 @@ from experiments.support import methods
 from experiments.support import optimisers
 from experiments.support import output
 from experiments.support import problem as problem_lib
+from experiments.support import trained
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax.data import in_memory
@@ -199,8 +200,8 @@ def test_every_method_trains(data, tmp_path, method):
   explored = round(summary['explored'] * _SIZE)
   if method in ('set', 'rigl'):
     assert wanted < explored < 2 * wanted
-  elif method == 'magnitude':
-    assert explored == _SIZE  # It starts dense.
+  elif method in ('magnitude', 'acdc'):
+    assert explored == _SIZE  # They start dense.
   elif method != 'top_kast':
     assert explored == wanted
   inference = summary['inference_flops']
@@ -503,6 +504,8 @@ _RESTARTED = (
   '--update_every=20',
   '--batch_size=80',
   '--momentum=0.9',
+  '--phi_decay=1e-3',
+  '--alpha_steps=3:0.5',  # At a step that is no update of the masks.
   '--checkpoint_every=5',
 )
 
@@ -557,6 +560,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert found[name] == wanted[name]
   # No step is missing in the log, and none is there twice.
   assert losses(tmp_path) == losses(uninterrupted)
+  network = trained.load(str(tmp_path), None)
+  assert isinstance(network, trained.Network)
+  assert network.alpha == 3.0  # That of the end.
+  accuracy = network.evaluate(network.theta, network.state)
+  assert accuracy['test_accuracy'] == wanted['test_accuracy']
 
 
 @pytest.mark.slow

@@ -63,8 +63,8 @@ PLACES = {
   'runs',
 }
 # Threads within an operation would make the order of sums depend on the cores.
-# The compiler optimises as it does for everybody: at a lower level it rounds the
-# same operations in another way wherever other operations stand beside them.
+# The compiler optimises as it does for everybody: at a lower level it rounds
+# the same operations in another way where other operations stand beside them.
 XLA_FLAGS = '--xla_cpu_multi_thread_eigen=false'
 
 Result = dict[str, Any]
