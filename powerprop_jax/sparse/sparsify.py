@@ -233,8 +233,8 @@ def sparsify(
     return SparseState(count, masks, inner_state)
 
   def change(grads, state, params):
-    """The parameters and the state after a change of masks."""
-    count, masks, inner_state = state
+    """The parameters and the masks after a change of masks."""
+    count, masks, _ = state
     # What is frozen has no gradient; nothing grows there.
     grads = jax.tree.map(
       lambda x, g: jnp.zeros_like(x) if g is None else g, params, grads
@@ -251,9 +251,13 @@ def sparsify(
       values, new = jax.lax.cond(count == 0, start, update, None)
     else:
       values, new = update(None)
-    values = jax.tree.map(lambda x, y: x.astype(y.dtype), values, params)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), values, params), new
+
+  def with_masks(state, values, new):
+    """The state under new masks; the same if they are those it has."""
+    count, masks, inner_state = state
     inner_state = masking.change_masks(inner, inner_state, values, masks, new)
-    return values, SparseState(count, new, inner_state)
+    return SparseState(count, new, inner_state)
 
   def update_masks(grads, state, params):
     found = _states(state)
@@ -262,7 +266,8 @@ def sparsify(
         'There are several states of `sparsify` in this state. Give'
         ' `update_masks` that of its own transformation.'
       )
-    values, new = change(grads, found[0], params)
+    values, masks = change(grads, found[0], params)
+    new = with_masks(found[0], values, masks)
     state = jax.tree.map(
       lambda x: new if _is_sparse_state(x) else x,
       state,
@@ -281,11 +286,14 @@ def sparsify(
       now = due(state.count)
       if updater.starts_from_gradient:
         now = now | (state.count == 0)
-      values, state = jax.lax.cond(
+      values, masks = jax.lax.cond(
         now,
         lambda: change(updates, state, params),
-        lambda: (params, state),
+        lambda: (params, state.masks),
       )
+      # The moments are reset outside, in one pass with their update: what goes
+      # through the condition is copied in every step.
+      state = with_masks(state, values, masks)
     steps, inner_state = masking.masked_update(
       inner, updates, state.inner_state, values, state.masks, **extra_args
     )
