@@ -135,8 +135,9 @@ def reset_moments(
     is_leaf=is_missing,
   )
   # Compiled, because an initialisation may refuse values that it can look at,
-  # such as a layer of zeros, and masked parameters may well be that.
-  fresh = jax.jit(tx.init)(params)
+  # such as a layer of zeros, and masked parameters may well be that. Parameters
+  # that it does not read are kept, because they tell on which devices it runs.
+  fresh = jax.jit(tx.init, keep_unused=True)(params)
   return jax.tree.map(jnp.where, selected, fresh, opt_state)
 
 

@@ -17,9 +17,12 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
+import optax
 import pytest
 
 from powerprop_jax import leaves
+from powerprop_jax import sparse
+from powerprop_jax import transforms
 from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
@@ -81,7 +84,7 @@ def _shard(tree, kind):
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=axis_types)
   shardings = jax.tree.map(
     lambda spec: NamedSharding(mesh, spec),
-    _SPECS,
+    {name: _SPECS[name] for name in tree},
     is_leaf=lambda x: isinstance(x, PartitionSpec),
   )
   return jax.device_put(tree, shardings), shardings
@@ -247,3 +250,46 @@ def test_updaters(kind, name):
 
   trees = map(_tree, range(3))
   _check(update, kind, *trees, eager=name == 'random', local=name in _LOCAL)
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_sparsify(kind):
+  """A step of somebody's loop that changes the masks and gives new values."""
+  theta, target = ({'a': _tree(seed)['a']} for seed in (0, 1))
+
+  def step_of(theta):
+    tx = sparse.sparsify(
+      transforms.powerprop(optax.adam(0.1), 2.0),
+      updaters.rigl(_counts, _drop, lambda key: jax.tree.map(jnp.sin, theta)),
+      key=jax.random.key(0),
+      due=lambda step: step == 0,
+    )
+
+    def step(theta, state, target):
+      loss = lambda theta: sum(
+        jnp.sum((x - y) ** 2)
+        for x, y in zip(
+          *map(jax.tree.leaves, (tx.weights(theta, state), target))
+        )
+      )
+      updates, state = tx.update(jax.grad(loss)(theta), state, theta)
+      return optax.apply_updates(theta, updates), state
+
+    return step, tx.init(theta)
+
+  step, state = step_of(theta)
+  values, after = jax.jit(step)(theta, state, target)
+  (theta, shardings), (target, _) = _shard(theta, kind), _shard(target, kind)
+  step, state = step_of(theta)
+  found, sharded = _check_traffic(step, theta, state, target)
+  jax.tree.map(np.testing.assert_array_equal, sharded.masks, after.masks)
+  assert np.any(after.masks.forward['a']['w'] != state.masks.forward['a']['w'])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    found,
+    values,
+  )
+  moments = sharded.inner_state[0]
+  for tree in (found, *state.masks, *sharded.masks, moments.mu, moments.nu):
+    _check_sharding(tree, shardings)
