@@ -362,3 +362,66 @@ def accuracy_against_sparsity(
     handles.values(), handles, loc='outside upper right', ncols=len(handles)
   )
   return figure
+
+
+@style_lib.styled
+def accuracy_against_steps(
+  panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+) -> Figure:
+  """Accuracy of pruned networks against the length of training.
+
+  >>> line = {'steps': [1000, 2000], 'mean': [0.9, 0.95], 'std': [0.0, 0.0]}
+  >>> figure = accuracy_against_steps({'1 % kept': {'1.0': line, '2.0': line}})
+  >>> [axes.get_title('left') for axes in figure.axes]
+  ['1 % kept']
+
+  Args:
+    panels: for each title of a panel and each label of a line a dict of lists:
+      'steps', the numbers of training steps, and 'mean' and 'std' of the
+      accuracy, in [0, 1].
+
+  Returns:
+    A figure with a panel for each title, in which each label has one look, and
+    with bars of one standard deviation.
+  """
+  columns = min(len(panels), 2)
+  rows = -(-len(panels) // columns)
+  figure = Figure(figsize=(3.7 * columns + 0.8, 2.9 * rows + 0.5))
+  grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+  for axes in grid.flat[len(panels) :]:
+    axes.set_axis_off()
+  looks = style_lib.styles(
+    dict.fromkeys(label for lines in panels.values() for label in lines)
+  )
+  steps = sorted(
+    {n for lines in panels.values() for x in lines.values() for n in x['steps']}
+  )
+  handles: dict[str, Any] = {}
+  for axes, (title, lines) in zip(grid.flat, panels.items()):
+    axes.set_title(title)
+    style_lib.with_grid(axes)
+    for label, line in lines.items():
+      mean, std = (100 * np.asarray(line[k]) for k in ('mean', 'std'))
+      name = style_lib.name(label, baseline=False)
+      handles[name] = axes.errorbar(
+        line['steps'], mean, std, elinewidth=1, **looks[label]
+      )
+    style_lib.scale_errors(axes)
+    lowest = 100 * min(y for line in lines.values() for y in line['mean'])
+    highest = 100 * max(y for line in lines.values() for y in line['mean'])
+    # A factor in the error, of which the scale is the logarithm.
+    axes.set_ylim(100 - 1.25 * (100 - lowest), 100 - 0.8 * (100 - highest))
+    axes.set(xscale='log', xlabel='', ylabel='')
+    axes.set_xticks(steps, [f'{n:,}' for n in steps], rotation=45)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+  figure.supxlabel('Training steps', fontsize='medium')
+  figure.supylabel(
+    'Test accuracy (%), log scale of the error', fontsize='medium'
+  )
+  figure.legend(
+    handles.values(),
+    handles,
+    loc='outside upper center',
+    ncols=min(3, len(handles)),
+  )
+  return figure

@@ -106,6 +106,39 @@ def test_styles_tell_labels_apart_and_mark_the_baseline():
   assert black == dashed == [x.split()[0] == '1.0' for x in labels]
 
 
+def test_accuracy_against_steps_has_a_panel_for_each_title():
+  def line(*mean):
+    return {'steps': [1000, 5000], 'mean': mean, 'std': [0.0, 0.01]}
+
+  labels = '1.0 with L1', '2.0'
+  panels = {
+    '1 % kept': dict(zip(labels, (line(0.9, 0.95), line(0.8, 0.97)))),
+    '5 % kept': {labels[1]: line(0.95, 0.98)},
+  }
+  figure = plots.accuracy_against_steps(panels)
+  figure.draw_without_rendering()
+  first, second = figure.axes
+  lines = [bars.lines[0] for bars in first.containers]
+  for found, (steps, mean) in zip(lines, (([1000, 5000], [90, 95]),)):
+    np.testing.assert_allclose(found.get_xydata().T, [steps, mean])
+  assert len(lines) == 2
+  assert len(second.containers) == 1
+  # The lines of one label look alike in all panels.
+  looks = [
+    line.get_color() for line in (lines[1], second.containers[0].lines[0])
+  ]
+  assert looks[0] == looks[1] != lines[0].get_color()
+  (legend,) = figure.legends
+  assert len(figures.legend(legend)) == 2
+  for axes, means in ((first, (80, 97)), (second, (95, 98))):
+    low, high = axes.get_ylim()
+    assert low < means[0] < means[1] < high
+  assert [text.get_text() for text in first.get_xticklabels()] == [
+    '1,000',
+    '5,000',
+  ]
+
+
 def test_mask_overlap_lines_and_chance_level():
   overlaps = {1.0: _overlap([1.0, 0.4, 0.2]), 3.0: _overlap([1.0, 0.6, 0.5])}
   (axes,) = plots.mask_overlap(overlaps).axes
