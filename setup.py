@@ -27,14 +27,14 @@ _CORE = [
 ]
 _DATA = [
   'absl-py>=2.1',
-  'etils[epath]>=1.9.1',
+  'etils[epath]>=1.14',
   'grain>=0.2.16',
   # tensorflow-datasets imports it, and does not declare it.
   'importlib_resources>=6.0',
   'mlxtend>=0.23',
   # TFDS decodes images with it.
-  'pillow>=10.0',
-  'tensorflow-datasets>=4.9.9',
+  'pillow>=10.4',
+  'tensorflow-datasets>=4.9.10',
   'tqdm>=4.66',
 ]
 _PLOTS = [

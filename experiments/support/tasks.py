@@ -540,6 +540,7 @@ def make_problem(
     return transform.to_phi(theta), model_state
 
   params = jax.eval_shape(fresh, jax.random.key(0))[0]
+  optimisers.check_scale(settings, params)
   layout = _layout(settings, method, params)
   masked = layouts.paths_of(layout, 'masked')
   omit = [p for p in masked if 'initial' in p and settings.omit_first_layer]

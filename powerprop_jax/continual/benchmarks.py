@@ -108,6 +108,11 @@ def _put(images: Any, labels: Any) -> in_memory.Split:
 
 
 def _on_device(data: in_memory.Dataset) -> in_memory.Dataset:
+  for which in _PARTS:
+    if not len(getattr(data, which).labels):
+      raise ValueError(
+        f'{data.name} has no {which} examples, of which tasks could be made.'
+      )
   parts = {which: _put(*getattr(data, which)) for which in _PARTS}
   return data._replace(**parts)
 
@@ -137,7 +142,7 @@ def permuted(data: in_memory.Dataset, num_tasks: int, seed: int) -> Benchmark:
     A `Benchmark`.
 
   Raises:
-    ValueError: if there is no task.
+    ValueError: if there is no task, or if a part has no example.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks
@@ -211,7 +216,8 @@ def rotated(
     A `Benchmark`.
 
   Raises:
-    ValueError: if there is no task, or the angle is impossible.
+    ValueError: if there is no task, if the angle is impossible, or if a part
+      has no example.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks

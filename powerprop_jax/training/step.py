@@ -364,11 +364,16 @@ def batch_indices(
 
   Returns:
     An int32 array [num_steps, batch_size] of indices below size.
+
+  Raises:
+    ValueError: if the data set has no examples.
   """
   # In Python integers: the position in the stream outgrows int32.
   start, num_steps, batch_size, size = map(
     operator.index, (start, num_steps, batch_size, size)
   )
+  if size < 1:
+    raise ValueError(f'There are no examples to choose from: size is {size}.')
   first, offset = divmod(start * batch_size, size)
   count = num_steps * batch_size
   num_epochs = -(-(offset + count) // size)

@@ -260,3 +260,18 @@ def test_tasks_that_a_network_cannot_learn(part, message):
   benchmark = benchmarks.split(_data())._replace(part=lambda t, which: found)
   with pytest.raises(ValueError, match=f'Task 3 of split_set has .*{message}'):
     benchmarks.padded(benchmark).part(3, 'train')
+
+
+@pytest.mark.parametrize('part', ['train', 'valid', 'test'])
+@pytest.mark.parametrize('kind', range(3))
+def test_an_empty_part_is_an_error(kind, part):
+  data = _data()
+  empty = in_memory.Split(*(x[:0] for x in data.test))
+  data = data._replace(**{part: empty})
+  makers = (
+    lambda: benchmarks.permuted(data, 2, seed=1),
+    lambda: benchmarks.rotated(data, 2),
+    lambda: benchmarks.split(data),
+  )
+  with pytest.raises(ValueError, match=f'set has no {part} examples'):
+    makers[kind]()

@@ -103,6 +103,7 @@ def test_fingerprint_follows_sizes_pixels_labels_and_classes(mnist_5k):
     mnist_5k._replace(num_classes=11),
     mnist_5k._replace(valid=mnist_5k.test, test=mnist_5k.valid),
     mnist_5k._replace(valid=in_memory.Split(images[:-1], labels[:-1])),
+    mnist_5k._replace(valid=in_memory.Split(images[:0], labels[:0])),
     mnist_5k._replace(valid=in_memory.Split(images[::-1], labels)),
     mnist_5k._replace(valid=in_memory.Split(pixel, labels)),
     mnist_5k._replace(valid=in_memory.Split(images, label)),

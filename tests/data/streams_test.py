@@ -228,7 +228,9 @@ def test_many_images_are_looked_at_here_and_there(tmp_path, monkeypatch):
     streams, '_pixels', lambda example, *_, **__: seen.append(example.name)
   )
   streams.folder_source(tmp_path, 'train')
-  assert [pathlib.Path(x).stem for x in seen] == ['00', '04', '08', '12', '16']
+  # Workers of an earlier test may still be reading images of that.
+  seen = [pathlib.Path(x) for x in seen if x.startswith(str(tmp_path))]
+  assert [x.stem for x in seen] == ['00', '04', '08', '12', '16']
 
 
 def test_what_is_no_image_is_skipped_and_counted(tmp_path, folder, caplog):

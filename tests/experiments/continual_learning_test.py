@@ -313,6 +313,11 @@ def test_impossible_flags(options, message):
     _read(**options)
 
 
+def test_factors_of_the_decay_have_to_match_a_layer():
+  with pytest.raises(ValueError, match=r"--phi_decay_scale=x=2: .*'x' matches"):
+    _problem('epn', phi_decay_scale='x=2')
+
+
 def test_lists_of_flags_make_runs():
   jobs = continual_learning.make_jobs(
     _read(method='epn,packnet,epn', alpha='1,2', seeds=2)

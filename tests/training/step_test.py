@@ -297,6 +297,11 @@ def test_batch_indices_beyond_int32():
   assert sorted(indices.ravel().tolist()) == list(range(16))
 
 
+def test_batch_indices_of_no_examples():
+  with pytest.raises(ValueError, match='no examples'):
+    training.batch_indices(jax.random.key(0), 0, 2, 4, 0)
+
+
 def test_each_step_has_a_key_of_its_own():
   transform = power.power_transform(1.0)
 
