@@ -23,7 +23,7 @@ _CORE = [
   'jmp>=0.0.4',
   'numpy>=2.0',
   'optax>=0.2.6',
-  'tabulate>=0.9',
+  'tabulate>=0.10',
 ]
 _DATA = [
   'absl-py>=2.1',

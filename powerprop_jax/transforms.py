@@ -51,6 +51,14 @@ Wrappers that pass updates on, hold them back or choose among parameters
 (`chain`, `masked`, `partition`, `MultiSteps`, `apply_if_finite`,
 `inject_hyperparams`) do the same inside and outside.
 
+Nor can a few optimisers be inside, which are no wrappers and which nothing
+tells from others. `contrib.cocob` and `contrib.madgrad` compute where the
+parameters are to be, of the start and of all gradients, and `contrib.dowg` and
+`contrib.dog` take their rate from how far the parameters have come; scaled by
+the Jacobian, the step is another than they count on. Inside `powerprop` COCOB
+and DoWG give NaN in an example of four weights that they solve without. Choose
+an optimiser that takes a step from wherever the parameters are.
+
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
   reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021,

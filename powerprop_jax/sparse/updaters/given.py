@@ -45,7 +45,8 @@ def given(mask: types.Mask) -> protocol.MaskUpdater:
     A `MaskUpdater`.
 
   Raises:
-    ValueError: if a leaf of the mask is not boolean.
+    ValueError: if a leaf of the mask is not boolean; and from its init, if the
+      mask is one of other parameters.
 
   >>> mask = {'w': jnp.array([True, False])}
   >>> given(mask).init(jax.random.key(0), {'w': jnp.zeros(2)}, None).forward
@@ -60,7 +61,8 @@ def given(mask: types.Mask) -> protocol.MaskUpdater:
       )
 
   def init(key, theta, grads):
-    del key, theta, grads
+    del key, grads
+    masks_lib.apply_mask(theta, mask)  # Refuses the mask of another network.
     return protocol.same(mask)
 
   return protocol.MaskUpdater(init, protocol.unchanged)

@@ -57,6 +57,12 @@ def test_a_given_mask_must_be_boolean(dtype):
     updaters.given(mask)
 
 
+def test_a_given_mask_of_another_network():
+  mask = jax.tree.map(lambda x: jnp.ones([*x.shape, 1], bool), THETA)
+  with pytest.raises(ValueError, match='The mask of .* has the shape'):
+    updaters.given(mask).init(KEY, THETA, GRADS)
+
+
 def test_given_keeps_a_mask():
   mask = _masks([1, 0, 0, 1, 0, 0]).forward
   made = updaters.given(mask).init(KEY, THETA, GRADS)
