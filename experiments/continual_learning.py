@@ -176,6 +176,7 @@ def main(settings: Settings) -> None:
       out_dir,
       # On all devices together, runs go one after another.
       workers=1 if settings.data_parallel else None,
+      fields=tasks_lib.Job._fields,
     )
     results = runs.finished(out_dir, todo)
     if results:

@@ -352,7 +352,9 @@ def main(settings: Settings) -> None:
       for job in jobs
     }
     splits = (data.train, data.valid, data.test)
-    ended = runs.run_all(todo, splits, settings.steps, out_dir)
+    ended = runs.run_all(
+      todo, splits, settings.steps, out_dir, fields=Job._fields
+    )
     results = runs.finished(out_dir, todo)
     if results:
       summarise(list(results.values()), settings, out_dir)

@@ -471,7 +471,7 @@ def main(settings: Settings) -> None:
     }
     splits = (data.train, data.valid, data.test)
     steps = settings.steps * settings.seeds
-    ended = runs.run_all(todo, splits, steps, out_dir)
+    ended = runs.run_all(todo, splits, steps, out_dir, fields=Job._fields)
     results = runs.finished(out_dir, todo)
     if results:
       sweep_report.write(

@@ -48,13 +48,16 @@ def use_cores(num_runs: int) -> None:
 
 
 def finished(
-  out_dir: epath.Path, names: Iterable[str] | None = None
+  out_dir: epath.Path,
+  names: Iterable[str] | None = None,
+  fields: Iterable[str] = (),
 ) -> dict[str, Any]:
   """The results there are in a folder.
 
   Args:
     out_dir: the folder of results.
     names: the runs to look for; all there are if not given.
+    fields: what every result has, beside its accuracy.
 
   Returns:
     The results by the name of the run, in the order of the names.
@@ -71,7 +74,7 @@ def finished(
     path = folder / f'{name}.json'
     if path.exists():
       found[name] = output.read_json(path)
-      if 'valid_accuracy' not in found[name]:
+      if not {'valid_accuracy', *fields} <= found[name].keys():
         raise config.Refused(f'{path} is no result of a run. Move it away.')
   return found
 
@@ -82,6 +85,7 @@ def run_all(
   steps: int,
   out_dir: epath.Path,
   workers: int | None = None,
+  fields: Iterable[str] = (),
 ) -> tuple[list[str], bool]:
   """Runs what is not finished, and writes a file for each run.
 
@@ -94,16 +98,18 @@ def run_all(
     steps: how many steps a run reports, for the time left.
     out_dir: the folder of results; the files are runs/<name>.json.
     workers: how many devices to use; all if not given.
+    fields: what every result has, as for `finished`.
 
   Returns:
     A message for each run that diverged, while the others went on; and whether
     it was interrupted.
 
   Raises:
+    config.Refused: if a file in the place of a result is none.
     Exception: what a run raises beside `loop.Diverged`, after the others have
       stopped.
   """
-  done = finished(out_dir, runs)
+  done = finished(out_dir, runs, fields)
   missing = {name: run for name, run in runs.items() if name not in done}
   if not missing:
     return [], False

@@ -46,6 +46,9 @@ _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9][0-9]*')
 # What Orbax puts into a checkpoint of ours.
 _ITEMS = {'state', 'record', '_CHECKPOINT_METADATA'}
+# Under which a state that is one array is stored, as Orbax before 0.12.4 cannot
+# store an array whose path is empty.
+_ROOT = 'root'
 # The managers whose last checkpoint may be unfinished.
 _OPEN: set[ocp.CheckpointManager] = set()
 
@@ -283,9 +286,9 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
     },
   }
   record['checksum'] = _checksum(record, arrays)
-  filled = {k: v for k, v in arrays.items() if v.size}
+  filled = {k or _ROOT: v for k, v in arrays.items() if v.size}
   # Nor does Orbax save trees without any array.
-  filled = ocp.args.PyTreeSave(filled or {'': np.zeros(1)})
+  filled = ocp.args.PyTreeSave(filled or {_ROOT: np.zeros(1)})
   args = ocp.args.Composite(state=filled, record=ocp.args.JsonSave(record))
   manager.writer.save(number, args=args)
 
@@ -329,7 +332,11 @@ def _read(path: paths.Path) -> Checkpoint:
     k: np.zeros(shape, jnp.dtype(dtype))
     for k, (dtype, shape) in record.get('empty', {}).items()
   }
-  arrays = {k: empty[k] if k in empty else state[k] for k in record['types']}
+  # A state that is one array was stored under its empty path by version 0.1.
+  arrays = {
+    k: empty[k] if k in empty else state[k if k in state else _ROOT]
+    for k in record['types']
+  }
   if _checksum(record, arrays) != checksum:
     raise ValueError('The checksum is wrong.')
   for key, impl in record['keys'].items():

@@ -82,12 +82,15 @@ def test_an_error_of_a_run_is_raised(out_dir):
     runs.run_all({'a': fail}, 7, 3, out_dir)
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{}', 'x'])
+_FOREIGN = '{"alpha": 2.0, "valid_accuracy": 0.5}'
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', 'x', _FOREIGN])
 def test_what_is_in_the_way_of_a_result(out_dir, content):
   (out_dir / 'runs').mkdir()
   (out_dir / 'runs' / 'a.json').write_text(content)
   with pytest.raises(ValueError, match=r'a\.json .* Move it away'):
-    runs.run_all({'a': _run(1.0)}, 7, 3, out_dir)
+    runs.run_all({'a': _run(1.0)}, 7, 3, out_dir, fields=('alpha', 'seed'))
   # A foreign file in a place of no run is none of our business.
   assert runs.run_all({'b': _run(1.0)}, 7, 3, out_dir) == ([], False)
 
