@@ -254,7 +254,9 @@ def open_metrics(
       return False  # The end of a file that was cut off.
     return isinstance(found, dict) and keep(found)
 
-  lines = path.read_text().splitlines() if path.exists() else []
+  # What is no text is no metrics either, and is left out with its line.
+  read = path.read_bytes() if path.exists() else b''
+  lines = read.decode(errors='replace').splitlines()
   write_text(path, ''.join(f'{line}\n' for line in lines if kept(line)))
   turn = threading.Lock()
 

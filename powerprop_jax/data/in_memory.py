@@ -140,7 +140,8 @@ def fingerprint(data: Dataset) -> str:
   for split in (data.train, data.valid, data.test):
     for array in split:
       # CRC reads pixels several times as fast as SHA does.
-      checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view('u1'))
+      flat = np.ascontiguousarray(array).reshape(-1)
+      checksum = zlib.crc32(flat.view(np.uint8).data)
       digest.update(f'{array.dtype}{array.shape}{checksum}'.encode())
   return digest.hexdigest()[:16]
 

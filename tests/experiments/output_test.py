@@ -168,8 +168,9 @@ def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
   write = output.open_metrics(path, lambda line: True)
   for step in (1, 2, 3):
     write({'step': step})
-  with path.open('a') as file:
-    file.write('[1]\n7\n\n{"ste')  # Strange lines, and one that was cut off.
+  with path.open('ab') as file:
+    # Strange lines, and one that was cut off.
+    file.write(b'[1]\n7\n\n\xff\xfe\n{"ste')
   write = output.open_metrics(path, lambda line: line['step'] < 3)
   write({'step': 3, 'again': True})
   assert _lines(path) == [{'step': 1}, {'step': 2}, {'step': 3, 'again': True}]
