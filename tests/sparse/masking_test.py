@@ -54,15 +54,13 @@ def _deviation(name, tx):
     return tx.update(grads, state, params, **extra_args)
 
   @jax.jit
-  def masked(grads, state, params):
-    return masking.masked_update(
-      tx, grads, state, params, _mask(), **extra_args
-    )
+  def masked(grads, state, params, mask):
+    return masking.masked_update(tx, grads, state, params, mask, **extra_args)
 
   params = _draw(0)
   state = tx.init(params)
   for seed in (1, 2):  # Moments of all weights build up.
-    updates, state = dense(_draw(seed), state, params)
+    updates, state = masked(_draw(seed), state, params, masks.dense(params))
     params = optax.apply_updates(params, updates)
   state = jax.jit(functools.partial(masking.change_masks, tx))(
     state, params, masks.dense(params), _mask()
@@ -75,7 +73,7 @@ def _deviation(name, tx):
     small_params = optax.apply_updates(small_params, small_updates)
     # What a cut weight would learn may be anything.
     grads['w'] = grads['w'].at[_USED:].set(jnp.inf)
-    updates, state = masked(grads, state, params)
+    updates, state = masked(grads, state, params, _mask())
     params = optax.apply_updates(params, updates)
     for a, b in zip(*map(jax.tree.leaves, (_small(updates), small_updates))):
       deviation += np.sum(np.square(a - b))
