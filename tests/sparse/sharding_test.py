@@ -136,8 +136,7 @@ def _check(function, kind, *trees, eager=False, local=False):
 
 
 @on_eight
-@pytest.mark.parametrize('kind', _KINDS)
-@pytest.mark.parametrize('density', [0.1, 0.55])
+@pytest.mark.parametrize(('kind', 'density'), zip(_KINDS, (0.1, 0.55)))
 def test_topk_mask(kind, density):
   theta, _ = _shard(_tree(0), kind)
   for path, x in leaves.by_path(theta).items():
@@ -172,8 +171,14 @@ _PRUNE = {
 
 
 @on_eight
-@pytest.mark.parametrize('kind', _KINDS)
-@pytest.mark.parametrize('name', [k for k in _PRUNE if k != 'whole'])
+@pytest.mark.parametrize(
+  ('kind', 'name'),
+  [
+    *(('auto', name) for name in _PRUNE if name != 'whole'),
+    ('explicit', 'global'),
+    ('explicit', 'n_of_m'),
+  ],
+)
 def test_prune(kind, name):
   prune = functools.partial(pruning.prune, **_PRUNE[name])
   _check(prune, kind, _tree(0), eager=name in ('layer', 'global'))
@@ -226,18 +231,17 @@ _UPDATERS = {
 
 # Each group of a pattern lies on one device here.
 _LOCAL = ('magnitude in a pattern',)
-# These differ from others in what is no matter of sharding.
-_ALIKE = ('snip by layer', 'set', 'rigl of other weights', 'magnitude')
+# Axes that are explicit matter where masks are made, which is done by the same
+# functions in all of them.
+_EXPLICIT = ('snip', 'rigl', 'magnitude in a pattern')
 
 
 @on_eight
 @pytest.mark.parametrize(
   ('kind', 'name'),
   [
-    (kind, name)
-    for kind in _KINDS
-    for name in _UPDATERS
-    if kind == 'auto' or name not in _ALIKE
+    *(('auto', name) for name in _UPDATERS),
+    *(('explicit', name) for name in _EXPLICIT),
   ],
 )
 def test_updaters(kind, name):
