@@ -758,7 +758,8 @@ def test_line_search_outside_hands_on_the_value_at_the_next_point():
     transforms.powerprop(optax.lbfgs(linesearch=None), 2.0),
     optax.scale_by_zoom_linesearch(20),
   )
-  theta, state = _steps(tx, _init(), _loss, 5)
+  update = jax.jit(tx.update, static_argnames='value_fn')
+  theta, state = _steps(tx._replace(update=update), _init(), _loss, 5)
   assert _loss(theta) < 0.7 * _loss(_init())
   stored, grads = optax.value_and_grad_from_state(_loss)(theta, state=state)
   np.testing.assert_allclose(stored, _loss(theta), rtol=1e-5)
