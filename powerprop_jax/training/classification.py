@@ -22,6 +22,7 @@ from powerprop_jax.training import step as step_lib
 # The label of examples that only fill up a batch. `make_accuracy` leaves them
 # out; for a loss it is a label out of range.
 PADDING = -1
+_TOP_5_ABOVE = 100  # With fewer classes, five guesses tell little.
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
@@ -94,6 +95,119 @@ def make_loss(
   return loss_fn
 
 
+def counted(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+  """What of a batch can be added up, to evaluate many batches.
+
+  Args:
+    logits: [batch, classes].
+    labels: integers [batch]; examples of the label `PADDING` do not count.
+
+  Returns:
+    How many predictions are correct as `accuracy` and, if there are more than
+    100 classes, how many labels are among the five largest logits as `top5`;
+    and the sum of the cross-entropies as `loss`.
+
+  >>> import jax.numpy as jnp
+  >>> found = counted(jnp.zeros([3, 2]), jnp.array([0, 1, PADDING]))
+  >>> {name: round(float(x), 3) for name, x in found.items()}
+  {'accuracy': 1.0, 'loss': 1.386}
+  """
+  _check_labels(logits, labels)
+  # No prediction equals a label of padding.
+  correct = jnp.argmax(logits, axis=-1) == labels
+  known = labels != PADDING
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), jnp.where(known, labels, 0)
+  )
+  found = {
+    'accuracy': jnp.sum(correct, dtype=jnp.int32),
+    'loss': jnp.sum(jnp.where(known, losses, 0.0)),
+  }
+  if logits.shape[-1] > _TOP_5_ABOVE:
+    _, five = jax.lax.top_k(logits, 5)
+    among = jnp.any(five == labels[..., None], axis=-1)
+    found['top5'] = jnp.sum(among, dtype=jnp.int32)
+  return found
+
+
+def _make_evaluate(apply, prepare, batch_size, count):
+  """Evaluation by what `count(logits, labels)` gives for each batch."""
+
+  def evaluate(theta, model_state, images, labels):
+    if jnp.shape(labels) != jnp.shape(images)[:1]:
+      raise ValueError(
+        f'{len(images)} images need labels of shape [{len(images)}], got'
+        f' {list(jnp.shape(labels))}. Labels are class indices, one integer per'
+        ' example.'
+      )
+    _check_integers(labels)
+    if not len(labels):
+      raise ValueError('The accuracy over no examples is not defined.')
+    size = len(labels)
+    rows = min(batch_size, size)
+    padding = -size % rows
+    images = jnp.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
+    # Signed, so that they can hold the label of padding.
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    labels = jnp.pad(labels, (0, padding), constant_values=PADDING)
+
+    def measure(batch):
+      images, labels = batch
+      logits, _ = apply(
+        theta, model_state, None, prepare(None, images, False), False
+      )
+      _check_labels(logits, labels)
+      known = (labels >= 0) & (labels < logits.shape[-1])
+      outside = ~known & (labels != PADDING)
+      totals = [jnp.sum(x, dtype=jnp.int32) for x in (known, outside)]
+      return totals, count(logits, labels)
+
+    batches = (
+      images.reshape(-1, rows, *images.shape[1:]),
+      labels.reshape(-1, rows),
+    )
+    found = jax.tree.map(jnp.sum, jax.lax.map(measure, batches))
+    (known, outside), counts = found
+
+    # In two quotients, the second of which is exactly 1 without padding: XLA
+    # rounds a quotient by a constant another way than one by a variable, and
+    # recorded accuracies would differ in their last bit.
+    def mean(total):
+      fraction = total / size * (size / known)
+      return jnp.where(outside > 0, jnp.nan, fraction)
+
+    return jax.tree.map(mean, counts)
+
+  return evaluate
+
+
+def make_evaluation(
+  apply: Callable[..., Any],
+  prepare: augment.Prepare = augment.scale,
+  batch_size: int = 1000,
+) -> Callable[[types.Params, types.ModelState, Any, Any], dict[str, jax.Array]]:
+  """The accuracy and the loss of a network over a data set on the device.
+
+  >>> import jax.numpy as jnp
+  >>> apply = lambda theta, state, key, x, training: (x @ theta, state)
+  >>> evaluate = make_evaluation(apply, lambda key, x, training: x)
+  >>> found = evaluate(jnp.eye(2), {}, jnp.eye(2), jnp.array([0, 0]))
+  >>> {name: round(float(x), 3) for name, x in found.items()}
+  {'accuracy': 0.5, 'loss': 0.813}
+
+  Args:
+    apply: as in `make_loss`.
+    prepare: as in `make_loss`.
+    batch_size: how many examples go through the network at once.
+
+  Returns:
+    What `make_accuracy` returns, of a dict of float32 scalars in place of one:
+    `accuracy`, `loss`, which is the mean cross-entropy without smoothing, and,
+    if there are more than 100 classes, `top5`.
+  """
+  return _make_evaluate(apply, prepare, batch_size, counted)
+
+
 def make_accuracy(
   apply: Callable[..., Any],
   prepare: augment.Prepare = augment.scale,
@@ -126,47 +240,7 @@ def make_accuracy(
     if there are no examples.
   """
 
-  def accuracy(theta, model_state, images, labels):
-    if jnp.shape(labels) != jnp.shape(images)[:1]:
-      raise ValueError(
-        f'{len(images)} images need labels of shape [{len(images)}], got'
-        f' {list(jnp.shape(labels))}. Labels are class indices, one integer per'
-        ' example.'
-      )
-    _check_integers(labels)
-    if not len(labels):
-      raise ValueError('The accuracy over no examples is not defined.')
-    size = len(labels)
-    rows = min(batch_size, size)
-    padding = -size % rows
-    images = jnp.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
-    # Signed, so that they can hold the label of padding.
-    labels = jnp.asarray(labels).astype(jnp.int32)
-    labels = jnp.pad(labels, (0, padding), constant_values=PADDING)
+  def count(logits, labels):
+    return counted(logits, labels)['accuracy']
 
-    def count(batch):
-      images, labels = batch
-      logits, _ = apply(
-        theta, model_state, None, prepare(None, images, False), False
-      )
-      _check_labels(logits, labels)
-      known = (labels >= 0) & (labels < logits.shape[-1])
-      # No prediction equals a label of padding.
-      correct = jnp.argmax(logits, axis=-1) == labels
-      outside = ~known & (labels != PADDING)
-      return tuple(
-        jnp.sum(x, dtype=jnp.int32) for x in (correct, known, outside)
-      )
-
-    batches = (
-      images.reshape(-1, rows, *images.shape[1:]),
-      labels.reshape(-1, rows),
-    )
-    correct, known, outside = map(jnp.sum, jax.lax.map(count, batches))
-    # In two quotients, the second of which is exactly 1 without padding: XLA
-    # rounds a quotient by a constant another way than one by a variable, and
-    # recorded accuracies would differ in their last bit.
-    fraction = correct / size * (size / known)
-    return jnp.where(outside > 0, jnp.nan, fraction)
-
-  return accuracy
+  return _make_evaluate(apply, prepare, batch_size, count)

@@ -47,6 +47,28 @@ def test_accuracy_counts_every_example_once(batch_size):
   )
 
 
+def test_an_evaluation_by_hand():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=[8, 101]).astype(np.float32)
+  labels = rng.integers(101, size=8)
+  labels[:5] = np.argsort(-logits)[:5, :5].diagonal()  # First to fifth best.
+  labels[7] = classification.PADDING
+  evaluate = classification.make_evaluation(_apply, _unchanged, batch_size=3)
+  found = jax.jit(evaluate)(logits, {}, np.eye(8, dtype=np.float32), labels)
+  places = [(x > x[y]).sum() for x, y in zip(logits[:7], labels[:7])]
+  assert places[:5] == [0, 1, 2, 3, 4]
+  assert max(places) > 4
+  losses = np.log(np.exp(logits).sum(1))[:7] - logits[range(7), labels[:7]]
+  wanted = {
+    'accuracy': np.mean([p == 0 for p in places]),
+    'loss': losses.mean(),
+    'top5': np.mean([p < 5 for p in places]),
+  }
+  assert found.keys() == wanted.keys()
+  for name, x in wanted.items():
+    np.testing.assert_allclose(found[name], x, rtol=1e-5)
+
+
 def _apply(theta, model_state, key, images, is_training):
   del key, is_training
   return images @ theta, model_state
