@@ -1,7 +1,8 @@
 """Checkpoints, by which training that is killed goes on as if it had not been.
 
 Orbax writes them: in the background, under another name until a checkpoint is
-whole, and the newest few are kept. This module adds what Orbax lacks.
+whole, and the newest few are kept, with the best one beside them if there is a
+metric that tells which it is. This module adds what Orbax lacks.
 
 *   A state is stored as a flat dictionary of arrays by path, with a record
     beside it: the configuration of the run, the type of every leaf, and extras
@@ -19,10 +20,12 @@ on. The folder must therefore lie on a file system that they share.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
+import functools
 import json
 import logging
+import math
 import operator
 import os
 import re
@@ -49,6 +52,8 @@ _ITEMS = {'state', 'record', '_CHECKPOINT_METADATA'}
 # Under which a state that is one array is stored, as Orbax before 0.12.4 cannot
 # store an array whose path is empty.
 _ROOT = 'root'
+# Where Orbax writes the metrics of a checkpoint, in its folder.
+_METRICS = ('metrics', 'metrics')
 # The managers whose last checkpoint may be unfinished.
 _OPEN: set[ocp.CheckpointManager] = set()
 
@@ -140,8 +145,19 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps(dict(config)))
 
 
+def _rank(metrics: Mapping[str, float] | None, best: str) -> float:
+  """By what the best checkpoint is found; those without the metric come last.
+
+  Orbax writes a warning where there are no metrics, and none if they are empty.
+  """
+  return (metrics or {}).get(best, -math.inf)
+
+
 def open_manager(
-  directory: str | os.PathLike[str], config: Mapping[str, Any], keep: int = 3
+  directory: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  keep: int = 3,
+  best: str | None = None,
 ) -> Manager:
   """Opens a folder of checkpoints, and makes it where there is none.
 
@@ -149,7 +165,9 @@ def open_manager(
     directory: the folder, of its own; local, or the address of a bucket.
     config: what must be equal for a run to go on from a checkpoint, such as the
       program, the network, the method and alpha; of values that JSON holds.
-    keep: how many checkpoints to keep.
+    keep: how many checkpoints to keep, the newest ones.
+    best: a name among the metrics that `save` is given. The checkpoint with the
+      largest value, the newest of several, is kept as well.
 
   Returns:
     A `Manager`, to be used in a `with` statement or closed by `close`.
@@ -183,10 +201,18 @@ def open_manager(
       )
   writer = None
   if jax.process_index() == 0:
+    policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
+    rank = None
+    if best is not None:
+      rank = functools.partial(_rank, best=best)
+      policies.append(ocp.checkpoint_managers.BestN(get_metric_fn=rank, n=1))
     options = ocp.CheckpointManagerOptions(
       create=False,
       cleanup_tmp_directories=True,
-      preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+      best_fn=rank,  # For Orbax to write the metrics; the policy decides.
+      preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(
+        policies
+      ),
       multiprocessing_options=_alone(),
       # Where it makes folders in the background, Orbax tells saves apart by one
       # counter of the process, and mixes up threads that save together.
@@ -224,7 +250,13 @@ def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
   return checksum
 
 
-def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
+def save(
+  manager: Manager,
+  step: int,
+  state: Any,
+  extra: Any = None,
+  metrics: Mapping[str, float] | None = None,
+) -> None:
   """Starts to write a checkpoint; does nothing if it is the newest already.
 
   The state is copied before the function returns, so that its buffers may be
@@ -236,6 +268,8 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
     step: the step, an integer of 0 or more.
     state: a pytree of arrays, typed keys and numbers, as one device holds it.
     extra: what JSON can hold, and bytes, such as the state of a data iterator.
+    metrics: numbers by name, among them that by which a manager finds the best
+      checkpoint. Other managers do not store them.
 
   Raises:
     ValueError: if the step is no such integer, or if there is a checkpoint of a
@@ -290,7 +324,7 @@ def save(manager: Manager, step: int, state: Any, extra: Any = None) -> None:
   # Nor does Orbax save trees without any array.
   filled = ocp.args.PyTreeSave(filled or {_ROOT: np.zeros(1)})
   args = ocp.args.Composite(state=filled, record=ocp.args.JsonSave(record))
-  manager.writer.save(number, args=args)
+  manager.writer.save(number, args=args, metrics=dict(metrics or {}))
 
 
 def close(manager: Manager) -> None:
@@ -347,12 +381,23 @@ def _read(path: paths.Path) -> Checkpoint:
   )
 
 
-def _newest(
-  directory: paths.Path,
+def _by_metric(directory: paths.Path, best: str) -> list[int]:
+  """The steps that have the metric, the best one last."""
+  ranks = {}
+  for step in _steps(directory):
+    path = directory.joinpath(str(step), *_METRICS)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if best in found:
+      ranks[step] = found[best]
+  return sorted(ranks, key=ranks.__getitem__)
+
+
+def _last_whole(
+  directory: paths.Path, steps: Sequence[int]
 ) -> tuple[Checkpoint | None, list[paths.Path]]:
-  """The newest whole checkpoint, and the paths of the damaged ones after it."""
+  """The last whole checkpoint, and the paths of the damaged ones after it."""
   damaged = []
-  for step in reversed(_steps(directory)):
+  for step in reversed(steps):
     path = directory / str(step)
     try:
       return _read(path), damaged
@@ -363,17 +408,21 @@ def _newest(
   return None, damaged
 
 
-def load(directory: str | os.PathLike[str]) -> Checkpoint:
+def load(
+  directory: str | os.PathLike[str], best: str | None = None
+) -> Checkpoint:
   """Reads the newest whole checkpoint of any run, and changes nothing.
 
   Args:
     directory: the folder that was given to `open_manager`.
+    best: the name of a metric by which `open_manager` was told to keep the best
+      checkpoint. The one that has most of it is read, not the newest.
 
   Returns:
     A `Checkpoint`, of which `fill` makes trees.
 
   Raises:
-    FileNotFoundError: if there is no whole checkpoint.
+    FileNotFoundError: if there is no whole checkpoint, or none with the metric.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -387,9 +436,15 @@ def load(directory: str | os.PathLike[str]) -> Checkpoint:
   directory = paths.resolve(directory)
   if '://' not in os.fspath(directory):
     directory = directory.absolute()
-  found, _ = _newest(directory)
+  if best is None:
+    found, _ = _last_whole(directory, _steps(directory))
+  else:
+    found, _ = _last_whole(directory, _by_metric(directory, best))
   if found is None:
-    raise FileNotFoundError(f'There is no whole checkpoint in {directory}.')
+    having = f' with the metric {best!r}' if best else ''
+    raise FileNotFoundError(
+      f'There is no whole checkpoint{having} in {directory}.'
+    )
   return found
 
 
@@ -472,7 +527,7 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
   found = None
   if manager.writer is not None:
     manager.writer.wait_until_finished()
-    found, damaged = _newest(manager.directory)
+    found, damaged = _last_whole(manager.directory, _steps(manager.directory))
     # Their places must be free: the run will come to these steps again.
     # Nothing is deleted, as the fault may lie with the file system.
     for path in damaged if found is not None else []:
