@@ -163,6 +163,7 @@ def make_train_step(
   transform: power.PowerTransform,
   axis_name: str | None = None,
   penalty: Penalty | None = None,
+  norms: bool = False,
 ) -> TrainStep:
   """One step of training, a pure function to be compiled by its caller.
 
@@ -199,6 +200,9 @@ def make_train_step(
     penalty: maps all weights theta and the masks to a gradient to be added.
       Unlike a term of the loss it reaches weights that the forward mask cuts,
       as that of Top-KAST must.
+    norms: whether metrics also have the Euclidean norms of the gradient at
+      theta, as `gradient_norm`, and of the update of phi, as `update_norm`;
+      both of what may move.
 
   Returns:
     A function of (state, batch) that returns (state, metrics), `metrics` with
@@ -229,6 +233,12 @@ def make_train_step(
       masks,
       value=metrics['loss'],
     )
+    if norms:
+      moving = masks_lib.apply_mask(grads, masks.backward)
+      metrics = metrics | {
+        'gradient_norm': optax.tree.norm(moving),
+        'update_norm': optax.tree.norm(updates),
+      }
     state = state._replace(
       phi=optax.apply_updates(state.phi, updates),
       model_state=model_state,
