@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,8 +24,16 @@ from powerprop_jax.training import classification
 from powerprop_jax.training import devices
 from powerprop_jax.training import feeds
 
-# In memory, or the training and the test images of a stream.
-Data = in_memory.Dataset | tuple[streams.Source, streams.Source]
+
+class Sources(NamedTuple):
+  """The images of a set that is read as a stream."""
+
+  train: streams.Source
+  valid: streams.Source | None
+  test: streams.Source
+
+
+Data = in_memory.Dataset | Sources
 _STREAMED = ('imagenet2012', 'folder')
 
 
@@ -69,6 +78,11 @@ class Settings(
     low=0.0,
     high=1.0,
   )
+  norms: bool = config.flag(
+    False,
+    'Whether the metrics have the norms of the gradient and of the update of'
+    ' phi. They cost two passes over the parameters in each step.',
+  )
   bfloat16: bool = config.flag(
     False,
     'Whether activations are bfloat16. Parameters and statistics are float32.',
@@ -85,14 +99,22 @@ class Settings(
     'dataset',
     more='folder and imagenet2012 are read as streams of encoded images: folder'
     ' is --data_dir with the folders train and val, each with a folder per'
-    ' class.',
+    ' class. The test images are those of val.',
   )
   image_size: int = config.flag(
     224, 'Height and width of streamed images.', low=8, high=8192
   )
-  num_workers: int = config.flag(
-    8,
-    'The number of processes that decode streamed images.',
+  validation_images: int | None = config.flag(
+    None,
+    'How many of the training images of a stream are held out as validation'
+    ' images. Without it that is one in a hundred, and 0 holds none out. Sets'
+    ' in memory have a validation split of their own.',
+    low=0,
+  )
+  num_workers: int | None = config.flag(
+    None,
+    'The number of processes that decode streamed images. Without it that is'
+    ' the number of cores.',
     low=0,
     high=4096,
     decides=False,
@@ -162,13 +184,19 @@ def load(settings: Settings) -> Data:
     settings: the run.
 
   Returns:
-    A data set in memory, or a pair of sources of encoded images.
+    A data set in memory, or sources of encoded images.
 
   Raises:
     ValueError: if it cannot be loaded or is smaller than a batch.
   """
   name, place = settings.dataset, settings.data_dir
+  held_out = settings.validation_images
   if name not in _STREAMED:
+    if held_out is not None:
+      raise ValueError(
+        f'--validation_images={held_out}: {name} is held in memory, and has a'
+        ' validation split of its own. Leave it out.'
+      )
     return settings_lib.load_in_memory(settings, settings.batch_size)
   if name == 'folder':
     if place is None:
@@ -178,15 +206,23 @@ def load(settings: Settings) -> Data:
     train, test = (
       streams.tfds_source(name, s, place) for s in ('train', 'validation')
     )
+  if held_out is None:
+    held_out = max(1, train.size // 100)
+  valid = None
+  if held_out:
+    try:
+      train, valid = streams.hold_out(train, held_out)
+    except ValueError as e:
+      raise ValueError(f'--validation_images={held_out}: {e}') from e
   settings_lib.check_batch_size(settings.batch_size, train.size, name)
-  return train, test
+  return Sources(train, valid, test)
 
 
 def fingerprint(data: Data) -> str:
   """A short text that tells one data set from another."""
   if isinstance(data, in_memory.Dataset):
     return in_memory.fingerprint(data)
-  return '-'.join(map(streams.fingerprint, data))
+  return '-'.join(streams.fingerprint(source) for source in data if source)
 
 
 def _make_feed(
@@ -196,11 +232,12 @@ def _make_feed(
   if isinstance(data, in_memory.Dataset):
     key = jax.random.key(settings.seed)
     return feeds.in_memory(data, params=theta, key=key, **arguments)
+  workers = settings.num_workers
   return feeds.streamed(
     *data,
     image_size=settings.image_size,
     seed=settings.seed,
-    num_workers=settings.num_workers,
+    num_workers=os.cpu_count() or 1 if workers is None else workers,
     **arguments,
   )
 
@@ -223,7 +260,7 @@ def make(settings: Settings, data: Data) -> Problem:
   if isinstance(data, in_memory.Dataset):
     shape, num_classes = data.train.images.shape[1:], data.num_classes
   else:
-    shape, num_classes = (side, side, 3), data[0].num_classes
+    shape, num_classes = (side, side, 3), data.train.num_classes
   network = networks.build(
     settings.network,
     num_classes,
@@ -255,7 +292,9 @@ def make(settings: Settings, data: Data) -> Problem:
   loss_fn = classification.make_loss(
     network.apply, prepare, settings.label_smoothing
   )
-  step = training.make_train_step(loss_fn, tx, transform, axis, method.penalty)
+  step = training.make_train_step(
+    loss_fn, tx, transform, axis, method.penalty, settings.norms
+  )
   mask_steps = training.make_mask_updates(
     loss_fn, tx, method.updater, transform, axis
   )

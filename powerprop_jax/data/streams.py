@@ -261,6 +261,47 @@ def _read_row(rows, title, index):
   return Example(row['image'], int(row['label']), f'{title} [{index}]')
 
 
+def hold_out(source: Source, count: int) -> tuple[Source, Source]:
+  """Takes examples out of a source, to choose by them and not to train on them.
+
+  They are spread evenly over the source. Of a folder, whose images are in the
+  order of their classes, they have as many of each class as is its share.
+
+  Args:
+    source: the training images.
+    count: how many to take, at least 1 and fewer than there are.
+
+  Returns:
+    What is left, and what was taken.
+
+  Raises:
+    ValueError: if the count is out of range.
+
+  >>> source = Source(lambda i: Example(b'', i % 2, str(i)), 6, 2)
+  >>> train, valid = hold_out(source, 2)
+  >>> [s.read(i).name for s in (train, valid) for i in range(s.size)]
+  ['1', '2', '4', '5', '0', '3']
+  """
+  if not 0 < count < source.size:
+    raise ValueError(
+      f'{count} of {source.size} images cannot be held out: take at least one,'
+      ' and leave at least one.'
+    )
+  taken = np.asarray(_spread(source.size, count), np.int64)
+  left = np.delete(np.arange(source.size), taken)
+
+  def part(indices, name):
+    read = functools.partial(_read_part, source.read, indices)
+    identity = f'{source.identity} {name} {count} of {source.size}'
+    return Source(read, len(indices), source.num_classes, identity)
+
+  return part(left, 'without'), part(taken, 'the')
+
+
+def _read_part(read, indices, index):
+  return read(int(indices[index]))
+
+
 def random_box(
   width: int, height: int, draws: Sequence[Sequence[float]] | np.ndarray
 ) -> Box:

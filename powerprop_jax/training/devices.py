@@ -7,6 +7,7 @@ State and data sets are replicated, batches are sharded.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -162,3 +163,32 @@ def shard(batch: Any, axis: str | None, dim: int = 0) -> Any:
     return np.stack(np.split(np.asarray(x), count, axis=dim))
 
   return jax.tree.map(split, batch)
+
+
+@functools.cache
+def _copy(axis: str) -> Callable[[Any], Any]:
+  return jax.pmap(lambda x: x, axis_name=axis)
+
+
+def put(batch: Any, axis: str | None) -> Any:
+  """Moves a host's batch to its devices, each part to its own.
+
+  It returns before the batch has arrived, so that it can be moved while the
+  devices are at work.
+
+  Args:
+    batch: a pytree of arrays, of which the first axis counts examples.
+    axis: the name of the axis, as for `on_devices`.
+
+  Returns:
+    Arrays on the devices, with a leading axis of local devices; without one if
+    axis is None.
+
+  >>> import numpy as np
+  >>> count = jax.local_device_count()
+  >>> put(np.zeros([3 * count, 2]), 'devices').shape == (count, 3, 2)
+  True
+  """
+  if axis is None:
+    return jax.device_put(batch)
+  return _copy(axis)(shard(batch, axis))

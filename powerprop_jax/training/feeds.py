@@ -5,11 +5,12 @@ feed goes on from any step; and on several devices or hosts every step sees the
 same examples as on one.
 """
 
-from collections.abc import Callable
+import collections
+from collections.abc import Callable, Mapping
+import itertools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from powerprop_jax.data import augment
@@ -23,10 +24,15 @@ from powerprop_jax.training import step as step_lib
 State = step_lib.TrainState
 # (state, data, indices [steps, batch]) -> (state, metrics [steps] on the host).
 RunSteps = Callable[[State, Any, Any], tuple[State, loop.Metrics]]
+Seen = Callable[[int], object]
 
 # To put an epoch in order takes as long as some thirty steps of LeNet-300-100,
 # so that the order is not drawn anew for every chunk.
 _ORDERED = 1000
+
+
+def _unseen(count: int) -> None:
+  """Is told of evaluated examples, and says nothing."""
 
 
 class Feed(NamedTuple):
@@ -36,15 +42,28 @@ class Feed(NamedTuple):
     advance: (state, start, stop) -> (state, metrics): takes the steps [start,
       stop) with a state on the devices. Metrics are those of every step.
     batches: (step, n) -> n batches on the devices, for scoring masks.
-    accuracy: (theta, model_state), as one device holds them -> the accuracies
-      of the validation and the test split, by name.
+    sizes: the numbers of examples of the splits to evaluate on: `test` and, if
+      there is one, `valid`.
+    evaluate: (theta, model_state, split, seen) -> `accuracy`, `loss` and, with
+      more than 100 classes, `top5`; of a network as one device holds it. `seen`
+      is told of every batch how many examples were evaluated until then.
     close: ends what runs in the background.
   """
 
   advance: loop.Advance[State]
   batches: Callable[[int, int], Any]
-  accuracy: Callable[[Any, Any], dict[str, float]]
+  sizes: Mapping[str, int]
+  evaluate: Callable[[Any, Any, str, Seen], dict[str, float]]
   close: Callable[[], None]
+
+  def accuracy(self, theta: Any, model_state: Any) -> dict[str, float]:
+    """The accuracies of a network on all splits."""
+    return {
+      f'{split}_accuracy': self.evaluate(theta, model_state, split, _unseen)[
+        'accuracy'
+      ]
+      for split in self.sizes
+    }
 
 
 def _host_columns(batch_size: int) -> slice:
@@ -226,7 +245,7 @@ def in_memory(
   """
   size, columns = len(data.train.labels), _host_columns(batch_size)
   split = devices.replicate((data.train.images, data.train.labels), axis)
-  accuracy = jax.jit(classification.make_accuracy(apply, prepare=prepare))
+  evaluation = jax.jit(classification.make_evaluation(apply, prepare=prepare))
   advance = make_advance(
     compile_steps(step, axis, params),
     split,
@@ -245,14 +264,15 @@ def in_memory(
     images, labels = data.train.images[chosen], data.train.labels[chosen]
     return devices.shard((images, labels), axis, dim=1)
 
-  def evaluate(theta, model_state):
-    splits = {'valid_accuracy': data.valid, 'test_accuracy': data.test}
-    return {
-      name: float(accuracy(theta, model_state, *split))
-      for name, split in splits.items()
-    }
+  splits = {'valid': data.valid, 'test': data.test}
 
-  return Feed(advance, batches, evaluate, lambda: None)
+  def evaluate(theta, model_state, split, seen):
+    found = evaluation(theta, model_state, *splits[split])
+    seen(len(splits[split].labels))
+    return {name: float(x) for name, x in found.items()}
+
+  sizes = {name: len(split.labels) for name, split in splits.items()}
+  return Feed(advance, batches, sizes, evaluate, lambda: None)
 
 
 def _batches_of(
@@ -273,39 +293,47 @@ def _batches_of(
   return batches
 
 
-def _accuracy_on(
+def _evaluation_on(
   source: streams.Source,
   apply: Callable[..., Any],
   prepare: augment.Prepare,
   axis: str | None,
   hosts: dict[str, Any],
-) -> Callable[[Any, Any], float]:
-  """The accuracy of (theta, model_state) over a stream, on all devices."""
+) -> Callable[[Any, Any, Seen], dict[str, float]]:
+  """Evaluates (theta, model_state) over a stream, on all devices."""
 
-  def correct(theta, model_state, batch):
+  def count(theta, model_state, batch):
     images, labels = batch
     logits, _ = apply(
       theta, model_state, None, prepare(None, images, False), False
     )
-    # What fills the last batch has the label -1, which no prediction equals.
-    count = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
-    return count if axis is None else jax.lax.psum(count, axis)
+    # What fills the last batch has the label of padding.
+    counts = classification.counted(logits, labels)
+    return counts if axis is None else jax.lax.psum(counts, axis)
 
-  count_correct = devices.on_devices(correct, axis, donate=())
+  count = devices.on_devices(count, axis, donate=())
 
-  def accuracy(theta, model_state):
+  def evaluate(theta, model_state, seen):
     theta, model_state = devices.replicate((theta, model_state), axis)
-    counts = [
-      count_correct(theta, model_state, devices.shard(batch, axis))
+    totals, done = collections.Counter(), 0
+    counts = (
+      count(theta, model_state, devices.put(batch, axis))
       for batch in streams.eval_batches(source, **hosts)
-    ]
-    return sum(int(devices.unreplicate(c, axis)) for c in counts) / source.size
+    )
+    # Each is waited for when the next is under way.
+    for found, _ in itertools.pairwise(itertools.chain(counts, [None])):
+      found = jax.device_get(devices.unreplicate(found, axis))
+      totals.update({name: x.item() for name, x in found.items()})
+      done += hosts['batch_size'] * hosts['shard_count']
+      seen(min(done, source.size))
+    return {name: x / source.size for name, x in totals.items()}
 
-  return accuracy
+  return evaluate
 
 
 def streamed(
   train: streams.Source,
+  valid: streams.Source | None,
   test: streams.Source,
   step: step_lib.TrainStep,
   apply: Callable[..., Any],
@@ -319,8 +347,12 @@ def streamed(
 ) -> Feed:
   """A feed of a set too large for memory.
 
+  While a step runs, the next batch is decoded and moved to the devices.
+
   Args:
     train: encoded training images.
+    valid: encoded validation images, if there are any; `streams.hold_out` takes
+      them from the training images.
     test: encoded test images.
     step: the train step, made for the same axis.
     apply: the network, made by `networks.build`.
@@ -343,22 +375,34 @@ def streamed(
     'shard_count': jax.process_count(),
   }
   step = devices.on_devices(step, axis)
-  accuracy = _accuracy_on(test, apply, prepare, axis, hosts)
-  stream, at = None, -1
+  evaluations = {
+    name: _evaluation_on(source, apply, prepare, axis, hosts)
+    for name, source in (('valid', valid), ('test', test))
+    if source is not None
+  }
+  sizes = {'test': test.size}
+  if valid is not None:
+    sizes = {'valid': valid.size, **sizes}
+  stream, ahead, at = None, None, -1
 
   def close():
     if stream is not None:
       stream.close()
 
   def advance(state, start, stop):
-    nonlocal stream, at
+    nonlocal stream, ahead, at
     if stream is None or at != start:
       close()
       stream = streams.train_stream(train, seed=seed, start=start, **hosts)
+      ahead = devices.put(next(stream), axis)
     metrics = []
     for _ in range(start, stop):
-      state, result = step(state, devices.shard(next(stream), axis))
-      metrics.append(result)  # On the device: the host does not wait for it.
+      # Both return before the devices are done.
+      state, result = step(state, ahead)
+      ahead = devices.put(next(stream), axis)
+      metrics.append(result)
+      # The host is one step ahead, as every one more keeps a batch in memory.
+      jax.block_until_ready(metrics[-2:-1])
     at = stop
     return state, _stacked_on_host(metrics, axis)
 
@@ -366,6 +410,9 @@ def streamed(
     advance=advance,
     # Masks are not scored by the batch that follows.
     batches=_batches_of(train, axis, seed + 1, hosts),
-    accuracy=lambda *network: {'test_accuracy': accuracy(*network)},
+    sizes=sizes,
+    evaluate=lambda theta, model_state, split, seen: evaluations[split](
+      theta, model_state, seen
+    ),
     close=close,
   )

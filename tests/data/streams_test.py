@@ -324,6 +324,22 @@ def test_tfds_source_says_what_is_wrong(tfds_dir):
   assert 'mnist_5k' not in str(info.value)
 
 
+def test_held_out_images_are_spread_over_classes(numbered):
+  train, valid = streams.hold_out(numbered, 4)
+  assert train.num_classes == valid.num_classes == NUM_IMAGES
+  taken, left = (
+    [part.read(i).label for i in range(part.size)] for part in (valid, train)
+  )
+  assert taken == [0, 3, 6, 9]
+  assert sorted(taken + left) == list(range(NUM_IMAGES))
+  others = streams.hold_out(numbered, 3)
+  prints = {streams.fingerprint(x) for x in (numbered, train, valid, *others)}
+  assert len(prints) == 5
+  for count in (0, NUM_IMAGES):
+    with pytest.raises(ValueError, match=f'^{count} of 13 images cannot be'):
+      streams.hold_out(numbered, count)
+
+
 # --- geometry -----------------------------------------------------------------
 
 

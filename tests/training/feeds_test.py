@@ -100,6 +100,7 @@ def _train(axis, data, source):
   )
   stream = feeds.streamed(
     source,
+    None,
     source,
     step,
     apply,
@@ -131,6 +132,7 @@ def _evaluate(axis, source, data):
   key = jax.random.key(0)
   stream = feeds.streamed(
     source,
+    streams.hold_out(source, 3)[1],
     source,
     lambda state, batch: (state, {}),
     apply,
@@ -154,6 +156,16 @@ def _evaluate(axis, source, data):
     accuracy = stream.accuracy(theta, {})
     # 21 images are a batch of 16 and one of 5, on eight devices.
     np.testing.assert_allclose(accuracy['test_accuracy'], count / 21)
+    # Those at 0, 7 and 14 are of the classes 0, 0 and 1.
+    valid = (2, 1, 0)[label] / 3
+    np.testing.assert_allclose(accuracy['valid_accuracy'], valid)
+    seen = []
+    found = stream.evaluate(theta, {}, 'test', seen.append)
+    assert seen == [16, 21]
+    # Of logits that are 1 for one class and 0 for two.
+    loss = np.log(np.e + 2) - count / 21
+    np.testing.assert_allclose(found['loss'], loss, rtol=1e-6)
+    assert found.keys() == {'accuracy', 'loss'}
     accuracy = memory.accuracy(theta, {})
     np.testing.assert_allclose(accuracy['valid_accuracy'], 7 / 21)
     expected = 8 / 22 if label == 0 else 7 / 22
