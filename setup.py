@@ -41,9 +41,13 @@ _PLOTS = [
   'matplotlib>=3.10.7',
   'scipy>=1.14',
 ]
+_TENSORBOARD = [
+  'tensorboardX>=2.6.4',
+]
 _EXPERIMENTS = [
   *_DATA,
   *_PLOTS,
+  *_TENSORBOARD,
   # Before 0.11.20, Orbax leaves what a killed run had begun to write.
   'orbax-checkpoint>=0.11.20',
   'safetensors>=0.5',
@@ -80,6 +84,7 @@ setuptools.setup(
   extras_require={
     'data': _DATA,
     'plots': _PLOTS,
+    'tensorboard': _TENSORBOARD,
     'experiments': _EXPERIMENTS,
     'dev': _DEV,
     # Only to prepare a TFDS data set; reading one needs no TensorFlow.

@@ -13,6 +13,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import pathlib
 import socket
 import sys
 import threading
@@ -21,10 +22,12 @@ from typing import Any
 
 from etils import epath
 import jax
+import numpy as np
 import tabulate
 import tqdm
 
 from experiments.support import config
+from experiments.support import events
 from powerprop_jax.training import devices
 
 _LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
@@ -233,52 +236,111 @@ def opened(
     yield path
 
 
-def open_metrics(
-  path: epath.Path, keep: Callable[[dict[str, Any]], bool]
-) -> Callable[[Mapping[str, Any]], None]:
-  """Opens a file of metrics, one JSON object per line, to add to it.
+def _scalars(
+  metrics: Mapping[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, float]]:
+  """The numbers among metrics by tag, those of a dictionary below its name."""
+  for name, value in metrics.items():
+    if isinstance(value, Mapping):
+      yield from _scalars(value, f'{prefix}{name}/')
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      yield f'{prefix}{name}', value
 
-  Args:
-    path: of the file.
-    keep: whether a line of an earlier start stays. What a run that goes on
-      will write again must not, else it would be there twice.
 
-  Returns:
-    A function that adds a line. Threads may call it together.
+class Metrics:
+  """A file of metrics, one JSON object per line, and event files of the same.
+
+  Event files are written where tensorboardX is installed, into `events` beside
+  the file, and there into a folder for each `run`; not into buckets.
   """
 
-  def kept(line):
-    try:
-      found = json.loads(line)
-    except ValueError:
-      return False  # The end of a file that was cut off.
-    return isinstance(found, dict) and keep(found)
+  def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]):
+    """Opens a file to add to it.
 
-  # What is no text is no metrics either, and is left out with its line.
-  read = path.read_bytes() if path.exists() else b''
-  lines = read.decode(errors='replace').splitlines()
-  write_text(path, ''.join(f'{line}\n' for line in lines if kept(line)))
-  turn = threading.Lock()
+    Args:
+      path: of the file.
+      keep: whether a line of an earlier start stays. What a run that goes on
+        will write again must not, else it would be there twice. Of an event it
+        is given the step and, if there are several, the run.
+    """
+    self._path, self._turn = path, threading.Lock()
+    self._writers: dict[str, events.Writer] = {}
+    self._events: pathlib.Path | None = None
 
-  def write(metrics):
+    def kept(line):
+      try:
+        found = json.loads(line)
+      except ValueError:
+        return False  # The end of a file that was cut off.
+      return isinstance(found, dict) and keep(found)
+
+    # What is no text is no metrics either, and is left out with its line.
+    read = path.read_bytes() if path.exists() else b''
+    lines = read.decode(errors='replace').splitlines()
+    write_text(path, ''.join(f'{line}\n' for line in lines if kept(line)))
+    if events.installed() and not is_remote(path):
+      self._events = pathlib.Path(path).parent / 'events'
+      events.forget(self._events, lambda step: keep({'step': step}))
+      for place in self._events.glob('*/'):
+        run = {'run': place.name}
+        events.forget(place, lambda step, run=run: keep(run | {'step': step}))
+
+  def __call__(
+    self,
+    metrics: Mapping[str, Any],
+    histograms: Mapping[str, np.ndarray] | None = None,
+  ) -> None:
+    """Adds a line. Threads may call it together.
+
+    Args:
+      metrics: with the `step`, and the `run` if there are several; what is a
+        number, or a dictionary of numbers, is written as events too.
+      histograms: arrays, which are written as events only.
+    """
     line = json.dumps(metrics) + '\n'
-    with turn, path.open('a') as file:
-      file.write(line)
+    with self._turn:
+      with self._path.open('a') as file:
+        file.write(line)
+      if self._events is None:
+        return
+      others = {k: v for k, v in metrics.items() if k not in ('run', 'step')}
+      run = metrics.get('run', '')
+      if run not in self._writers:
+        self._writers[run] = events.Writer(self._events / run)
+      self._writers[run].write(
+        metrics['step'], dict(_scalars(others)), histograms or {}
+      )
 
-  return write
+  def close(self, run: str | None = None) -> None:
+    """Closes the event files of a run, or those of all runs."""
+    with self._turn:
+      for name in [*self._writers] if run is None else [run]:
+        if name in self._writers:
+          self._writers.pop(name).close()
 
 
 class Progress:
   """How far a program is: a bar on a terminal, else a line now and then."""
 
-  def __init__(self, total: int, initial: int = 0):
+  def __init__(
+    self, total: int, initial: int = 0, unit: str = 'step', stay: bool = True
+  ):
+    """Begins.
+
+    Args:
+      total: the number of steps.
+      initial: how many of them have been taken.
+      unit: what they are called.
+      stay: whether the bar stays, or a last line is written, in the end.
+    """
     self._total, self._initial, self._step = total, initial, initial
+    self._unit, self._stay = unit, stay
     self._begun = self._shown = time.monotonic()
     self._turn = threading.Lock()
     self._text, self._bar = '', None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
-        total=total, initial=initial, unit='step', smoothing=0.1
+        total=total, initial=initial, unit=unit, smoothing=0.1, leave=stay
       )
 
   def at(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -301,9 +363,12 @@ class Progress:
     taken = self._step - self._initial
     rate = taken / max(self._shown - self._begun, 1e-9)
     left = (self._total - self._step) / rate if rate else 0.0
+    shown = (
+      f'{self._unit} {self._step} of {self._total}, {rate:.3g} {self._unit}s'
+      f' per second, {tqdm.tqdm.format_interval(left)} left'
+    )
     print(
-      f'step {self._step} of {self._total}, {rate:.3g} steps per second,'
-      f' {tqdm.tqdm.format_interval(left)} left: {self._text}',
+      f'{shown}: {self._text}' if self._text else shown,
       file=sys.stderr,
       flush=True,
     )
@@ -312,7 +377,7 @@ class Progress:
     """Leaves the bar, or a last line, as it is."""
     if self._bar is not None:
       self._bar.close()
-    elif self._step > self._initial:
+    elif self._stay and self._step > self._initial:
       self._line()
 
 

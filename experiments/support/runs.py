@@ -114,7 +114,7 @@ def run_all(
   if not missing:
     return [], False
   (out_dir / 'runs').mkdir(exist_ok=True)
-  write = output.open_metrics(
+  write = output.Metrics(
     out_dir / 'metrics.jsonl', lambda line: line.get('run') not in missing
   )
   free = queue.SimpleQueue()
@@ -146,6 +146,7 @@ def run_all(
           result = missing[name](local_data, watch)
         output.write_json(out_dir / 'runs' / f'{name}.json', result)
       finally:
+        write.close(name)
         free.put((device, local_data))
 
     with concurrent.futures.ThreadPoolExecutor(free.qsize()) as pool:

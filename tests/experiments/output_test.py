@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
+from experiments.support import events
 from experiments.support import output
 
 _SETTINGS = {'alpha': 2.0, 'layers': ['a']}
@@ -165,21 +167,61 @@ def _lines(path):
 
 def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
   path = output.folder(str(tmp_path)) / 'metrics.jsonl'
-  write = output.open_metrics(path, lambda line: True)
+  write = output.Metrics(path, lambda line: True)
   for step in (1, 2, 3):
     write({'step': step})
+  write.close()
   with path.open('ab') as file:
     # Strange lines, and one that was cut off.
     file.write(b'[1]\n7\n\n\xff\xfe\n{"ste')
-  write = output.open_metrics(path, lambda line: line['step'] < 3)
+  write = output.Metrics(path, lambda line: line['step'] < 3)
   write({'step': 3, 'again': True})
+  write.close()
   assert _lines(path) == [{'step': 1}, {'step': 2}, {'step': 3, 'again': True}]
 
   # A kill while it is rewritten loses nothing.
   monkeypatch.setattr(os, 'replace', lambda *args: 1 / 0)
   with pytest.raises(ZeroDivisionError):
-    output.open_metrics(path, lambda line: False)
+    output.Metrics(path, lambda line: False)
   assert len(_lines(path)) == 3
+
+
+def test_events_are_what_the_lines_are(tmp_path):
+  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+
+  def found(run):
+    return list(events.read(tmp_path / 'events' / run))
+
+  write = output.Metrics(path, lambda line: True)
+  for step in (0, 1, 2):
+    write({'run': 'a', 'step': step, 'loss': 0.5, 'name': 'x', 'on': True})
+  write({'run': 'b', 'step': 0, 'sparsity': {'total': 1, 'w': 0.25}})
+  # They are on the disk before the file is closed, as if it had been killed.
+  assert found('a') == [(0, 'loss', 0.5), (1, 'loss', 0.5), (2, 'loss', 0.5)]
+  assert found('b') == [(0, 'sparsity/total', 1.0), (0, 'sparsity/w', 0.25)]
+  write.close('a')
+  write.close()
+  # One that was cut off is left out, and so is what comes again.
+  (file,) = (tmp_path / 'events' / 'a').iterdir()
+  file.write_bytes(file.read_bytes()[:-1])
+  write = output.Metrics(
+    path, lambda line: line.get('run') == 'a' and line['step'] != 1
+  )
+  assert (found('a'), found('b')) == ([(0, 'loss', 0.5)], [])
+  write({'run': 'a', 'step': 3, 'loss': 1.0}, {'in_use': np.zeros(3)})
+  write.close()
+  assert found('a') == [(0, 'loss', 0.5), (3, 'loss', 1.0)]
+  assert [x['step'] for x in _lines(path)] == [0, 2, 3]
+
+
+def test_without_tensorboardx_there_are_lines_only(tmp_path, monkeypatch):
+  monkeypatch.setattr(events, 'installed', lambda: False)
+  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+  write = output.Metrics(path, lambda line: True)
+  write({'step': 1, 'loss': 0.5})
+  write.close()
+  assert _lines(path) == [{'step': 1, 'loss': 0.5}]
+  assert os.listdir(tmp_path) == ['metrics.jsonl']
 
 
 def test_progress_without_a_terminal(monkeypatch, capfd):
