@@ -7,9 +7,9 @@ takes a run of `mnist_pruning`, and
 
   python -m experiments.export_model --checkpoint=results/sparse_training
 
-the newest checkpoint of `sparse_training`, with the masks it was trained with
-if there is no --density. A checkpoint of `continual_learning` becomes a file of
-all its tasks, which share their weights:
+the newest checkpoint of `sparse_training` (--which=best takes the best one),
+with the masks it was trained with if there is no --density. A checkpoint of
+`continual_learning` becomes a file of all its tasks, which share their weights:
 
   python -m experiments.export_model \
     --checkpoint=results/continual_learning/checkpoints/epn-alpha=2.0-seed=0
@@ -56,6 +56,12 @@ class Settings(config.Settings):
     'What was trained: a file in runs/ of mnist_pruning, or the folder of a run'
     ' of sparse_training or of its checkpoints, or that of one run in the'
     ' checkpoints of continual_learning.',
+  )
+  which: str = config.flag(
+    'newest',
+    'Which checkpoint to take: the newest one or, of a run of sparse_training'
+    ' that was evaluated, the one of the best validation accuracy.',
+    choices=('newest', 'best'),
   )
   density: float | None = config.flag(
     None,
@@ -205,7 +211,9 @@ def prepare(settings: Settings) -> Callable[..., Result]:
     FileNotFoundError: if it is not there.
   """
   assert settings.checkpoint  # Checked where the settings are made.
-  trained = trained_lib.load(settings.checkpoint, settings.data_dir)
+  trained = trained_lib.load(
+    settings.checkpoint, settings.data_dir, settings.which == 'best'
+  )
   _check_out(settings.checkpoint, settings.out)
   if isinstance(trained, trained_lib.Network):
     masks = choose_masks(trained, settings)

@@ -5,10 +5,13 @@
 Runs on CPU, GPU or TPU, on all local devices and on several hosts. It may be
 killed at any moment: the same command goes on from the last checkpoint and ends
 with the same parameters, bit for bit. --out_dir gets config.json,
-metrics.jsonl, summary.json and the checkpoints.
+metrics.jsonl, summary.json, the checkpoints, and in events/ what TensorBoard
+shows. With --evaluate_every the checkpoint of the best validation accuracy is
+kept beside the newest.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -24,6 +27,8 @@ import numpy as np
 
 from experiments.presets import sparse_training as presets
 from experiments.support import config
+from experiments.support import evaluation
+from experiments.support import events
 from experiments.support import methods
 from experiments.support import optimisers
 from experiments.support import output
@@ -62,9 +67,41 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
     high=settings_lib.MAX_STEPS,
     decides=False,
   )
+  evaluate_every: int | None = config.flag(
+    None,
+    'The number of steps from one evaluation on validation data to the next, of'
+    ' which each writes a checkpoint. Without it there is one at the end only.',
+    low=1,
+    high=settings_lib.MAX_STEPS,
+    decides=False,
+  )
+  histograms: bool = config.flag(
+    False,
+    'Whether evaluations write histograms of the masks into the event files:'
+    ' for each layer, of the shares of the inputs that its units use.',
+    decides=False,
+  )
   out_dir: str = config.like(
     settings_lib.Output, 'out_dir', 'results/sparse_training'
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.evaluate_every and self.validation_images == 0:
+      raise ValueError(
+        f'--evaluate_every={self.evaluate_every} needs validation images. Leave'
+        ' --validation_images=0 out.'
+      )
+    if self.histograms and not self.evaluate_every:
+      raise ValueError(
+        '--histograms=True: they are written by evaluations. Give'
+        ' --evaluate_every.'
+      )
+    if self.histograms and not events.installed():
+      raise ValueError(
+        '--histograms=True needs tensorboardX. Run: pip install'
+        " 'powerprop_jax[tensorboard]'"
+      )
 
 
 class Progress(NamedTuple):
@@ -216,7 +253,7 @@ def train(
   """
   axis, first = problem.axis, jax.process_index() == 0
   update = _make_update_masks(problem, feed, settings)
-  with loop.stop_on_signals() as asked:
+  with contextlib.ExitStack() as ending, loop.stop_on_signals() as asked:
     with config.refusing():
       start = begin(problem, manager, settings.init_from)
     timing, compiled = start.timing, False
@@ -235,23 +272,46 @@ def train(
       compiled = True
       return progress._replace(state=state), metrics
 
+    measured: dict[int, dict[str, float]] = {}
+
     def save(step, progress):
       saved = devices.unreplicate(progress, axis)
-      checkpoint.save(manager, step, saved, extra=timing._asdict())
+      metrics = measured.get(step)
+      checkpoint.save(manager, step, saved, timing._asdict(), metrics)
 
     def kept(line):
       step = line.get('step')
       return isinstance(step, int) and step <= start.step
 
-    write, bar = lambda line: None, None
+    write, bar = None, None
     if first:
-      write = output.open_metrics(out_dir / 'metrics.jsonl', kept)
+      write = output.Metrics(out_dir / 'metrics.jsonl', kept)
+      ending.callback(write.close)
       bar = output.Progress(settings.steps, start.step)
 
     def report(step, metrics):
-      write({'step': step, **metrics})
+      if write is not None:
+        write({'step': step, **metrics})
       if bar is not None:
         bar.at(step, metrics)
+
+    every, after = settings.evaluate_every, []
+    if every:
+      evaluate = evaluation.make_evaluate(
+        problem, feed, settings, settings.histograms, timing
+      )
+
+      def measure(step, progress):
+        state, ever = devices.unreplicate(progress, axis)
+        found = evaluate(step, state, ever, timing)
+        measured.clear()
+        measured[step] = {evaluation.BEST: found.metrics[evaluation.BEST]}
+        if write is not None:
+          write({'step': step, **found.metrics}, found.histograms)
+
+      due = lambda step: step % every == 0 or step == settings.steps
+      after = [loop.Hook(due, measure), loop.Hook(due, save)]
+    after.append(loop.Hook(loop.every(settings.checkpoint_every), save))
 
     step, progress = loop.run(
       advance,
@@ -264,7 +324,7 @@ def train(
           lambda step, state: update(problem.update_masks, step, state),
         )
       ],
-      after=[loop.Hook(loop.every(settings.checkpoint_every), save)],
+      after=after,
       report=report,
       recipe=optimisers.recipe(settings, settings.alpha),
       stopped=lambda: devices.any_host(asked.is_set()),
@@ -304,7 +364,7 @@ def summarise(
   Args:
     problem: what was trained.
     progress: at the end.
-    accuracy: by the name of the split.
+    accuracy: what `evaluation.last` has found.
     timing: of the steps.
     steps: length of the run.
 
@@ -348,7 +408,7 @@ def table(summary: dict[str, Any]) -> str:
   rows = [(k, f'{v:.4f}') for k, v in summary['sparsity'].items()]
   lines = [output.table(rows, ('layer', 'sparsity')), '']
   rows = []
-  for name in ('valid_accuracy', 'test_accuracy'):
+  for name in ('valid_accuracy', 'valid_top5', 'test_accuracy', 'test_top5'):
     if name in summary:
       rows.append((name, f'{100 * summary[name]:.2f} %'))
   for name in ('inference_flops', 'training_flops'):
@@ -376,7 +436,9 @@ def main(settings: Settings) -> None:
     with config.refusing():
       feed = problem.make_feed()
       manager = checkpoint.open_manager(
-        out_dir / 'checkpoints', {'binary': 'sparse_training', **deciding}
+        out_dir / 'checkpoints',
+        {'binary': 'sparse_training', **deciding},
+        best=evaluation.BEST,
       )
     try:
       ended = train(problem, feed, manager, settings, out_dir)
@@ -387,7 +449,7 @@ def main(settings: Settings) -> None:
       sys.exit(130)
     progress, timing = ended
     theta = training.masked_theta(progress.state, problem.transform)
-    accuracy = feed.accuracy(theta, progress.state.model_state)
+    accuracy = evaluation.last(feed, theta, progress.state.model_state)
     summary = summarise(problem, progress, accuracy, timing, settings.steps)
     if jax.process_index() == 0:
       output.write_json(out_dir / 'summary.json', summary)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.support import config
+from experiments.support import evaluation
 from experiments.support import optimisers
 from experiments.support import output
 from experiments.support import problem as problem_lib
@@ -198,13 +199,17 @@ def folder(path: str) -> pathlib.Path:
   return inside if inside.is_dir() else place
 
 
-def load(path: str, data_dir: str | None) -> Network | Tasks:
+def load(
+  path: str, data_dir: str | None, best: bool = False
+) -> Network | Tasks:
   """Reads what one of the binaries has trained.
 
   Args:
     path: a file `runs/<name>.safetensors` of `mnist_pruning`; or the folder of
       a run of another binary, or its folder of checkpoints.
     data_dir: where data sets lie.
+    best: whether to take the checkpoint of the best validation accuracy, and
+      not the newest one.
 
   Returns:
     A `Network`; or, of `continual_learning`, its `Tasks`.
@@ -216,7 +221,14 @@ def load(path: str, data_dir: str | None) -> Network | Tasks:
   place = pathlib.Path(path).expanduser()
   if place.is_file():
     return _of_mnist_pruning(place, data_dir)
-  found = checkpoint.load(folder(path))
+  try:
+    found = checkpoint.load(folder(path), evaluation.BEST if best else None)
+  except FileNotFoundError as e:
+    if not best:
+      raise
+    raise FileNotFoundError(
+      f'{e} Runs of sparse_training with --evaluate_every have one.'
+    ) from e
   binary = found.config.get('binary')
   if binary not in _FROM_CHECKPOINT:
     raise ValueError(

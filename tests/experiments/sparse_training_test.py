@@ -21,6 +21,8 @@ import pytest
 from experiments import sparse_training
 from experiments.presets import sparse_training as presets
 from experiments.support import config
+from experiments.support import evaluation
+from experiments.support import events
 from experiments.support import methods
 from experiments.support import optimisers
 from experiments.support import output
@@ -28,6 +30,7 @@ from experiments.support import problem as problem_lib
 from experiments.support import trained
 from powerprop_jax import leaves
 from powerprop_jax import power
+from powerprop_jax import training
 from powerprop_jax.data import in_memory
 from powerprop_jax.data import streams
 from powerprop_jax.models import networks
@@ -118,7 +121,9 @@ def prepare(data, *args):
 
 
 def open_manager(path, settings):
-  return checkpoint.open_manager(path, config.deciding(settings))
+  return checkpoint.open_manager(
+    path, config.deciding(settings), best=evaluation.BEST
+  )
 
 
 def run(problem, settings, out_dir):
@@ -164,8 +169,12 @@ def kept(state, which='forward'):
 
 
 def losses(out_dir):
+  return [(x['step'], x['loss']) for x in lines_of(out_dir) if 'loss' in x]
+
+
+def lines_of(out_dir):
   lines = (out_dir / 'metrics.jsonl').read_text().splitlines()
-  return [(line['step'], line['loss']) for line in map(json.loads, lines)]
+  return [json.loads(line) for line in lines]
 
 
 def arrays(out_dir):
@@ -365,7 +374,8 @@ def test_the_imagenet_preset_builds():
   settings = settings_of('--preset=imagenet', '--learning_rate=0.8')
   assert settings.learning_rate == 0.8
   assert settings.nesterov
-  problem = problem_lib.make(settings, (source, source))
+  sources = problem_lib.Sources(source, None, source)
+  problem = problem_lib.make(settings, sources)
   layers = problem.layer_flops
   dense = sum(layers.values())
   assert dense == pytest.approx(8.2e9, rel=0.01)
@@ -452,6 +462,7 @@ def test_impossible_flags(args, message):
     (('--batch_size=1000000000000',), 'more than the 4000 training examples'),
     (('--dataset=no_such_set',), 'no_such_set'),
     (('--dataset=folder',), 'folder needs --data_dir'),
+    (('--validation_images=5',), 'images=5: mnist_5k is held in memory'),
     (('--phi_decay_scale=conv=2',), "'conv' matches none of the weights"),
   ],
 )
@@ -601,6 +612,8 @@ def test_a_finished_run_still_knows_its_speed(small_data, tmp_path):
   lines = losses(tmp_path)
   assert train(small_data, tmp_path, *args)[1] == before
   assert losses(tmp_path) == lines
+  with pytest.raises(FileNotFoundError, match='with --evaluate_every have one'):
+    trained.load(str(tmp_path), None, best=True)
 
 
 @pytest.mark.parametrize('content', ['[]\n7\n"a"\n{"step": "x"}\n{}\n', '{'])
@@ -647,6 +660,167 @@ def test_a_signal_before_the_first_step_is_heeded(small_data, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, resumed[0].state.phi, whole[0].state.phi
   )
+
+
+# --- evaluation ---------------------------------------------------------------
+
+_WATCHED = (
+  *_TINY,
+  '--method=rigl',
+  '--sparsity=0.5',
+  '--learning_rate=0.3',
+  '--norms',
+  '--evaluate_every=2',
+  '--histograms',
+  '--checkpoint_every=5',
+)
+
+
+def _events(out_dir):
+  return list(events.read(pathlib.Path(out_dir) / 'events'))
+
+
+def _measured(line):
+  """An evaluation without what a clock has measured."""
+  return {k: v for k, v in line.items() if 'per_second' not in k}
+
+
+def test_evaluations_tell_what_the_network_is(small_data, tmp_path):
+  progress, _ = train(small_data, tmp_path / 'watched', *_WATCHED)
+  found = [x for x in lines_of(tmp_path / 'watched') if 'sparsity' in x]
+  assert [x['step'] for x in found] == [2, 4, 6, 8, 10, 12]
+  last, state = found[-1], progress.state
+  _, problem = prepare(small_data, *_WATCHED)
+  feed = problem.make_feed()
+  theta = training.masked_theta(state, problem.transform)
+  measured = feed.accuracy(theta, state.model_state)
+  assert last['valid_accuracy'] == measured['valid_accuracy']
+  assert 0 < last['valid_loss'] < 10
+  assert 'valid_top5' not in last
+  report = report_lib.sparsity_report(state.masks.forward, state.phi)
+  assert last['sparsity'] == {
+    'total': 0.5,
+    **{row['path']: 1 - row['density'] for row in report['layers']},
+  }
+  # By hand: the weights in use whose sign is another than at the start.
+  rows = leaves.weight_rows(
+    state.phi,
+    leaves.is_weight,
+    state.masks.forward,
+    progress.ever,
+    problem.init().phi,
+  )
+  used = sum(m.sum() for _, _, m, _, _ in rows)
+  changed = sum((m & (x * first < 0)).sum() for _, x, m, _, first in rows)
+  assert changed > 0
+  np.testing.assert_allclose(last['sign_changes'], changed / used, rtol=1e-6)
+  explored = sum(e.sum() for _, _, _, e, _ in rows) / 1476
+  np.testing.assert_allclose(last['explored'], explored, rtol=1e-6)
+  assert last['learning_rate'] == pytest.approx(0.3)
+  assert last['images_per_second'] == pytest.approx(
+    8 * last['steps_per_second']
+  )
+  # Watching changes nothing, and the norms are those of an update.
+  quiet, _ = train(small_data, tmp_path / 'quiet', *_WATCHED[:-4])
+  jax.tree.map(np.testing.assert_array_equal, quiet.state.phi, state.phi)
+  steps = [x for x in lines_of(tmp_path / 'watched') if 'loss' in x]
+  for line in steps:
+    # Plain SGD, and a power of which the Jacobian is small.
+    assert 0 < line['update_norm'] < 0.3 * line['gradient_norm'] * 2
+  # Events are what the lines are.
+  for line in (steps[-1], last):
+    assert {
+      tag for step, tag, _ in _events(tmp_path / 'watched') if step == 12
+    } >= {k for k in line if k not in ('step', 'sparsity')}
+  values = {t: x for s, t, x in _events(tmp_path / 'watched') if s == 12}
+  assert values['sparsity/total'] == pytest.approx(0.5)
+
+
+def test_a_run_that_goes_on_writes_nothing_twice(small_data, tmp_path):
+  whole, _ = train(small_data, tmp_path / 'whole', *_WATCHED)
+  settings, problem = prepare(small_data, *_WATCHED)
+  feed, calls = problem.make_feed(), 0
+
+  def advance(*args):
+    nonlocal calls
+    calls += 1
+    if calls == 5:
+      raise KeyboardInterrupt
+    return feed.advance(*args)
+
+  killed = problem._replace(make_feed=lambda: feed._replace(advance=advance))
+  with pytest.raises(KeyboardInterrupt):
+    run(killed, settings, tmp_path / 'killed')
+  # It was evaluated at a step of which the checkpoint is gone.
+  newest = (
+    tmp_path / 'killed' / 'checkpoints' / str(saved(tmp_path / 'killed')[0])
+  )
+  shutil.rmtree(newest)
+  result = run(problem, settings, tmp_path / 'killed')
+  assert result is not None
+  jax.tree.map(
+    np.testing.assert_array_equal, result[0].state.phi, whole.state.phi
+  )
+  found, wanted = (
+    [_measured(x) for x in lines_of(tmp_path / name)]
+    for name in ('killed', 'whole')
+  )
+  assert found == wanted
+  found, wanted = (
+    [x for x in _events(tmp_path / name) if 'per_second' not in x[1]]
+    for name in ('killed', 'whole')
+  )
+  assert sorted(found) == sorted(wanted)
+  assert len(wanted) == len({x[:2] for x in wanted})
+
+
+def test_the_best_checkpoint_stays(small_data, tmp_path):
+  settings, problem = prepare(
+    small_data, *_TINY, '--method=static', '--evaluate_every=1'
+  )
+  feed, path = problem.make_feed(), tmp_path / 'run'
+
+  def evaluate(theta, model_state, split, seen):
+    return {'accuracy': accuracies.pop(0)}
+
+  def advance(*args):
+    if not accuracies:
+      raise KeyboardInterrupt
+    return feed.advance(*args)
+
+  watched = problem._replace(
+    make_feed=lambda: feed._replace(evaluate=evaluate, advance=advance)
+  )
+
+  def kept():
+    there = {int(x.name) for x in (path / 'checkpoints').glob('[0-9]*')}
+    best = checkpoint.load(path / 'checkpoints', evaluation.BEST).step
+    return there, best
+
+  accuracies = [0.1, 0.7, 0.7, 0.2, 0.3, 0.4, 0.5]
+  with pytest.raises(KeyboardInterrupt):
+    run(watched, settings, path)
+  assert kept() == ({3, 5, 6, 7}, 3)  # The newest of the best.
+  accuracies = [0.6, 0.6, 0.6, 0.6, 0.6]
+  assert run(watched, settings, path) is not None
+  assert kept() == ({3, 10, 11, 12}, 3)
+  with pytest.raises(FileNotFoundError, match="with the metric 'loss'"):
+    checkpoint.load(path / 'checkpoints', 'loss')
+
+
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (
+      ('--evaluate_every=1', '--validation_images=0'),
+      'needs validation images',
+    ),
+    (('--histograms',), 'are written by evaluations. Give --evaluate_every'),
+  ],
+)
+def test_evaluations_that_cannot_be(args, message):
+  with pytest.raises(ValueError, match=message):
+    settings_of(*args)
 
 
 # --- devices ------------------------------------------------------------------
