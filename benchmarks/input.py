@@ -1,0 +1,128 @@
+"""Images per second of decoding alone, of the step alone, and of both together.
+
+  python -m benchmarks.input
+
+Training decodes the next batches in processes of its own, and moves one to the
+device while a step runs, so that both together should be as fast as the slower
+of the two. On a CPU they share the cores, and take turns instead. The images
+are JPEGs of noise under large shapes, which this script makes; photographs of
+the same size take about as long to decode.
+"""
+
+import argparse
+from collections.abc import Callable
+import os
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from experiments import sparse_training
+from experiments.presets import sparse_training as presets
+from experiments.support import config
+from experiments.support import problem as problem_lib
+from powerprop_jax.data import streams
+from powerprop_jax.training import devices
+
+
+def make_folder(root: pathlib.Path, count: int, height: int, width: int):
+  """Writes JPEGs, in `train` and a few in `val`, of two classes."""
+  rng = np.random.default_rng(0)
+  for split, images in (('train', count), ('val', 2)):
+    for i in range(images):
+      place = root / split / f'class_{i % 2}'
+      place.mkdir(parents=True, exist_ok=True)
+      shapes = rng.integers(256, size=[6, 8, 3], dtype=np.uint8)
+      image = Image.fromarray(shapes).resize((width, height))
+      noise = rng.normal(0, 8, [height, width, 3])
+      pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+      Image.fromarray(pixels).save(place / f'{i}.jpeg', quality=90)
+
+
+def speed(take: Callable[[], object], images: int, seconds: float) -> float:
+  """How many images are taken per second, after a first time."""
+  take()
+  done, begun = 0, time.perf_counter()
+  while (passed := time.perf_counter() - begun) < seconds:
+    take()
+    done += images
+  return done / passed
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--network', default='resnet50')
+  parser.add_argument('--batch', type=int, default=256)
+  parser.add_argument('--image_size', type=int, default=224)
+  parser.add_argument('--images', type=int, default=2_000, help='JPEGs made.')
+  parser.add_argument('--seconds', type=float, default=30, help='Each takes.')
+  parser.add_argument('--workers', type=int, default=os.cpu_count() or 1)
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as place:
+    make_folder(pathlib.Path(place), args.images, 375, 500)
+    flags = [
+      '--preset=imagenet',
+      '--dataset=folder',
+      f'--data_dir={place}',
+      '--method=static',
+      '--learning_rate=0',  # Noise has nothing to be learnt.
+      f'--network={args.network}',
+      f'--batch_size={args.batch}',
+      f'--image_size={args.image_size}',
+      f'--num_workers={args.workers}',
+    ]
+    settings = config.parse(sparse_training.Settings, flags, presets.PRESETS)
+    data = problem_lib.load(settings)
+    assert isinstance(data, problem_lib.Sources)
+    problem = problem_lib.make(settings, data)
+    axis = problem.axis
+
+    stream = streams.train_stream(
+      data.train,
+      batch_size=args.batch,
+      image_size=args.image_size,
+      seed=0,
+      num_workers=args.workers,
+    )
+    decoding = speed(lambda: next(stream), args.batch, args.seconds)
+    batch = devices.put(next(stream), axis)
+    stream.close()
+
+    step = devices.on_devices(problem.step, axis)
+    state = devices.replicate(problem.init(), axis)
+
+    def take_step():
+      nonlocal state
+      state, metrics = step(state, batch)
+      jax.block_until_ready(metrics)
+
+    computing = speed(take_step, args.batch, args.seconds)
+
+    feed, start, chunk = problem.make_feed(), 0, 4
+
+    def take_both():
+      nonlocal state, start
+      state, _ = feed.advance(state, start, start + chunk)
+      start += chunk
+
+    both = speed(take_both, args.batch * chunk, args.seconds)
+    feed.close()
+  print(
+    f'{jax.device_count()} x {jax.devices()[0].device_kind}, {args.workers}'
+    f' processes on {os.cpu_count()} cores, jax {jax.__version__},'
+    f' {args.network}, batches of {args.batch} images of {args.image_size} x'
+    f' {args.image_size}'
+  )
+  slower = min(decoding, computing)
+  print(f'decoding alone  {decoding:9.1f} images/s')
+  print(f'the step alone  {computing:9.1f} images/s')
+  print(
+    f'both together   {both:9.1f} images/s, {both / slower:.3f} x the slower'
+  )
+
+
+if __name__ == '__main__':
+  main()
