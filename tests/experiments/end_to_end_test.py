@@ -48,7 +48,7 @@ def _write_images(root):
       place.mkdir(parents=True)
       for i in range(count):
         pixels = rng.integers(128, size=[24, 20 + i, 3], dtype=np.uint8)
-        image = Image.fromarray(pixels + np.uint8(100 * label))
+        image = Image.fromarray(pixels + np.uint8(20 * label))
         image.save(place / f'{i}.jpeg')
 
 

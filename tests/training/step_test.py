@@ -323,3 +323,20 @@ def test_each_step_has_a_key_of_its_own():
   state, first = step(state, None)
   _, second = step(state, None)
   assert first['noise'] != second['noise']
+
+
+def test_norms_are_of_what_may_move():
+  def loss_fn(theta, model_state, key, batch):
+    return jnp.sum(theta['w'] * batch), (model_state, {})
+
+  transform = power.power_transform(2.0)
+  tx = transforms.target_propagation(optax.sgd(0.1), transform)
+  theta, key = {'w': jnp.array([4.0, 9.0])}, jax.random.key(0)
+  state = training.init_state(key, theta, {}, tx, transform)
+  mask = {'w': jnp.array([True, False])}
+  state = state._replace(masks=masks.Masks(mask, mask))
+  step = training.make_train_step(loss_fn, tx, transform, norms=True)
+  _, metrics = jax.jit(step)(state, jnp.array([-3.0, 5.0]))
+  # phi is 2, and moves by 0.1 * 3 * 2 * 2.
+  np.testing.assert_allclose(metrics['gradient_norm'], 3.0, rtol=1e-6)
+  np.testing.assert_allclose(metrics['update_norm'], 1.2, rtol=1e-6)
