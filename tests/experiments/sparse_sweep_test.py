@@ -13,7 +13,6 @@ import pytest
 from experiments import sparse_sweep
 from experiments.presets import sparse_sweep as presets
 from experiments.support import config
-from experiments.support import methods
 from experiments.support import runs
 from experiments.support import sweep_report
 from powerprop_jax.data import in_memory
@@ -50,7 +49,9 @@ _RECIPE = sparse_sweep.Recipe(2.0, 0.1, 0.0, 1.0)
 _SIZE = 16 * 300 + 300 * 100 + 100 * 4
 
 
-@pytest.mark.parametrize('method', methods.METHODS)
+# The others differ in what `make_plan` gives, of which sparse_training_test has
+# all.
+@pytest.mark.parametrize('method', ['dense', 'snip', 'rigl', 'top_kast'])
 def test_run_ends_at_its_sparsity(method, make, settings, data):
   job = sparse_sweep.Job(method, 'uniform', 0.9, _RECIPE, 2)
   steps = []
