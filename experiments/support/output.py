@@ -189,6 +189,22 @@ def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
     )
 
 
+def _check_kinds(path: epath.Path) -> None:
+  """Refuses what is in the way of the files and folders of a binary."""
+  for name, is_folder in (
+    ('runs', True),
+    ('checkpoints', True),
+    ('metrics.jsonl', False),
+    ('summary.json', False),
+  ):
+    place = path / name
+    if place.exists() and place.is_dir() != is_folder:
+      kinds = ('folder', 'file') if is_folder else ('file', 'folder')
+      raise config.Refused(
+        f'{place} is a {kinds[1]} and has to be a {kinds[0]}. Move it away.'
+      )
+
+
 @contextlib.contextmanager
 def opened(
   out_dir: str, binary: str, settings: Mapping[str, Any]
@@ -221,6 +237,7 @@ def opened(
       path.mkdir(parents=True, exist_ok=True)
       if first:
         stack.enter_context(_locked(path))
+        _check_kinds(path)
       _check_config(path, wanted)
     except (OSError, ImportError) as e:
       error = config.Refused(f'--out_dir={out_dir} cannot be used: {e}')

@@ -108,6 +108,22 @@ def test_a_config_of_another_kind(tmp_path, content):
   assert (tmp_path / 'config.json').read_text() == content
 
 
+@pytest.mark.parametrize(
+  ('name', 'is_folder', 'message'),
+  [
+    ('runs', False, 'runs is a file and has to be a folder'),
+    ('metrics.jsonl', True, 'metrics.jsonl is a folder and has to be a file'),
+    ('summary.json', True, 'summary.json is a folder and has to be a file'),
+  ],
+)
+def test_what_is_in_the_way_is_refused(tmp_path, name, is_folder, message):
+  place = tmp_path / name
+  place.mkdir() if is_folder else place.write_text('')
+  with pytest.raises(ValueError, match=message), _open(tmp_path):
+    pass
+  assert not (tmp_path / 'config.json').exists()
+
+
 def test_places_that_cannot_be_folders(tmp_path):
   (tmp_path / 'file').write_text('')
   (tmp_path / 'b' / 'config.json').mkdir(parents=True)
