@@ -158,7 +158,7 @@ def sparsify(
   updater: updaters.MaskUpdater,
   *,
   key: chex.PRNGKey,
-  due: Callable[[chex.Numeric], chex.Numeric] | None,
+  due: Callable[[jax.Array], chex.Numeric] | None,
 ) -> Sparse:
   """A method of sparse training as an optax transformation.
 
@@ -283,7 +283,7 @@ def sparsify(
       )
     values = params
     if due is not None:
-      now = due(state.count)
+      now = due(jnp.asarray(state.count))
       if updater.starts_from_gradient:
         now = now | (state.count == 0)
       values, masks = jax.lax.cond(
