@@ -386,6 +386,8 @@ def streamed(
   stream, ahead, at = None, None, -1
 
   def close():
+    nonlocal ahead
+    ahead = None  # On a CPU it may be memory that is shared with a worker.
     if stream is not None:
       stream.close()
 
