@@ -1,6 +1,11 @@
 """Fixtures of all tests."""
 
+import os
 import pathlib
+
+# Before JAX is imported, and for the programs that tests start: most of the
+# time of the tests is that of the compiler.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import pytest
 

@@ -7,18 +7,9 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
 _FOLDER = pathlib.Path(__file__).parent.parent / 'examples'
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-  """Compiling is most of these runs; unoptimised it takes half the time."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def _run(name, **arguments):

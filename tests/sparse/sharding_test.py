@@ -43,7 +43,10 @@ def test_on_eight_devices():
   found = subprocess.run(
     [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
     cwd=pathlib.Path(__file__).parents[2],
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    # Collectives of eight devices wait for one another, which takes threads
+    # for all of them.
+    env=os.environ
+    | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'NPROC': '64'},
     capture_output=True,
     text=True,
     timeout=1200,

@@ -183,14 +183,6 @@ def _shift():
   return updaters.MaskUpdater(init, update)
 
 
-@pytest.fixture
-def _compile_quickly():
-  """Compiling is nearly all of it; unoptimised it takes half the time."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.mark.parametrize('name', optimisers.OPTIMISERS)
 @pytest.mark.usefixtures('_compile_quickly')
 def test_every_optimiser_trains_a_sparse_network(name):
