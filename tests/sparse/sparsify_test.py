@@ -184,7 +184,6 @@ def _shift():
 
 
 @pytest.mark.parametrize('name', optimisers.OPTIMISERS)
-@pytest.mark.usefixtures('_compile_quickly')
 def test_every_optimiser_trains_a_sparse_network(name):
   due = schedules.every(2, start=1)
   extra_args = optimisers.EXTRA_ARGS.get(name, {})
