@@ -4,6 +4,8 @@
 """
 
 import functools
+import io
+import itertools
 import os
 import pathlib
 import subprocess
@@ -221,6 +223,40 @@ def test_a_loop_of_python_is_one_of_xla(monkeypatch):
     assert values.shape == (3,)
     close(values, second[name])
   assert len(set(first['loss'])) == 3
+
+
+def test_batches_of_a_stream_do_not_depend_on_boundaries():
+  Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
+  example = file.getvalue()
+  source = streams.Source(lambda i: streams.Example(example, i, ''), 10, 10)
+
+  def labels(*boundaries):
+    """Those of the steps between boundaries, by a feed of its own."""
+    feed = feeds.streamed(
+      source,
+      None,
+      source,
+      lambda state, batch: (state + 1, {'loss': batch[1]}),
+      None,  # Nothing is evaluated.
+      None,
+      batch_size=2,
+      image_size=8,
+      seed=0,
+      num_workers=0,
+      axis=None,
+    )
+    state, found = jnp.zeros([]), []
+    for start, stop in itertools.pairwise(boundaries):
+      state, metrics = feed.advance(state, start, stop)
+      found += metrics['loss'].tolist()
+    feed.close()
+    assert int(state) == boundaries[-1] - boundaries[0]
+    return found
+
+  whole = labels(0, 7)
+  assert sorted(np.ravel(whole[:5])) == list(range(10))  # An epoch.
+  assert labels(0, 1, 4, 7) == whole
+  assert labels(4, 6, 7) == whole[4:]
 
 
 @pytest.mark.slow
