@@ -14,6 +14,7 @@ is given again; what is finished is not computed a second time.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ from powerprop_jax.training import loop
 _CHUNK = 500  # Steps between two looks at the loss.
 # Less than this keeps none of the 266,200 weights of the network.
 _LEAST_KEPT = 1e-5
+# LOG.md: with fewer, pruning at the end costs accuracy.
+_ENOUGH_NATS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +331,19 @@ def summarise(
   print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')
 
 
+def warn_of_little_decay(settings: Settings) -> None:
+  """Says where weights have not shrunk when they are cut."""
+  for alpha in dict.fromkeys(settings.alphas):
+    nats = optimisers.nats(settings, alpha, settings.steps)
+    if nats is not None and nats < _ENOUGH_NATS:
+      print(
+        f'alpha = {alpha:g}: idle weights shrink by {nats:.1f} nats only. To'
+        f' prune once and hard takes {_ENOUGH_NATS} or more, by --phi_decay or'
+        ' more --steps.',
+        file=sys.stderr,
+      )
+
+
 def main(settings: Settings) -> None:
   """Runs what is not finished, and summarises what is."""
   jobs = make_jobs(settings)
@@ -339,6 +355,7 @@ def main(settings: Settings) -> None:
       for kind in dict.fromkeys((job.alpha, job.update_rule) for job in jobs)
     }
   output.announce('mnist_pruning')
+  warn_of_little_decay(settings)
   deciding = config.deciding(settings) | {'data': in_memory.fingerprint(data)}
   with output.opened(settings.out_dir, 'mnist_pruning', deciding) as out_dir:
     todo = {

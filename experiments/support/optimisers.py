@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
 import inspect
 import itertools
 import math
@@ -322,6 +321,37 @@ def _make_inner(
   return make(rate, weight_decay=decay, **masks, **options)
 
 
+def _decay_of_theta(
+  settings: Settings, alpha: float, steps: int
+) -> optax.Schedule:
+  """alpha times the decay of phi, at every step of a run."""
+  rate, powers = decay_rate(settings, steps), settings.powers(alpha, steps)
+
+  def decay(t):
+    now = alpha
+    for start, later in powers.items():  # The last that has come counts.
+      now = jnp.where(jnp.asarray(t) >= start, later, now)
+    return now * rate(t)
+
+  return decay
+
+
+def nats(settings: Settings, alpha: float, steps: int) -> float | None:
+  """How much decay a run has: see `power.nats`.
+
+  Args:
+    settings: the optimiser and the decay.
+    alpha: the power, the first one if there are several.
+    steps: length of the run.
+
+  Returns:
+    The number of nats, which is None of a norm other than L2.
+  """
+  if settings.phi_decay_norm != 'l2':
+    return None
+  return power.nats(1.0, _decay_of_theta(settings, alpha, steps), steps)
+
+
 def _power_by_step(
   powers: Mapping[int, float], floor: float
 ) -> optax.GradientTransformation:
@@ -412,16 +442,7 @@ def make(
       )
     transform = power.power_transform(1.0)
     tx = optax.chain(inner, _power_by_step(powers, settings.floor))
-    of_phi = rate
-    # The largest step that has come is the newest.
-    rate = lambda t: (
-      of_phi(t)
-      * functools.reduce(
-        lambda now, item: jnp.where(t >= item[0], item[1], now),
-        powers.items(),
-        alpha,
-      )
-    )
+    rate = _decay_of_theta(settings, alpha, steps)
   elif update_rule == 'target_propagation':
     transform = power.power_transform(alpha)
     tx = transforms.target_propagation(inner, transform, settings.floor)

@@ -228,6 +228,20 @@ def test_training_images_are_moved(data, max_shift, rows):
   assert np.flatnonzero(changed).tolist() == rows
 
 
+def test_little_decay_is_said(capsys):
+  def said(*args):
+    arguments = ['--alphas=1,2', '--steps=1000', *args]
+    settings = config.parse(mnist_pruning.Settings, arguments, presets.PRESETS)
+    mnist_pruning.warn_of_little_decay(settings)
+    return capsys.readouterr().err
+
+  assert said().count('shrink by 0.0 nats only') == 2
+  # Eleven for alpha = 1, and more for alpha = 2.
+  assert said('--phi_decay=0.011') == ''
+  assert said('--phi_decay=0.006').count('alpha = 1: idle weights') == 1
+  assert said('--phi_decay_norm=l1') == ''
+
+
 def test_seeds_and_rules_make_the_runs():
   settings = _parse(
     '--alphas=1,2,2.0', '--update_rule=target_propagation,chain_rule,chain_rule'

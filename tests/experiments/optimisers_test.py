@@ -1,5 +1,6 @@
 """Tests of the optimisers that settings ask for."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -191,6 +192,16 @@ def test_powers_change_at_their_steps():
     others = _train([1.5, 2.0, 2.0], **options)
     assert abs(others[0] / expected[0] - 1) > 1e-2
   assert abs(others[1] / expected[1] - 1) > 5e-3  # By less decay.
+
+
+def test_nats_of_a_run():
+  settings = optimisers.Settings(phi_decay=1e-3)
+  assert optimisers.nats(settings, 2.0, 1_000) == pytest.approx(2.0)
+  rising = dataclasses.replace(settings, alpha_steps=('2:0.25', '3:0.5'))
+  found = optimisers.nats(rising, 1.0, 1_000)
+  assert found == pytest.approx(0.25 * 1 + 0.25 * 2 + 0.5 * 3)
+  l1 = dataclasses.replace(settings, phi_decay_norm='l1')
+  assert optimisers.nats(l1, 2.0, 1_000) is None
 
 
 def test_a_floor_moves_a_weight_at_zero():
