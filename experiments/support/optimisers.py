@@ -378,7 +378,7 @@ def _power_by_step(
     return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
   def update(updates, state, params=None):
-    now = sum((state.count >= step) * 1 for step in powers) - 1
+    now = sum(jnp.int32(state.count >= step) for step in powers) - 1
     branches = [
       lambda updates, link=link: link.update(
         updates, optax.EmptyState(), params

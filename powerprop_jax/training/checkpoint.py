@@ -20,7 +20,7 @@ on. The folder must therefore lie on a file system that they share.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
 import json
@@ -275,6 +275,7 @@ def save(
     ValueError: if the step is no such integer, or if there is a checkpoint of a
       later step.
     TypeError: if extra holds what JSON cannot hold.
+    OSError: if a checkpoint cannot be written, as on a full disk.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -324,7 +325,22 @@ def save(
   # Nor does Orbax save trees without any array.
   filled = ocp.args.PyTreeSave(filled or {_ROOT: np.zeros(1)})
   args = ocp.args.Composite(state=filled, record=ocp.args.JsonSave(record))
-  manager.writer.save(number, args=args, metrics=dict(metrics or {}))
+  with _writing(manager):
+    manager.writer.save(number, args=args, metrics=dict(metrics or {}))
+
+
+@contextlib.contextmanager
+def _writing(manager: Manager) -> Iterator[None]:
+  """Makes one type of the many that Orbax has for what cannot be written."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    lines = str(error).splitlines() or [type(error).__name__]
+    raise OSError(
+      f'{manager.directory}: a checkpoint cannot be written: {lines[0]}'
+    ) from error
 
 
 def close(manager: Manager) -> None:
@@ -334,7 +350,7 @@ def close(manager: Manager) -> None:
     manager: a `Manager`; closing it again does nothing.
 
   Raises:
-    Exception: if the checkpoint cannot be written; of the type Orbax gives it.
+    OSError: if the checkpoint cannot be written, as on a full disk.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -347,7 +363,8 @@ def close(manager: Manager) -> None:
   """
   if manager.writer in _OPEN:
     _OPEN.discard(manager.writer)
-    manager.writer.close()
+    with _writing(manager):
+      manager.writer.close()
 
 
 def _read(path: paths.Path) -> Checkpoint:

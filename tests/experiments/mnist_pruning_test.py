@@ -33,8 +33,9 @@ _QUICK = (
 
 @pytest.fixture(scope='session')
 def _environment(tmp_path_factory):
-  """Lets one process use what another has compiled."""
+  """Strict promotion of dtypes; what one process compiles, others use."""
   return os.environ | {
+    'JAX_NUMPY_DTYPE_PROMOTION': 'strict',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }

@@ -629,3 +629,21 @@ def test_two_processes(tmp_path):
   expected = [None, [3, 3], [2, 2], [3, 'again'], True]
   assert [json.loads(x.splitlines()[-1]) for x in outputs] == [expected] * 2
   assert _names(tmp_path) == ['1', '2', '3', '3.damaged']
+
+
+def test_what_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
+  """Orbax has a ValueError for a full disk."""
+
+  def fail(*args, **kwargs):
+    raise ValueError('RESOURCE_EXHAUSTED: no space left\nmore')
+
+  manager = checkpoint.open_manager(tmp_path, {})
+  message = f'{tmp_path}: a checkpoint cannot be written: RESOURCE_.* left$'
+  with monkeypatch.context() as patched:
+    patched.setattr(manager.writer, 'save', fail)
+    with pytest.raises(OSError, match=message):
+      checkpoint.save(manager, 1, {'w': jnp.ones(2)})
+  close = manager.writer.close
+  monkeypatch.setattr(manager.writer, 'close', lambda: (close(), fail()))
+  with pytest.raises(OSError, match=message):
+    checkpoint.close(manager)
