@@ -1,6 +1,7 @@
 """Tests of the sweep over sparse training methods."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -222,11 +223,18 @@ def test_curves_of_a_distribution():
 
 @pytest.mark.slow
 def test_sweep_as_a_user_runs_it(tmp_path):
+  # What one process compiles the others use.
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
   def run(*args):
     module = 'experiments.sparse_sweep'
     return subprocess.run(
       [sys.executable, '-W', 'error', '-m', module, *args],
       cwd=_ROOT,
+      env=os.environ | cache,
       capture_output=True,
       text=True,
     )
