@@ -21,8 +21,6 @@ import numpy as np
 
 from powerprop_jax import types
 
-Path = types.Path
-IsWeight = types.IsWeight
 _Tree = TypeVar('_Tree')
 
 # Leaves are weights if the last part of their path is one of these names ...

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from powerprop_jax import leaves
+from powerprop_jax import types
 
 KEY = jax.random.key(0)
 X = np.ones((2, 4), np.float32)
@@ -376,7 +377,7 @@ def test_map_with_path_takes_more_trees():
   other = {'a': [1, None], 'b': {'w': 2}}
   out = leaves.map_with_path(lambda path, x, n: (path, n), tree, other)
   assert out == {'a': [('a/0', 1), None], 'b': {'w': ('b/w', 2)}}
-  assert isinstance(out['b']['w'][0], leaves.Path)
+  assert isinstance(out['b']['w'][0], types.Path)
 
 
 def test_weights_is_a_tree_of_bools():

@@ -144,7 +144,7 @@ def _check(
 
 def efficient_packnet(
   evaluate: Callable[..., Any],
-  transform: power.PowerTransform,
+  transform: power.PowerTransform | None = None,
   *,
   densities: Sequence[float],
   gamma: float,
@@ -171,7 +171,7 @@ def efficient_packnet(
       on validation data, larger being better and never negative, such as its
       accuracy. It may be any Python function.
     transform: the `power.power_transform` of the network, with which `theta` is
-      made of the parameters in the memory.
+      made of the parameters in the memory; None if they are theta themselves.
     densities: the candidates, fractions of the weights to keep in (0, 1],
       rising from one to the next. They should reach up to 1: late in a
       sequence the largest weights are mostly those of earlier tasks.
@@ -222,6 +222,8 @@ def efficient_packnet(
   candidates = search_lib.check_densities(densities, min_density, max_density)
   if search_steps is None:
     search_steps = (len(candidates) - 1).bit_length()
+  if transform is None:
+    transform = power.power_transform(1.0)
   compiled = _compile(transform, omit, loss, loss_batch_size)
 
   def find(performance, target, predictions):

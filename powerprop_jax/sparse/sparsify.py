@@ -134,7 +134,14 @@ def _weights(params: types.Params, state: optax.OptState) -> types.Params:
       # Flax nnx has other containers in the state than among the parameters.
       params = jax.tree.unflatten(treedef, map(cut, masks, leaves))
     else:  # `optax.masked` may take out a whole branch.
-      params = jax.tree.map(cut, mask, params, is_leaf=_is_missing)
+      try:
+        params = jax.tree.map(cut, mask, params, is_leaf=_is_missing)
+      except ValueError as e:
+        raise ValueError(
+          'These are not the parameters that `init` was given. Give `weights`'
+          ' the arrays alone, and put the rest back: by `equinox.partition` and'
+          ' `combine`, or by `nnx.split` and `merge`.'
+        ) from e
   return params
 
 
@@ -200,7 +207,9 @@ def sparsify(
     key: a PRNG key for the random choices of the updater.
     due: maps the number of the update, from 0 on, to whether the masks change
       before it, such as `schedules.every(100, stop=7_500)`. None leaves all
-      changes to `update_masks`.
+      changes to `update_masks`. A sparsity that rises by a schedule, as that of
+      `magnitude`, is reached by a change of masks at the end of the schedule or
+      after it.
 
   Returns:
     A `Sparse`, which is an `optax.GradientTransformationExtraArgs` whose state

@@ -674,3 +674,11 @@ def test_equinox_with_a_frozen_part():
   new = eqx.apply_updates(params, updates)
   np.testing.assert_array_equal(new.output.weight, params.output.weight)
   assert np.any(new.hidden.weight != params.hidden.weight)
+
+
+def test_weights_of_more_than_parameters_say_what_to_take_apart():
+  params = {'w': jnp.ones(2), 'pool': None}
+  updater = updaters.given({'w': jnp.array([True, False]), 'pool': None})
+  tx = sparse.sparsify(optax.sgd(0.1), updater, key=_KEY, due=None)
+  with pytest.raises(ValueError, match=r'`equinox\.partition` and'):
+    tx.weights({'w': jnp.ones(2), 'pool': jnp.sin}, tx.init(params))
