@@ -132,6 +132,7 @@ def test_pages_with_code_are_found():
   assert modules >= {'experiments.mnist_pruning', 'benchmarks.topk'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', _WITH_PYTHON, ids=_name)
 def test_python_blocks_run(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)  # Where pages write what they write.

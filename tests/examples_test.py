@@ -35,6 +35,7 @@ _LEARN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', _LEARN)
 def test_examples_learn_digits_and_print_how_well(name, capsys):
   arguments, least = _LEARN[name]
@@ -52,6 +53,7 @@ def test_examples_learn_digits_and_print_how_well(name, capsys):
     assert results['powerprop'][1] > 0.5
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_to_read(capsys):
   results = _run('equinox_transformer', steps=8, density=0.5)
   out = capsys.readouterr().out
@@ -61,6 +63,7 @@ def test_the_transformer_learns_to_read(capsys):
     assert f'{bits} bits' in out
 
 
+@pytest.mark.slow
 def test_the_sharded_example_on_eight_devices():
   script = 'from examples import sharded; print(sharded.main(20, 0.5))'
   flags = '--xla_force_host_platform_device_count=8'

@@ -72,6 +72,7 @@ def _execute(notebook, folder, monkeypatch):
   ]
 
 
+@pytest.mark.slow
 def test_executes_with_warnings_as_errors(tmp_path, monkeypatch):
   notebook = _read()
   notebook.cells.insert(0, nbformat.v4.new_code_cell(_FIRST))

@@ -28,9 +28,8 @@ from experiments.support import trained
 from powerprop_jax.models import networks
 from powerprop_jax.training import checkpoint
 
-# One that trades weights and one that lets them come back. Of the others
-# `sparse_training_test` trains a network of its own.
-_METHODS = ('rigl', 'acdc')
+# Of the others `sparse_training_test` trains a network of its own.
+_METHODS = ('rigl',)
 _KILLED_AT = 12  # By an evaluation that is written, and no checkpoint.
 
 
