@@ -338,7 +338,7 @@ def test_change_alpha_preserves_the_function(old, new):
   phi = before.to_phi(theta)
   changed = power.change_alpha(phi, before, after)
   np.testing.assert_allclose(
-    f.apply(after.to_theta(changed), x), f.apply(theta, x), atol=1e-6
+    f.apply(after.to_theta(changed), x), f.apply(theta, x), 1e-6, 1e-6
   )
   assert not np.allclose(changed['linear']['w'], phi['linear']['w'])
 

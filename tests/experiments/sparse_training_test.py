@@ -286,7 +286,7 @@ def test_gradual_pruning_of_a_sparse_network_costs_less():
   method = methods.make_plan(
     methods.Method(method='magnitude', update_every=4),
     theta,
-    alpha=2.0,
+    moves_zeros=False,
     steps=12,
     fresh=lambda key: theta,
   )
@@ -388,7 +388,7 @@ def test_the_imagenet_preset_builds():
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (('--regrow=zero',), 'regrow=zero with alpha = 2: a weight at zero never'),
+    (('--regrow=zero',), '--regrow=zero: a weight at zero never'),
     (('--sparsity=1',), r'sparsity must be in \[0, 1\), got 1'),
     (('--sparsity=0.999999',), 'The largest possible sparsity is 0.99998'),
     (

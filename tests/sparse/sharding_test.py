@@ -139,7 +139,7 @@ def _check(function, kind, *trees, eager=False, local=False):
 
 
 @on_eight
-@pytest.mark.parametrize(('kind', 'density'), zip(_KINDS, (0.1, 0.55)))
+@pytest.mark.parametrize(('kind', 'density'), list(zip(_KINDS, (0.1, 0.55))))
 def test_topk_mask(kind, density):
   theta, _ = _shard(_tree(0), kind)
   for path, x in leaves.by_path(theta).items():

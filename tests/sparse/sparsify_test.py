@@ -523,7 +523,7 @@ def test_orbax_saves_and_restores(tmp_path):
 
 # The loops of other libraries. In each a network of two layers learns a line.
 _X = np.linspace(-1, 1, 32, dtype=np.float32)[:, None] * np.ones((1, 4))
-_Y = 0.5 * _X[:, :1]
+_Y = 2.0 * _X[:, :1]
 
 
 def _uniform(theta):
