@@ -87,7 +87,7 @@ def lenet_300_100(
 
   >>> import jax
   >>> network = build('lenet_300_100', num_classes=10)
-  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], float)
+  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], 'float32')
   >>> theta, _ = jax.eval_shape(
   ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
   ... )
@@ -128,7 +128,7 @@ def lenet_5(
 
   >>> import jax
   >>> network = build('lenet_5', num_classes=10)
-  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], float)
+  >>> images = jax.ShapeDtypeStruct([1, 28, 28, 1], 'float32')
   >>> theta, _ = jax.eval_shape(
   ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
   ... )
@@ -185,7 +185,7 @@ def alexnet_s(
 
   >>> import jax
   >>> network = build('alexnet_s', num_classes=10)
-  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], float)
+  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], 'float32')
   >>> theta, _ = jax.eval_shape(
   ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
   ... )
@@ -246,7 +246,7 @@ def wide_resnet(
 
   >>> import jax
   >>> network = build('wrn_22_2', num_classes=10)
-  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], float)
+  >>> images = jax.ShapeDtypeStruct([1, 32, 32, 3], 'float32')
   >>> theta, _ = jax.eval_shape(
   ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
   ... )
@@ -322,7 +322,7 @@ def resnet(
 
   >>> import jax
   >>> network = build('resnet18', num_classes=1000)
-  >>> images = jax.ShapeDtypeStruct([1, 64, 64, 3], float)
+  >>> images = jax.ShapeDtypeStruct([1, 64, 64, 3], 'float32')
   >>> theta, _ = jax.eval_shape(
   ...   lambda x: network.init(jax.random.key(0), x, is_training=True), images
   ... )
