@@ -1,11 +1,18 @@
 """Tests that every binary computes what it did when `golden.json` was recorded.
 
-Accuracies, losses and the numbers of weights that layers keep are compared: to
-the last place on the machine and with the versions of the recording, and more
-coarsely elsewhere. What is reported beyond the recording does not matter. By
-default two commands are run. With GOLDEN=all all of them are, in ten minutes,
-and the bits of weights and masks are compared as well. CHANGELOG.md says which
-results have been changed on purpose since the recording.
+Accuracies, losses, the numbers of weights that layers keep, and the bits of
+weights and masks are compared: exactly on the machine and with the versions of
+the recording, and more coarsely elsewhere. What is reported beyond the
+recording does not matter. By default two commands are run; with GOLDEN=all all
+of them are, in ten minutes.
+
+The same commands were recorded with version 0.1.0 too, compiled alike. 15 of 31
+gave the same to the last bit, among them those of dense and static networks,
+SNIP, SET, Top-KAST, gradual pruning by global rank, and continual learning by
+all methods and searches. Four differ by rounding, in weights and the seventh
+digit of a loss. The others differ on purpose, as CHANGELOG.md says: RigL trades
+weights in its last update too, clipping counts what may move only, exported
+files have checksums, and tables a first line with devices and versions.
 """
 
 from collections.abc import Iterator
@@ -72,10 +79,8 @@ def test_results_are_those_recorded(recorder, name):
     _GOLDEN['machine'],
     _GOLDEN['versions'],
   )
-  if not _ALL:
-    expected.pop('fingerprints', None)
   if same:
-    differences = _differences(found, expected, 1e-6)
+    differences = _differences(found, expected, 0.0)
   else:
     differences = _differences(
       found.get('accuracies'), expected.get('accuracies'), _TOLERANCE
