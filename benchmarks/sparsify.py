@@ -115,7 +115,7 @@ def main() -> None:
       for form, x in best.items()
     )
     print(
-      f'{name}, {"" if donate else "not "}donated: {1e3 * bare[0]:.1f} ms a'
+      f'{name}, {"" if donate else "not "}donated: {1e3 * bare[0]:.1f} ms per'
       f' step of the bare optimiser; {", ".join(ratios)}'
     )
 

@@ -2,9 +2,9 @@
 
   python -m examples.sharded
 
-Eight virtual devices of a CPU are a mesh of 4 x 2. Matrices are cut along both
-axes and batches along the first. The rest is an ordinary loop: masks and
-moments are cut as the weights are. alpha = 1 is the ordinary network."""
+Eight virtual devices of a CPU are a mesh of 4 x 2. Matrices, with their masks
+and moments, are cut along both axes, and batches along the first.
+"""
 
 import functools
 import itertools

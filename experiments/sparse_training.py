@@ -168,9 +168,8 @@ def begin(
   names = ('phi', 'model_state', 'masks')
   wanted = {'state': {name: getattr(state, name) for name in names}}
   there = checkpoint.fill(wanted, source, partial=True)['state']
-  # With --alpha_steps parameters are theta.
-  steps = source.config.get('alpha_steps')
-  old = power.power_transform(1.0 if steps else source.config['alpha'])
+  powers = config.restored(optimisers.Settings, source.config)
+  old = optimisers.make_transform(powers, source.config['alpha'])
   phi = power.change_alpha(there['phi'], old, problem.transform)
   state = state._replace(**(there | {'phi': phi}))
   forward = state.masks.forward
@@ -298,7 +297,12 @@ def train(
     every, after = settings.evaluate_every, []
     if every:
       evaluate = evaluation.make_evaluate(
-        problem, feed, settings, settings.histograms, timing
+        problem,
+        feed,
+        settings,
+        histograms=settings.histograms,
+        compare_signs=settings.init_from is None,
+        timing=timing,
       )
 
       def measure(step, progress):

@@ -337,6 +337,7 @@ def test_change_alpha_preserves_the_function(old, new):
   after = power.power_transform(new)
   phi = before.to_phi(theta)
   changed = power.change_alpha(phi, before, after)
+  # A root and its power round each weight by a few units in the last place.
   np.testing.assert_allclose(
     f.apply(after.to_theta(changed), x), f.apply(theta, x), 1e-6, 1e-6
   )

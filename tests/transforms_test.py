@@ -756,8 +756,7 @@ def test_line_search_outside_hands_on_the_value_at_the_next_point():
   """What `value_and_grad_from_state` reads, so that L-BFGS goes on right."""
   tx = optax.chain(
     transforms.powerprop(optax.lbfgs(linesearch=None), 2.0),
-    # That of zoom hands on the same, and takes ten times as long to compile.
-    optax.scale_by_backtracking_linesearch(20, store_grad=True),
+    optax.scale_by_zoom_linesearch(20),
   )
   update = jax.jit(tx.update, static_argnames='value_fn')
   theta, state = _steps(tx._replace(update=update), _init(), _loss, 5)

@@ -80,7 +80,9 @@ def make_evaluate(
   problem: problem_lib.Problem,
   feed: feeds.Feed,
   settings: problem_lib.Settings,
+  *,
   histograms: bool,
+  compare_signs: bool,
   timing: tuple[int, float],
 ) -> Evaluate:
   """Makes the evaluation of a run, which all hosts have to call together.
@@ -90,18 +92,19 @@ def make_evaluate(
     feed: its data, with a validation split.
     settings: of the run.
     histograms: whether there are any.
+    compare_signs: whether signs are compared with those of the initialisation,
+      with which the run has to have begun.
     timing: the steps that were taken before, and the seconds.
 
   Returns:
-    An `Evaluate`. Signs are compared with those of the initialisation, unless
-    the run began with another network.
+    An `Evaluate`.
   """
   rate = optimisers.learning_rate(settings, settings.steps)
   masked_theta = jax.jit(
     lambda state: training.masked_theta(state, problem.transform)
   )
   positive = None
-  if not getattr(settings, 'init_from', None):
+  if compare_signs:
     # Drawn anew from the seed, also where a run goes on.
     positive = jax.jit(lambda phi: jax.tree.map(lambda x: x > 0, phi))(
       problem.init().phi

@@ -231,10 +231,10 @@ def _progress(cadence: Cadence) -> Callable[[Any], Any]:
   return schedules.cubic(cadence.start - cadence.every, cadence.last)
 
 
-def _phases(cadence: Cadence) -> schedules.Cadence:
-  """AC/DC: the first update begins a sparse phase, and so does the last."""
+def _phases(cadence: Cadence) -> list[int]:
+  """AC/DC: where phases begin. The first is sparse, and so is the last."""
   starts = list(range(cadence.start, cadence.last + 1, cadence.every))
-  return schedules.alternating(starts[: len(starts) - (len(starts) + 1) % 2])
+  return starts if len(starts) % 2 else starts[:-1]
 
 
 def _forward_and_backward(
@@ -284,7 +284,9 @@ def _make_updater(
     'rigl': lambda: updaters.rigl(forward, drop, values, dropped),
     'top_kast': lambda: updaters.top_kast(forward, backward),
     'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
-    'acdc': lambda: updaters.acdc(forward, _phases(cadence), values, scope),
+    'acdc': lambda: updaters.acdc(
+      forward, schedules.alternating(_phases(cadence)), values, scope
+    ),
   }[settings.method]()
 
 
@@ -350,8 +352,9 @@ def _make_training_flops(
     if method == 'top_kast':
       return flops.top_kast_training_flops(sparse, wide)
     if method == 'acdc':
-      is_sparse = _phases(cadence)
-      share = sum(map(is_sparse, range(steps))) / steps
+      starts = _phases(cadence)
+      ends = [*starts[1:], steps]
+      share = (sum(ends[::2]) - sum(starts[::2])) / steps
       sparse = share * sparse + (1 - share) * dense
     if method == 'magnitude':
       sparse = _gradual_flops(cadence, steps, layers, ever, forward)

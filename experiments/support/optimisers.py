@@ -110,9 +110,19 @@ class Powers(config.Settings):
       )
 
   def powers(self, alpha: float, steps: int) -> dict[int, float]:
-    """The powers of a run that begins with alpha, by their first steps."""
-    pairs = map(_read_alpha_step, self.alpha_steps)
-    return {0: alpha} | {round(f * steps): a for a, f in pairs}
+    """The powers of a run that begins with alpha, by their first steps.
+
+    Raises:
+      ValueError: if one of them has no step of its own.
+    """
+    pairs = list(map(_read_alpha_step, self.alpha_steps))
+    later = {round(f * steps): a for a, f in pairs}
+    if len(later) < len(pairs) or max(later, default=0) >= steps:
+      raise ValueError(
+        f'--alpha_steps={",".join(self.alpha_steps)}: in a run of {steps} steps'
+        ' one of the powers has no step. Give other fractions or more steps.'
+      )
+    return {0: alpha} | later
 
 
 def last_alpha(settings: Powers, alpha: float) -> float:
@@ -392,6 +402,22 @@ def _power_by_step(
   return optax.GradientTransformation(init, update)
 
 
+def make_transform(settings: Powers, alpha: float) -> power.PowerTransform:
+  """The map from the parameters of a run to theta.
+
+  With `alpha_steps` the parameters are theta, which keeps its values when the
+  power changes, and the map is the identity.
+
+  Args:
+    settings: the powers that follow the first.
+    alpha: the first power.
+
+  Returns:
+    The map.
+  """
+  return power.power_transform(1.0 if settings.alpha_steps else alpha)
+
+
 def make(
   settings: Settings,
   alpha: float,
@@ -401,9 +427,8 @@ def make(
 ) -> tuple[power.PowerTransform, optax.GradientTransformation]:
   """The parameters of a run and the transformation that trains them.
 
-  With `alpha_steps` the parameters are theta, which keeps its values when the
-  power changes, and the transform is the identity. Decay of phi by a factor is
-  decay of theta by alpha times as much.
+  The parameters are those of `make_transform`. Where they are theta, decay of
+  phi is decay of theta by alpha times as much.
 
   Args:
     settings: the optimiser and the decay.
@@ -422,6 +447,7 @@ def make(
   inner = _make_inner(settings, learning_rate(settings, steps))
   powers, rate = settings.powers(alpha, steps), decay_rate(settings, steps)
   norm = _read_norm(settings.phi_decay_norm)
+  transform = make_transform(settings, alpha)
   if update_rule == 'chain_rule':
     for name, remedy in (
       ('weight_decay', 'Use --phi_decay'),
@@ -440,14 +466,11 @@ def make(
         f'--phi_decay_norm={norm} is another penalty on theta for every power.'
         ' With --alpha_steps use l2.'
       )
-    transform = power.power_transform(1.0)
     tx = optax.chain(inner, _power_by_step(powers, settings.floor))
     rate = _decay_of_theta(settings, alpha, steps)
   elif update_rule == 'target_propagation':
-    transform = power.power_transform(alpha)
     tx = transforms.target_propagation(inner, transform, settings.floor)
   else:
-    transform = power.power_transform(alpha)
     # The Jacobian comes first: the optimiser sees dL / d phi.
     tx = optax.chain(transforms.scale_by_power_jacobian(transform), inner)
   if settings.phi_decay:

@@ -532,7 +532,7 @@ def make_problem(
   network = networks.build(
     settings.network, num_classes, cross_replica_axis=axis
   )
-  transform, _ = optimisers.make(settings, alpha, steps=settings.steps_per_task)
+  transform = optimisers.make_transform(settings, alpha)
   images = jnp.zeros((1, *input_shape))
 
   def fresh(key):

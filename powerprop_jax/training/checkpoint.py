@@ -543,7 +543,8 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
   """
   found = None
   if manager.writer is not None:
-    manager.writer.wait_until_finished()
+    with _writing(manager):
+      manager.writer.wait_until_finished()
     found, damaged = _last_whole(manager.directory, _steps(manager.directory))
     # Their places must be free: the run will come to these steps again.
     # Nothing is deleted, as the fault may lie with the file system.

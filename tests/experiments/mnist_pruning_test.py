@@ -236,10 +236,12 @@ def test_little_decay_is_said(capsys):
     mnist_pruning.warn_of_little_decay(settings)
     return capsys.readouterr().err
 
-  assert said().count('shrink by 0.0 nats only') == 2
-  # Eleven for alpha = 1, and more for alpha = 2.
-  assert said('--phi_decay=0.011') == ''
-  assert said('--phi_decay=0.006').count('alpha = 1: idle weights') == 1
+  assert 'shrink by 0.0 nats at alpha = 2. To' in said()
+  assert 'by 0.0 nats at alpha = 2, 0.0 nats at alpha = 3.' in said(
+    '--alphas=2,3'
+  )
+  assert said('--phi_decay=0.004').startswith('Idle weights shrink by 8.0')
+  assert said('--phi_decay=0.006') == ''
   assert said('--phi_decay_norm=l1') == ''
 
 

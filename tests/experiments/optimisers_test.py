@@ -194,6 +194,14 @@ def test_powers_change_at_their_steps():
   assert abs(others[1] / expected[1] - 1) > 5e-3  # By less decay.
 
 
+@pytest.mark.parametrize('steps', [4, 100])
+def test_every_power_has_steps(steps):
+  settings = optimisers.Settings(alpha_steps=('2:0.5', '3:0.51', '4:0.999'))
+  with pytest.raises(ValueError, match=f'of {steps} steps one of the powers'):
+    optimisers.make(settings, 1.5, steps=steps)
+  assert len(settings.powers(1.5, 10_000)) == 4
+
+
 def test_nats_of_a_run():
   settings = optimisers.Settings(phi_decay=1e-3)
   assert optimisers.nats(settings, 2.0, 1_000) == pytest.approx(2.0)

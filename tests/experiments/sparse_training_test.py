@@ -299,6 +299,22 @@ def test_gradual_pruning_of_a_sparse_network_costs_less():
   assert found == pytest.approx(3 * (100 * a + 10 * b))
 
 
+def test_dense_phases_cost_as_much_as_dense_training():
+  theta = {'a': {'w': np.ones([10, 10])}}
+  method = methods.make_plan(
+    methods.Method(method='acdc', sparsity=0.9, update_every=10),
+    theta,
+    moves_zeros=False,
+    steps=80,
+    fresh=lambda key: theta,
+  )
+  # Sparse from 10 to 20, from 30 to 40 and from 50 on. An update at 60 would be
+  # the start of a dense phase, with which the run must not end.
+  share = 50 / 80
+  expected = 3 * 100.0 * (share * 0.1 + (1 - share))
+  assert method.training_flops({'a/w': 100.0}) == pytest.approx(expected)
+
+
 def test_statistics_come_with_the_weights(small_data, tmp_path):
   settings, problem = prepare(small_data, *_TINY)
   state = problem.init()
