@@ -62,32 +62,32 @@ def step(model, state, tx, batch):
   return eqx.apply_updates(model, updates), state
 
 
-def train(text, order, rate, alpha, density):
-  model, steps = Transformer(jax.random.split(jax.random.key(0), 6)), len(order)
+def train(text, order, rate, alpha, density, cut, spread):
+  model = cut(Transformer(jax.random.split(jax.random.key(0), 6)))
   tx = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(optax.cosine_decay_schedule(rate, steps)),
+    optax.adamw(optax.cosine_decay_schedule(rate, len(order))),
   )
   method = updaters.magnitude(  # 3
-    distributions.uniform(1 - density), schedules.cubic(0, 3 * steps // 4)
+    distributions.uniform(1 - density), schedules.cubic(0, 3 * len(order) // 4)
   )
   tx, key = powerprop_jax.powerprop(tx, alpha), jax.random.key(1)
   due = schedules.every(1)  # 4
   tx = powerprop_jax.sparsify(tx, method, key=key, due=due)  # 5
   state = tx.init(eqx.filter(model, eqx.is_array))
   for rows in order:
-    model, state = step(model, state, tx, text[rows])
+    model, state = step(model, state, tx, spread(text[rows]))
   return round(float(bits(model, tx, state, text[-400:])), 2)
 
 
-def main(steps: int = 800, density: float = 0.02) -> dict[float, float]:
-  """Prints and returns bits per character for each alpha."""
+def main(steps=800, density=0.02, cut=lambda x: x, spread=lambda x: x):
+  """Prints and returns bits per character; `sharded` cuts the arrays."""
   text = ''.join(topics.topics.values()).encode('ascii', 'replace')
   text = np.resize(np.frombuffer(text, np.uint8), (len(text) // 49, 49))
   order = np.random.default_rng(0).integers(len(text) - 400, size=(steps, 32))
   results = {}
   for alpha, rate in RATES.items():
-    results[alpha] = train(text, order, rate, alpha, density)
+    results[alpha] = train(text, order, rate, alpha, density, cut, spread)
     print(
       f'alpha = {alpha:g}: {results[alpha]} bits per character with'
       f' {density:.0%} of each matrix'
