@@ -880,6 +880,7 @@ def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
     assert found.keys() == wanted.keys()
     for path, x in found.items():
       if path.startswith('state/phi'):
-        np.testing.assert_allclose(x, wanted[path], rtol=0, atol=1e-5)
+        # Sums over devices round differently, and phi of 20 is among them.
+        np.testing.assert_allclose(x, wanted[path], rtol=3e-6, atol=1e-5)
       else:
         np.testing.assert_array_equal(x, wanted[path], path)
