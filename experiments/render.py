@@ -31,7 +31,12 @@ from powerprop_jax.plots import style
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / 'results'
-DOCUMENTS = ('README.md', 'docs/results.md', 'docs/tutorial.md')
+DOCUMENTS = (
+  'README.md',
+  'docs/choosing.md',
+  'docs/results.md',
+  'docs/tutorial.md',
+)
 
 _TABLE = re.compile(
   r'(<!-- table: (?P<name>\S+) -->\n).*?(<!-- end of table -->)', re.S
@@ -127,6 +132,70 @@ def _adam() -> str:
     )
   kept = [f'{100 * p:g} %' for p in content['kept']]
   return _markdown(['alpha', 'update', 'rate', *kept], rows, left=2)
+
+
+def _lengths_in(
+  recipe: str, steps: int, scope: str, kept: float
+) -> tuple[float, float] | None:
+  """The mean and deviation at a length of training, if it was measured."""
+  content = load('lengths')
+  i = content['kept'].index(kept)
+  for r in content['results']:
+    if (r['recipe'], r['steps'], r['scope']) == (recipe, steps, scope):
+      return r['mean'][i], r['std'][i]
+  return None
+
+
+def _lengths() -> str:
+  """A line for each length of training and recipe."""
+  content = load('lengths')
+  columns = [
+    *(('layer', kept) for kept in (1.0, 0.0546, 0.01, 0.007, 0.005)),
+    *(('global', kept) for kept in (0.01, 0.007, 0.005)),
+  ]
+  rows = [
+    [
+      f'{r["steps"]:,}',
+      f'alpha = {r["recipe"].removesuffix(".0").replace("1.0 ", "1 ")}',
+      str(r['seeds']),
+      *(
+        _percent(*_lengths_in(r['recipe'], r['steps'], *column) or [None])
+        for column in columns
+      ),
+    ]
+    for r in sorted(content['results'], key=lambda r: r['steps'])
+    if r['scope'] == 'layer'
+  ]
+  headings = [
+    f'{100 * kept:.3g} %' + (', globally' if scope == 'global' else '')
+    for scope, kept in columns
+  ]
+  return _markdown(['steps', 'recipe', 'seeds', *headings], rows, left=2)
+
+
+_GROWING = '1.5 then 2 and 3'
+_ALPHA_1 = ('1.0 with L1', '1.0 with the 2/3-norm')
+
+
+def _lengths_best() -> str:
+  """The power that grows against alpha = 1 with the better of its decays."""
+  rows = []
+  for steps in sorted({r['steps'] for r in load('lengths')['results']}):
+    row = [f'{steps:,}']
+    for kept in (0.0546, 0.01, 0.007, 0.005):
+      baseline = max(
+        x for r in _ALPHA_1 if (x := _lengths_in(r, steps, 'global', kept))
+      )
+      growing = _lengths_in(_GROWING, steps, 'global', kept)
+      row.append(f'{_percent(growing and growing[0])}')
+      row.append(f'{_percent(baseline[0])}')
+    rows.append(row)
+  headings = [
+    f'{100 * kept:.3g} %, {what}'
+    for kept in (0.0546, 0.01, 0.007, 0.005)
+    for what in ('growing', '`alpha = 1`')
+  ]
+  return _markdown(['steps', *headings], rows, left=0)
 
 
 def _sweep(
@@ -316,8 +385,11 @@ def _at_sparsity(method: str, sparsity: float) -> dict[float, float]:
 def _expectations() -> str:
   """What to expect, with the numbers of the other tables, for the README."""
   paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
-  best = lambda kept: _at_kept('mnist_pruning-best', '2.0', kept)
-  baseline = lambda kept: _at_kept('mnist_pruning-baseline', '1.0', kept)
+  found = lambda recipe, steps: (
+    _lengths_in(recipe, steps, 'global', 0.01) or [0.0]
+  )[0]
+  growing = lambda steps: _percent(found(_GROWING, steps))
+  tuned = lambda steps: _percent(max(found(r, steps) for r in _ALPHA_1))
   gradual = _at_sparsity('magnitude', 0.99)
   rigl, kast = _at_sparsity('rigl', 0.98), _at_sparsity('top_kast', 0.98)
   ten = {r['preset']: r for r in load('continual-ten')['results']}
@@ -331,12 +403,13 @@ def _expectations() -> str:
       'where more than a fifth of the weights is kept',
     ],
     [
-      'pruning once a network that was trained to be pruned, with decay on phi',
-      f'{best(0.0207)} % against {baseline(0.0207)} % of a tuned L1 baseline'
-      ' with 2.1 % of the weights',
-      'a rate and a decay to tune, and 100,000 steps against 50,000',
-      'at 1 % kept and below, on images that are not shifted; a longer baseline'
-      ' is level above 2.6 %',
+      'pruning once a network that was trained to be pruned, with decay on phi'
+      ' and an `alpha` that grows',
+      f'{growing(10_000)} % against {tuned(10_000)} % of `alpha = 1`, tuned'
+      f' alike, with 1 % of the weights after 10,000 steps; {growing(50_000)} %'
+      f' against {tuned(50_000)} % after 50,000',
+      'a rate, a decay, and clipping to tune',
+      'below 0.7 %, where `alpha = 1` with a 2/3-norm is ahead',
     ],
     [
       'gradual magnitude pruning to 99 %',
@@ -381,6 +454,8 @@ TABLES: dict[str, Callable[[], str]] = {
     }
   ),
   'mnist_pruning-adam': _adam,
+  'lengths': _lengths,
+  'lengths-best': _lengths_best,
   'sparse_sweep-flops': _sweep_flops,
   **{
     name: lambda name=name: _sweep_accuracy(name)
@@ -420,6 +495,24 @@ def _sweep_curves() -> dict[str, dict[str, list[float]]]:
     for key, values in line.items():
       values.append(r[key])
   return lines
+
+
+def _length_panels() -> dict[str, dict[str, dict[str, list[float]]]]:
+  """What `plots.accuracy_against_steps` draws, all weights ranked together."""
+  content = load('lengths')
+  panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+  for kept in (0.0546, 0.01, 0.007, 0.005):
+    i = content['kept'].index(kept)
+    lines = panels.setdefault(f'{100 * kept:.3g} % of the weights', {})
+    for r in sorted(content['results'], key=lambda r: r['steps']):
+      if r['scope'] == 'global':
+        line = lines.setdefault(
+          r['recipe'], {'steps': [], 'mean': [], 'std': []}
+        )
+        line['steps'].append(r['steps'])
+        line['mean'].append(r['mean'][i])
+        line['std'].append(r['std'][i])
+  return panels
 
 
 @style.styled
@@ -501,6 +594,7 @@ def main(settings: Settings) -> None:
   for name, figure in (
     ('mnist_pruning', plots.accuracy_against_kept(paper)),
     ('trained_to_be_pruned', _tuned_figure()),
+    ('lengths', plots.accuracy_against_steps(_length_panels())),
     ('sparse_sweep', plots.accuracy_against_sparsity(_sweep_curves())),
   ):
     plots.save(figure, ROOT / 'docs' / f'{name}.png')
