@@ -91,9 +91,9 @@ def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
 
 def main(settings: Settings) -> None:
   """Compares the runs."""
+  output.announce('continual_compare')
   with config.refusing():
     runs = load(settings.runs)
-  output.announce('continual_compare')
   write(runs, output.folder(settings.out_dir))
 
 

@@ -266,11 +266,10 @@ def main(settings: Settings) -> None:
   """Writes the file."""
   path = pathlib.Path(settings.out).expanduser()
   rounded = None if settings.values == 'float32' else settings.values
+  output.announce('export_model')
   with config.refusing():
     write = prepare(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-  output.announce('export_model')
-  with config.refusing():
     result = write(path, rounded)
   print(table(*result))
   print(f'\nIn {settings.out}')
