@@ -3,7 +3,7 @@
   python -m experiments.continual_compare --runs=results/epn,results/packnet
 
 takes folders that `continual_learning` wrote, calls the runs in each by the
-name of the folder, and writes accuracy.png and capacity.png to --out_dir:
+name of the folder in the table and by their method in the figures, and writes accuracy.png and capacity.png to --out_dir:
 methods with a learning rate of their own are compared so. Forward transfer is
 that against the folder of `independent`, where there is one.
 """
@@ -67,7 +67,8 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
     found[path.name] = list(runs)
   everything = [run for runs in found.values() for run in runs]
   return [
-    comparison.with_transfer(run, everything) | {'method': name}
+    comparison.with_transfer(run, everything)
+    | {'method': name, 'learnt_by': run['method']}
     for name, runs in found.items()
     for run in runs
   ]

@@ -189,7 +189,7 @@ def write_tasks(
     return export.from_dict(export.load_task(path, t).theta, tasks.shared)
 
   return sizes, {
-    f'task {t}': {
+    f'task {t + 1}': {
       'trained': tasks.evaluate(t, network),
       'reloaded': tasks.evaluate(t, reloaded(t)),
     }

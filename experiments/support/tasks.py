@@ -394,7 +394,8 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
       stop=steps[retraining],
       chunk=_CHUNK,
       report=watch.report,
-      recipe={'task': index} | optimisers.recipe(recipes[retraining], alpha),
+      recipe={'task': index + 1}
+      | optimisers.recipe(recipes[retraining], alpha),
       stopped=watch.stopped,
     )
     if step < steps[retraining]:

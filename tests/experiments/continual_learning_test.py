@@ -223,7 +223,7 @@ def test_other_methods_take_the_same_way(method, tmp_path):
 
 def test_a_full_network_stops_and_says_so(tmp_path):
   result, _ = _run(tmp_path, densities=1, retrain_steps=0)
-  assert 'no weight is free for task 1' in result['stopped']
+  assert 'no weight is free for task 2' in result['stopped']
   assert result['num_tasks'] == 1
   assert result['capacity_used'] == 1.0
   assert result['average_accuracy'] > 0.4
