@@ -2,10 +2,11 @@
 
   python -m experiments.continual_compare --runs=results/epn,results/packnet
 
-takes folders that `continual_learning` wrote, calls the runs in each by the
-name of the folder in the table and by their method in the figures, and writes accuracy.png and capacity.png to --out_dir:
-methods with a learning rate of their own are compared so. Forward transfer is
-that against the folder of `independent`, where there is one.
+takes folders that `continual_learning` wrote, and writes accuracy.png and
+capacity.png to --out_dir: methods with a learning rate of their own are
+compared so. The table has a row for each folder, under its name; figures name
+the methods. Forward transfer is that against the folder of `independent`, where
+there is one.
 """
 
 from collections.abc import Sequence

@@ -241,9 +241,9 @@ def _all_tasks(
     t, owners = len(progress.tasks), progress.memory.owners
     if owners and not continual.free_count(owners):
       return progress, (
-        f'no weight is free for task {t + 1}; the {t} tasks before it are learnt'
-        ' and stay. Lower --gamma or --cap, add lower --densities, decay phi'
-        ' (--phi_decay), or take a larger --network.'
+        f'no weight is free for task {t + 1}; the {t} tasks before it are'
+        ' learnt and stay. Lower --gamma or --cap, add lower --densities, decay'
+        ' phi (--phi_decay), or take a larger --network.'
       )
     progress = _advance(run, progress, log)
     progress_lib.save(manager, progress)

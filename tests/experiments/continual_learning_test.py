@@ -241,7 +241,7 @@ def test_a_cap_limits_new_weights(tmp_path):
 
 
 def test_a_diverging_loss_is_reported(tmp_path):
-  message = 'at step .*, with task = 0, alpha = 2, .* and learning_rate = 1e'
+  message = 'at step .*, with task = 1, alpha = 2, .* and learning_rate = 1e'
   with pytest.raises(loop.Diverged, match=message):
     _run(tmp_path, clip_norm=0, learning_rate=1e9, momentum=0, retrain_steps=0)
 
