@@ -12,9 +12,10 @@ import contextlib
 import importlib.metadata
 import json
 
-# From where pip installs the package without a clone, as in
-# 'git+https://HOST/OWNER/powerprop_jax'; None while there is no public address.
-# Every message takes it from here, and a test compares the notebook with it.
+#: From where pip installs the package without a clone, as in
+#: 'git+https://HOST/OWNER/powerprop_jax'; None while there is no public
+#: address. Every message takes it from here, and a test compares the notebook
+#: with it.
 REPOSITORY: str | None = None
 
 
