@@ -65,13 +65,13 @@ class Settings(config.Settings):
   )
   density: float | None = config.flag(
     None,
-    'The fraction of the weights to keep, those of largest magnitude; all that'
-    ' are in use if not given.',
+    'The density: the fraction of the weights to keep, those of largest'
+    ' magnitude; all that are in use if not given.',
     check=masks_lib.check_density,
   )
   scope: str = config.flag(
     'layer',
-    'Whether each layer is pruned to the density, or all weights together.',
+    'Whether --density is that of each layer, or of all weights together.',
     choices=('layer', 'global'),
   )
   density_scale: tuple[str, ...] = config.flag(

@@ -90,12 +90,13 @@ class Settings(
   )
   scope: tuple[str, ...] = config.flag(
     ('layer',),
-    'Whether each layer is pruned to a density, or all weights together.',
+    'Whether the fractions of --kept are those of each layer, or of all weights'
+    ' together.',
     choices=('layer', 'global'),
   )
   kept: tuple[float, ...] = config.flag(
     presets.KEPT,
-    'The fractions of the weights to keep.',
+    'The densities: the fractions of the weights to keep.',
     check=masks.check_density,
   )
   out_dir: str = config.like(

@@ -87,7 +87,7 @@ class Settings(
   )
   sparsities: tuple[float, ...] = config.flag(
     (0.8, 0.9, 0.95, 0.98, 0.99),
-    'The fractions of the weights to remove.',
+    'The sparsities: the fractions of the weights to remove.',
     low=0.0,
     high=1.0,
     decides=False,

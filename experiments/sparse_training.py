@@ -135,7 +135,7 @@ class Start(NamedTuple):
   timing: Timing = Timing()
 
 
-def begin(
+def start_or_resume(
   problem: problem_lib.Problem,
   manager: checkpoint.Manager,
   init_from: str | None,
@@ -255,7 +255,7 @@ def train(
   update = _make_update_masks(problem, feed, settings)
   with contextlib.ExitStack() as ending, loop.stop_on_signals() as asked:
     with config.refusing():
-      start = begin(problem, manager, settings.init_from)
+      start = start_or_resume(problem, manager, settings.init_from)
     timing, compiled = start.timing, False
     progress = devices.replicate(start.progress, axis)
     if start.choose:
