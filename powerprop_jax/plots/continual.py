@@ -60,7 +60,10 @@ def _over_tasks(
   _task_ticks(axes.xaxis, longest)
   axes.set_xlabel(xlabel)
   axes.set_title(title)
-  figure.legend(loc='outside right upper')
+  if len(results) > 4:
+    figure.legend(loc='outside right upper')
+  else:  # Below, a few of them leave the lines the whole width.
+    figure.legend(loc='outside lower center', ncols=2)
   return figure
 
 

@@ -75,6 +75,16 @@ def test_lines_over_tasks_differ_and_are_dashed_without_powerprop():
   ]
 
 
+def test_the_legend_of_a_few_lines_leaves_them_the_width():
+  width = {}
+  for count in (3, 8):
+    labels = [f'{i + 1}.0 EfficientPackNet, L1 decay' for i in range(count)]
+    figure = plots.accuracy_by_task({x: [0.97, 0.96] for x in labels})
+    figure.draw_without_rendering()
+    width[count] = figure.axes[0].get_position().width
+  assert width[8] < 0.7 < 0.9 < width[3]
+
+
 def _array(artist: Any) -> np.ndarray:
   return np.asarray(artist.get_array())
 
