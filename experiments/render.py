@@ -454,9 +454,6 @@ FIGURES: dict[str, Callable[[], style.Figure]] = {
   ),
   'trained_to_be_pruned': _tuned_figure,
   'sparse_sweep': lambda: plots.accuracy_against_sparsity(_sweep_curves()),
-  'continual_hundred': lambda: plots.accuracy_by_task(
-    load('continual-hundred-by_task')['results']
-  ),
 }
 
 
