@@ -87,6 +87,9 @@ setuptools.setup(
     'tensorboard': _TENSORBOARD,
     'experiments': _EXPERIMENTS,
     'dev': _DEV,
+    # One of these, in the command that installs everything else: then jax and
+    # its plugin have one version, with the pins as without them.
+    **{name: [f'jax[{name}]>=0.10.2'] for name in ('cuda12', 'cuda13', 'tpu')},
     # Only to prepare a TFDS data set; reading one needs no TensorFlow.
     'prepare': [*_DATA, 'tensorflow-cpu>=2.18'],
   },

@@ -5,7 +5,9 @@ become MathML, which browsers draw by themselves.
 """
 
 import ast
+import functools
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -67,6 +69,13 @@ html_show_copyright = False
 html_static_path = ['_static']
 html_css_files = ['wide.css']
 html_math_renderer = 'mathml'
+
+
+@functools.cache
+def _arguments(module):
+  """The names of all arguments in a module."""
+  source = inspect.getsource(importlib.import_module(module))
+  return {x.arg for x in ast.walk(ast.parse(source)) if isinstance(x, ast.arg)}
 
 
 def _modules(match):
@@ -141,27 +150,70 @@ class _Exports(autosummary.Autosummary):
     ]
     self.content = statemachine.StringList(names, package)
     self.options['nosignatures'] = None
-    return super().run()
+    # The package itself has no page: what names it is linked to this list.
+    text = (
+      f'.. py:module:: {package}\n\n.. py:currentmodule:: None\n\n'
+      f'These names are taken from ``{package}``:'
+    )
+    return [
+      *self.parse_text_to_nodes(text),
+      *super().run(),
+    ]
+
+
+def _value(name):
+  """What a dotted name stands for; None if it is nothing."""
+  parts = name.split('.')
+  for i in range(len(parts), 0, -1):
+    try:
+      found = importlib.import_module('.'.join(parts[:i]))
+    except ImportError:
+      continue
+    return functools.reduce(
+      lambda x, part: getattr(x, part, None), parts[i:], found
+    )
+  return None
+
+
+def _candidates(objects, target):
+  """The objects that a name can mean, of which it may leave out the start."""
+  parts = target.split('.')
+  found = [
+    name
+    for name in objects
+    if name.split('.')[-1] == parts[-1] and set(parts) <= set(name.split('.'))
+  ]
+  if len(found) > 1:  # A function comes before the module of its name.
+    found = [x for x in found if objects[x].objtype != 'module']
+  if len(found) > 1:  # Several modules have the name: which is exported here?
+    value = _value(target)
+    found = [x for x in found if value is not None and _value(x) is value]
+  return found
 
 
 def _find(app, env, node, contnode):
   """Links a name to the object that it can only mean.
 
   A docstring says `masks.topk_mask`, or `powerprop_jax.topk_mask` for what the
-  package exports; the object is powerprop_jax.sparse.masks.topk_mask.
+  package exports; the object is powerprop_jax.sparse.masks.topk_mask. A call is
+  a link to what is called, and a field of a named tuple to its class.
   """
   if node.get('refdomain') != 'py':
     return None
-  domain, parts = env.get_domain('py'), node['reftarget'].split('.')
-  found = [
-    name
-    for name in domain.objects
-    if name.split('.')[-1] == parts[-1] and set(parts) <= set(name.split('.'))
-  ]
-  if len(found) > 1:  # A function comes before the module of its name.
-    found = [x for x in found if domain.objects[x].objtype != 'module']
+  match = re.fullmatch(r'([A-Za-z_][\w.]*)(\(.*)?', node['reftarget'], re.S)
+  if match is None:
+    return None
+  domain = env.get_domain('py')
+  found = _candidates(domain.objects, match[1])
+  if not found and '.' in match[1]:
+    owners = _candidates(domain.objects, match[1].rpartition('.')[0])
+    found = [x for x in owners if domain.objects[x].objtype == 'class']
   if len(found) != 1:
     return None
+  here = node.get('py:module')
+  is_module = domain.objects[found[0]].objtype == 'module'
+  if is_module and here and match[1] in _arguments(here):
+    return None  # Such a word is the argument.
   return domain.resolve_xref(
     env, node['refdoc'], app.builder, 'obj', found[0], node, contnode
   )

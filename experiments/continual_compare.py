@@ -2,10 +2,11 @@
 
   python -m experiments.continual_compare --runs=results/epn,results/packnet
 
-takes folders that `continual_learning` wrote, calls the runs in each by the
-name of the folder, and writes accuracy.png and capacity.png to --out_dir:
-methods with a learning rate of their own are compared so. Forward transfer is
-that against the folder of `independent`, where there is one.
+takes folders that `continual_learning` wrote, and writes accuracy.png and
+capacity.png to --out_dir: methods with a learning rate of their own are
+compared so. The table has a row for each folder, under its name; figures name
+the methods. Forward transfer is that against the folder of `independent`, where
+there is one.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
     found[path.name] = list(runs)
   everything = [run for runs in found.values() for run in runs]
   return [
-    comparison.with_transfer(run, everything) | {'method': name}
+    comparison.with_transfer(run, everything)
+    | {'method': name, 'learnt_by': run['method']}
     for name, runs in found.items()
     for run in runs
   ]
@@ -91,9 +93,9 @@ def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
 
 def main(settings: Settings) -> None:
   """Compares the runs."""
+  output.announce('continual_compare')
   with config.refusing():
     runs = load(settings.runs)
-  output.announce('continual_compare')
   write(runs, output.folder(settings.out_dir))
 
 

@@ -143,10 +143,11 @@ def summarise(results: dict[str, comparison.Run], out_dir: epath.Path) -> None:
 def main(settings: Settings) -> None:
   """Runs what is not finished, and summarises what is."""
   jobs = make_jobs(settings)
+  if not settings.data_parallel:
+    runs.use_cores(len(jobs))
+  output.announce(sequence.BINARY)
   with config.refusing():
     data = in_memory.load(settings.dataset, settings.data_dir)
-    if not settings.data_parallel:
-      runs.use_cores(len(jobs))
     benchmark = tasks_lib.make_benchmark(settings, data, 0)
     problems = {
       kind: tasks_lib.make_problem(
@@ -154,7 +155,6 @@ def main(settings: Settings) -> None:
       )
       for kind in dict.fromkeys((job.method, job.alpha) for job in jobs)
     }
-  output.announce(sequence.BINARY)
   deciding = config.deciding(settings) | {'data': in_memory.fingerprint(data)}
   with output.opened(settings.out_dir, sequence.BINARY, deciding) as out_dir:
     todo = {

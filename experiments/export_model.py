@@ -65,13 +65,13 @@ class Settings(config.Settings):
   )
   density: float | None = config.flag(
     None,
-    'The fraction of the weights to keep, those of largest magnitude; all that'
-    ' are in use if not given.',
+    'The density: the fraction of the weights to keep, those of largest'
+    ' magnitude; all that are in use if not given.',
     check=masks_lib.check_density,
   )
   scope: str = config.flag(
     'layer',
-    'Whether each layer is pruned to the density, or all weights together.',
+    'Whether --density is that of each layer, or of all weights together.',
     choices=('layer', 'global'),
   )
   density_scale: tuple[str, ...] = config.flag(
@@ -189,7 +189,7 @@ def write_tasks(
     return export.from_dict(export.load_task(path, t).theta, tasks.shared)
 
   return sizes, {
-    f'task {t}': {
+    f'task {t + 1}': {
       'trained': tasks.evaluate(t, network),
       'reloaded': tasks.evaluate(t, reloaded(t)),
     }
@@ -266,11 +266,10 @@ def main(settings: Settings) -> None:
   """Writes the file."""
   path = pathlib.Path(settings.out).expanduser()
   rounded = None if settings.values == 'float32' else settings.values
+  output.announce('export_model')
   with config.refusing():
     write = prepare(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-  output.announce('export_model')
-  with config.refusing():
     result = write(path, rounded)
   print(table(*result))
   print(f'\nIn {settings.out}')

@@ -90,12 +90,13 @@ class Settings(
   )
   scope: tuple[str, ...] = config.flag(
     ('layer',),
-    'Whether each layer is pruned to a density, or all weights together.',
+    'Whether the fractions of --kept are those of each layer, or of all weights'
+    ' together.',
     choices=('layer', 'global'),
   )
   kept: tuple[float, ...] = config.flag(
     presets.KEPT,
-    'The fractions of the weights to keep.',
+    'The densities: the fractions of the weights to keep.',
     check=masks.check_density,
   )
   out_dir: str = config.like(
@@ -350,14 +351,15 @@ def warn_of_little_decay(settings: Settings) -> None:
 def main(settings: Settings) -> None:
   """Runs what is not finished, and summarises what is."""
   jobs = make_jobs(settings)
+  # Before JAX makes its devices, which `announce` does.
+  runs.use_cores(len(jobs))
+  output.announce('mnist_pruning')
   with config.refusing():
     data = settings_lib.load_in_memory(settings, settings.batch_size)
-    runs.use_cores(len(jobs))
     functions = {
       kind: make_functions(settings, *kind, data)
       for kind in dict.fromkeys((job.alpha, job.update_rule) for job in jobs)
     }
-  output.announce('mnist_pruning')
   warn_of_little_decay(settings)
   deciding = config.deciding(settings) | {'data': in_memory.fingerprint(data)}
   with output.opened(settings.out_dir, 'mnist_pruning', deciding) as out_dir:

@@ -540,6 +540,17 @@ def _tuned_figure() -> style.Figure:
   return figure
 
 
+# The figures of docs/ of which the numbers are kept.
+FIGURES: dict[str, Callable[[], style.Figure]] = {
+  'mnist_pruning': lambda: plots.accuracy_against_kept(
+    load('mnist_pruning-paper')
+  ),
+  'trained_to_be_pruned': _tuned_figure,
+  'lengths': lambda: plots.accuracy_against_steps(_length_panels()),
+  'sparse_sweep': lambda: plots.accuracy_against_sparsity(_sweep_curves()),
+}
+
+
 def render(text: str) -> str:
   """A document with all of its tables as the results say.
 
@@ -590,14 +601,8 @@ def main(settings: Settings) -> None:
     return
   for name in different:
     (ROOT / name).write_text(wanted[name])
-  paper = load('mnist_pruning-paper')
-  for name, figure in (
-    ('mnist_pruning', plots.accuracy_against_kept(paper)),
-    ('trained_to_be_pruned', _tuned_figure()),
-    ('lengths', plots.accuracy_against_steps(_length_panels())),
-    ('sparse_sweep', plots.accuracy_against_sparsity(_sweep_curves())),
-  ):
-    plots.save(figure, ROOT / 'docs' / f'{name}.png')
+  for name, figure in FIGURES.items():
+    plots.save(figure(), ROOT / 'docs' / f'{name}.png')
   print(f'Tables that changed: {", ".join(different) or "none"}')
 
 

@@ -87,7 +87,7 @@ class Settings(
   )
   sparsities: tuple[float, ...] = config.flag(
     (0.8, 0.9, 0.95, 0.98, 0.99),
-    'The fractions of the weights to remove.',
+    'The sparsities: the fractions of the weights to remove.',
     low=0.0,
     high=1.0,
     decides=False,
@@ -456,14 +456,14 @@ def run(
 def main(settings: Settings) -> None:
   """Runs what is not finished, and reports what is."""
   jobs = make_jobs(settings)
+  # Before JAX makes its devices, which `announce` does.
+  runs.use_cores(len(jobs))
+  output.announce('sparse_sweep')
   with config.refusing():
     data = settings_lib.load_in_memory(settings, settings.batch_size)
-    # Before JAX makes its devices, which any computation does.
-    runs.use_cores(len(jobs))
     make = make_functions(settings, data)
     for job in jobs:
       make(job)  # What is impossible fails here.
-  output.announce('sparse_sweep')
   deciding = config.deciding(settings) | {'data': in_memory.fingerprint(data)}
   with output.opened(settings.out_dir, 'sparse_sweep', deciding) as out_dir:
     todo = {

@@ -34,6 +34,7 @@ from experiments.support import optimisers
 from experiments.support import output
 from experiments.support import problem as problem_lib
 from experiments.support import settings as settings_lib
+from powerprop_jax import extras
 from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import training
@@ -99,8 +100,8 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
       )
     if self.histograms and not events.installed():
       raise ValueError(
-        '--histograms=True needs tensorboardX. Run: pip install'
-        " 'powerprop_jax[tensorboard]'"
+        '--histograms=True needs tensorboardX. Run:'
+        f' {extras.command("tensorboard")}'
       )
 
 
@@ -134,7 +135,7 @@ class Start(NamedTuple):
   timing: Timing = Timing()
 
 
-def begin(
+def start_or_resume(
   problem: problem_lib.Problem,
   manager: checkpoint.Manager,
   init_from: str | None,
@@ -254,7 +255,7 @@ def train(
   update = _make_update_masks(problem, feed, settings)
   with contextlib.ExitStack() as ending, loop.stop_on_signals() as asked:
     with config.refusing():
-      start = begin(problem, manager, settings.init_from)
+      start = start_or_resume(problem, manager, settings.init_from)
     timing, compiled = start.timing, False
     progress = devices.replicate(start.progress, axis)
     if start.choose:
@@ -432,9 +433,10 @@ def main(settings: Settings) -> None:
   with config.refusing():
     settings_lib.connect(settings)
     settings = problem_lib.stretched(settings)
+  output.announce('sparse_training')
+  with config.refusing():
     data = problem_lib.load(settings)
     problem = problem_lib.make(settings, data)
-  output.announce('sparse_training')
   deciding = config.deciding(settings) | {'data': problem_lib.fingerprint(data)}
   with output.opened(settings.out_dir, 'sparse_training', deciding) as out_dir:
     with config.refusing():

@@ -9,15 +9,50 @@ entered, inside of `needed`.
 
 from collections.abc import Iterator
 import contextlib
+import importlib.metadata
+import json
+
+#: From where pip installs the package without a clone, as in
+#: 'git+https://HOST/OWNER/powerprop_jax'; None while there is no public
+#: address. Every message takes it from here, and a test compares the notebook
+#: with it.
+REPOSITORY: str | None = None
+
+
+def _installed_from() -> str | None:
+  """The repository from which pip has installed the package, if it was one."""
+  try:
+    found = importlib.metadata.distribution('powerprop_jax')
+  except importlib.metadata.PackageNotFoundError:
+    return None  # As where the clone is only on the path of Python.
+  # What pip writes down of every address (PEP 610).
+  origin = json.loads(found.read_text('direct_url.json') or '{}')
+  vcs = origin.get('vcs_info')
+  return vcs and f'{vcs["vcs"]}+{origin["url"]}@{vcs["commit_id"]}'
+
+
+def command(extra: str) -> str:
+  """The command that installs an extra; the package is on no index.
+
+  >>> print(command('data'))
+  pip install -e '.[data]' (in a clone of the repository)
+
+  Args:
+    extra: a name among the extras of `setup.py`.
+
+  Returns:
+    The command for a clone or, where the package was installed from the address
+    of a repository, the one for that address.
+  """
+  address = _installed_from() or REPOSITORY
+  if address is None:
+    return f"pip install -e '.[{extra}]' (in a clone of the repository)"
+  return f"pip install 'powerprop_jax[{extra}] @ {address}'"
 
 
 @contextlib.contextmanager
 def needed(extra: str) -> Iterator[None]:
   """Says how to install what an import inside of the block misses.
-
-  The command works where the package itself is installed, whether from a clone
-  or from the address of a repository: pip reads the extras of what it finds
-  installed, and asks no index for it.
 
   Args:
     extra: the extra of `setup.py` that brings what is imported.
@@ -40,8 +75,6 @@ def needed(extra: str) -> Iterator[None]:
     if package == __name__.partition('.')[0]:
       raise
     raise ModuleNotFoundError(
-      f'The package {package!r} is not installed. Run: pip install'
-      f" 'powerprop_jax[{extra}]' (in a clone that is not installed itself: pip"
-      f" install -e '.[{extra}]').",
+      f'The package {package!r} is not installed. Run: {command(extra)}',
       name=error.name,
     ) from error

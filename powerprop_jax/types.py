@@ -24,20 +24,26 @@ class Path(str):
   owner: type | None = None
 
 
+#: A tree of arrays: the parameters phi, or the weights theta.
 Params: TypeAlias = chex.ArrayTree
+#: A tree of arrays of the structure and the shapes of the parameters.
 Updates: TypeAlias = chex.ArrayTree
-# Boolean arrays, of the structure and the shapes of the parameters.
+#: Boolean arrays, of the structure and the shapes of the parameters.
 Mask: TypeAlias = chex.ArrayTree
-# Python integers, of the structure of the parameters.
+#: Python integers, of the structure of the parameters.
 Counts: TypeAlias = Any
+#: The statistics of a network; {} if it has none.
 ModelState: TypeAlias = chex.ArrayTree
-# Some leaves of a tree, by their '/'-joined paths.
+#: Some leaves of a tree, by their '/'-joined paths.
 ByPath: TypeAlias = dict[str, jax.Array]
+#: Whether the leaf at a path is a weight.
 IsWeight: TypeAlias = Callable[[Path, Any], bool]
-# The power of all weights, or a function that gives each weight its own.
+#: The power of all weights, or a function that gives each weight its own.
 Alpha: TypeAlias = float | Callable[[Path, Any], chex.Numeric]
-# The powers as floats, of the structure of the parameters; 1.0 at other leaves.
+#: The powers as floats, of the structure of the parameters; 1.0 at other
+#: leaves.
 Powers: TypeAlias = Any
+#: Maps the number of the step to a number, as in optax.
 Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
 
 
@@ -59,6 +65,7 @@ class Axes(NamedTuple):
   outputs: tuple[int, ...]
 
 
+#: Maps the path and the leaf to what the dimensions mean.
 AxesOf: TypeAlias = Callable[[Path, Any], Axes]
 
 

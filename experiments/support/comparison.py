@@ -1,6 +1,6 @@
 """Runs of continual learning side by side: forward transfer and figures."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,15 @@ from powerprop_jax.continual import report as continual_report
 
 # What `continual_learning` writes of a run.
 Run = dict[str, Any]
+
+# What legends call the methods.
+_TITLES = {
+  'epn': 'EfficientPackNet',
+  'packnet': 'PackNet',
+  'ewc': 'EWC',
+  'finetune': 'fine-tuning',
+  'independent': 'one network per task',
+}
 
 
 def with_transfer(run: Run, runs: Iterable[Run]) -> Run:
@@ -46,6 +55,29 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
   return groups
 
 
+def in_words(groups: Mapping[str, Sequence[Run]]) -> dict[str, Sequence[Run]]:
+  """The same groups with the names of their methods, for a legend.
+
+  Args:
+    groups: runs by label. A run that was renamed, as `continual_compare` does,
+      has the name of its method as `learnt_by`.
+
+  Returns:
+    The groups by labels such as '2.0 EfficientPackNet'. Two groups of the same
+    power and method are told apart by their names.
+  """
+  titles = {}
+  for label, (run, *_) in groups.items():
+    method = run.get('learnt_by', run['method'])
+    titles[label] = f'{run["alpha"]} {_TITLES.get(method, method)}'
+  return {
+    title
+    if [*titles.values()].count(title) == 1
+    else f'{title} ({groups[label][0]["method"]})': groups[label]
+    for label, title in titles.items()
+  }
+
+
 def _over_seeds(
   seeds: Sequence[Run], values: Callable[[Run], Sequence[float]]
 ) -> np.ndarray:
@@ -63,7 +95,7 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
   Returns:
     Figures by the name of their file.
   """
-  groups, found = by_label(runs), {}
+  groups, found = in_words(by_label(runs)), {}
   found['accuracy.png'] = plots.accuracy_by_task(
     {
       label: _over_seeds(seeds, lambda run: run['accuracy_matrix'][-1])

@@ -82,7 +82,10 @@ class Method(config.Settings):
     'rigl', 'How the masks come about.', choices=METHODS
   )
   sparsity: float = config.flag(
-    0.9, 'The fraction of the weights to remove.', low=0.0, high=1.0
+    0.9,
+    'The sparsity: the fraction of the weights to remove.',
+    low=0.0,
+    high=1.0,
   )
   backward_sparsity: float | None = config.flag(
     None,

@@ -125,7 +125,7 @@ def _learn(
 
     def report(step, metrics):
       nonlocal reported
-      log(step - reported, {'task': t, **metrics})
+      log(step - reported, {'task': t + 1, **metrics})
       reported = step
 
     return problem.train(
@@ -204,8 +204,8 @@ def _advance(
     'test_accuracy': row[-1],
     'valid_accuracy': run.accuracy(memory, task, t, 'valid'),
   }
-  log(0, {'task': t, **accuracies, 'density': record['density']})
-  record = {'task': t, **accuracies, **record, 'seconds': seconds}
+  log(0, {'task': t + 1, **accuracies, 'density': record['density']})
+  record = {'task': t + 1, **accuracies, **record, 'seconds': seconds}
   return progress._replace(
     records=[*progress.records, record], matrix=[*progress.matrix, row]
   )
@@ -241,9 +241,9 @@ def _all_tasks(
     t, owners = len(progress.tasks), progress.memory.owners
     if owners and not continual.free_count(owners):
       return progress, (
-        f'no weight is free for task {t}; the {t} tasks before it are learnt'
-        ' and stay. Lower --gamma or --cap, add lower --densities, decay phi'
-        ' (--phi_decay), or take a larger --network.'
+        f'no weight is free for task {t + 1}; the {t} tasks before it are'
+        ' learnt and stay. Lower --gamma or --cap, add lower --densities, decay'
+        ' phi (--phi_decay), or take a larger --network.'
       )
     progress = _advance(run, progress, log)
     progress_lib.save(manager, progress)

@@ -96,9 +96,9 @@ class Pruning(config.Settings):
   )
   search: str = config.flag(
     'binary',
-    'How the lowest density is found that leaves it. linear tries the densities'
-    ' from the largest down, binary halves them, and taylor predicts the loss'
-    ' at all of them.',
+    'How the lowest density (the fraction kept) is found that leaves it. linear'
+    ' tries the densities from the largest down, binary halves them, and taylor'
+    ' predicts the loss at all of them.',
     choices=('linear', 'binary', 'taylor'),
   )
   search_steps: int = config.flag(
@@ -106,14 +106,20 @@ class Pruning(config.Settings):
   )
   densities: tuple[float, ...] = config.flag(
     tuple(float(f'{p:.4g}') for p in np.geomspace(0.01, 1.0, 24)),
-    'The densities to choose from, rising from one to the next, above 0 and at'
-    ' most 1.',
+    'The densities to choose from, which are fractions of the weights to keep,'
+    ' rising from one to the next, above 0 and at most 1.',
   )
   min_density: float = config.flag(
-    0.0, 'The least density that a task may have.', low=0.0, high=1.0
+    0.0,
+    'The least density, the fraction of the weights kept, of a task.',
+    low=0.0,
+    high=1.0,
   )
   max_density: float = config.flag(
-    1.0, 'The largest density that a task may have.', low=0.0, high=1.0
+    1.0,
+    'The largest density, the fraction of the weights kept, of a task.',
+    low=0.0,
+    high=1.0,
   )
   cap: float | None = config.flag(
     None,
@@ -394,7 +400,8 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
       stop=steps[retraining],
       chunk=_CHUNK,
       report=watch.report,
-      recipe={'task': index} | optimisers.recipe(recipes[retraining], alpha),
+      recipe={'task': index + 1}
+      | optimisers.recipe(recipes[retraining], alpha),
       stopped=watch.stopped,
     )
     if step < steps[retraining]:

@@ -35,6 +35,7 @@ from powerprop_jax.continual import memory as memory_lib
 from powerprop_jax.continual import search as search_lib
 from powerprop_jax.sparse import masks
 
+#: How the densities are searched.
 Search = Literal['linear', 'binary', 'taylor']
 
 

@@ -73,10 +73,10 @@ class Task(NamedTuple):
   model_state: Any
 
 
-# Maps (memory, masks) to the memory with what was trained under the masks.
+#: Maps (memory, masks) to the memory with what was trained under the masks.
 Train: TypeAlias = Callable[[Memory, masks.Masks], Memory]
-# Maps (memory, index of the task, *validation data) to the mask of the task by
-# path, and a record of the choice, which `learn_task` hands on.
+#: Maps (memory, index of the task, *validation data) to the mask of the task by
+#: path, and a record of the choice, which `learn_task` hands on.
 Choose: TypeAlias = Callable[..., tuple[ByPath, Any]]
 
 

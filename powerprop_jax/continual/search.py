@@ -179,7 +179,8 @@ class Found(NamedTuple):
   evaluated: list[tuple[float, float]]
 
 
-Evaluate = Callable[[float], float]  # From a density to the performance.
+#: Maps a density to the performance.
+Evaluate = Callable[[float], float]
 
 
 def _found(densities, target, evaluated) -> Found:

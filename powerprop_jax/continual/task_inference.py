@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from powerprop_jax.types import ModelState
 from powerprop_jax.types import Params
 
-# Maps (t, images) to the logits [n, classes] of the network of task t, an int32
-# scalar that may be traced, as one that indexes stacked masks can.
+#: Maps (t, images) to the logits [n, classes] of the network of task t, an
+#: int32 scalar that may be traced, as one that indexes stacked masks can.
 Logits = Callable[[jax.Array, jax.Array], jax.Array]
 
 

@@ -18,16 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# (key, images, is_training) -> images. uint8 [n, height, width, channels] in,
-# float32 of the same shape out. The key may be None where is_training is False.
+#: (key, images, is_training) -> images. uint8 [n, height, width, channels] in,
+#: float32 of the same shape out. The key may be None where is_training is
+#: False.
 Prepare: TypeAlias = Callable[[jax.Array | None, jax.Array, bool], jax.Array]
 
-# (mean, std) of every channel, in units of the brightest pixel. For CIFAR they
-# are those of all pixels of the training set together; the smaller deviations
-# that are often copied (0.2023, 0.1994, 0.2010) are means over images.
+#: (mean, std) of every channel, in units of the brightest pixel. For CIFAR they
+#: are those of all pixels of the training set together; the smaller deviations
+#: that are often copied (0.2023, 0.1994, 0.2010) are means over images.
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+#: Of CIFAR-100, as `CIFAR10`.
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-# The numbers that ImageNet models have been published with since torchvision.
+#: The numbers that ImageNet models have been published with since torchvision.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STATISTICS = {
   'cifar10': CIFAR10,

@@ -56,7 +56,7 @@ def _explain_missing(
   )
   return (
     f'data set {name!r} is not prepared: {looked} Do one of these:\n'
-    "  prepare it, once:  pip install 'powerprop_jax[prepare]'\n"
+    f'  prepare it, once:  {extras.command("prepare")}\n'
     f'                     python -c {shlex.quote(prepare)}{others}'
   )
 

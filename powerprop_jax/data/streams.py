@@ -48,7 +48,7 @@ _LOOKED_AT = 500
 # Where else images come from, if a TFDS set is missing.
 _INSTEAD = {'read a folder': '--dataset=folder --data_dir=...'}
 
-# left, top, right, bottom; the last two are excluded.
+#: left, top, right, bottom; the last two are excluded.
 Box: TypeAlias = tuple[int, int, int, int]
 
 

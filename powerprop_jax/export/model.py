@@ -31,7 +31,9 @@ from powerprop_jax.export import format as export_format
 
 Params = types.Params
 Mask = types.Mask
+#: The power of all weights, or that of each by its path.
 Alpha: TypeAlias = float | Mapping[str, float]
+#: numpy arrays by path.
 Arrays: TypeAlias = dict[str, np.ndarray]
 
 _LIMIT = 2**32

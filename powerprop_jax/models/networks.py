@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import jmp
 
+#: Maps (images, is_training, ...) to logits, inside of a Haiku transform.
 Network: TypeAlias = Callable[..., jax.Array]
 
 _FAN_IN = hk.initializers.VarianceScaling(1.0, 'fan_in', 'truncated_normal')
@@ -348,6 +349,9 @@ def resnet(
     return network(images, is_training)
 
 
+#: The networks by name, with the settings that the names stand for.
+#:
+#: :meta hide-value:
 NETWORKS: dict[str, Network] = {
   'lenet_300_100': lenet_300_100,
   'lenet_5': lenet_5,

@@ -1,6 +1,7 @@
 """Figures of the numbers that `continual.report` makes of a sequence of tasks.
 
-Tasks are counted from 0, as they are in files and in the rest of the package.
+Tasks are counted from 1 here, as in tables and in the files of programs; in
+Python the first of a sequence has the index 0.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -18,9 +19,17 @@ from powerprop_jax import extras
 from powerprop_jax.plots import style as style_lib
 
 with extras.needed('plots'):
-  from matplotlib import ticker
+  from matplotlib import axis as mpl_axis
 
+Axis = mpl_axis.Axis
 Figure = style_lib.Figure
+
+
+def _task_ticks(axis: Axis, num_tasks: int) -> None:
+  """Marks the first task and round ones, twelve at most, and no others."""
+  steps = (m * 10**e for e in range(9) for m in (1, 2, 5))
+  step = next(step for step in steps if num_tasks <= 11 * step)
+  axis.set_ticks(sorted({1, *range(step, num_tasks + 1, step)}))
 
 
 def _over_tasks(
@@ -35,7 +44,7 @@ def _over_tasks(
   for (label, runs), (colour, marker) in zip(results.items(), looks):
     values = np.atleast_2d(np.asarray(runs, float))
     std = values.std(axis=0, ddof=min(1, len(values) - 1))
-    tasks = np.arange(values.shape[1])
+    tasks = np.arange(1, values.shape[1] + 1)
     style_lib.line(
       axes,
       tasks,
@@ -47,10 +56,14 @@ def _over_tasks(
       linestyle='--' if style_lib.alpha_of(label) == 1 else '-',
       markevery=max(1, len(tasks) // 20),
     )
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  longest = max(np.shape(runs)[-1] for runs in results.values())
+  _task_ticks(axes.xaxis, longest)
   axes.set_xlabel(xlabel)
   axes.set_title(title)
-  figure.legend(loc='outside right upper')
+  if len(results) > 4:
+    figure.legend(loc='outside right upper')
+  else:  # Below, a few of them leave the lines the whole width.
+    figure.legend(loc='outside lower center', ncols=2)
   return figure
 
 
@@ -62,16 +75,18 @@ def _matrix(values: np.ndarray, low: float, title: str, *names: str) -> Figure:
   figure = Figure(figsize=(5.6, 4.6))
   axes = figure.subplots()
   rows, columns = values.shape
-  extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+  extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
   image = axes.imshow(values, cmap='cividis', vmin=low, extent=extent)
   for (i, j), value in np.ndenumerate(values):
     if columns <= 12 and np.isfinite(value):
       colour = 'white' if value < np.mean(image.get_clim()) else style_lib.BLACK
       style = {'ha': 'center', 'va': 'center', 'fontsize': 7, 'color': colour}
-      axes.text(j, i, f'{value:.1f}', style)
+      axes.text(j + 1, i + 1, f'{value:.1f}', style)
   figure.colorbar(image, label=names[2])
-  for axis, name in zip((axes.xaxis, axes.yaxis), names):
-    axis.set_major_locator(ticker.MaxNLocator(integer=True))
+  for axis, count, name in zip(
+    (axes.xaxis, axes.yaxis), (columns, rows), names
+  ):
+    _task_ticks(axis, count)
     axis.set_label_text(name)
   axes.set_title(title)
   return figure
@@ -83,7 +98,7 @@ def accuracy_by_task(results: Mapping[str, npt.ArrayLike]) -> Figure:
 
   >>> figure = accuracy_by_task({'2.0 EPN': [0.98, 0.97]})
   >>> figure.axes[0].lines[0].get_xydata().tolist()
-  [[0.0, 98.0], [1.0, 97.0]]
+  [[1.0, 98.0], [2.0, 97.0]]
 
   Args:
     results: for each label, such as 'PackNet' or '2.0 EPN', the accuracies in

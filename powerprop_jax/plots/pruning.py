@@ -318,8 +318,9 @@ def accuracy_against_sparsity(
       sparsity 0 alone is a level across every panel.
 
   Returns:
-    A figure with a colour and a line style for each alpha, in all panels on the
-    same axes, and with bars of one standard deviation.
+    A figure with a colour and a line style for each alpha, in all panels, and
+    with bars of one standard deviation. The panels of a row have the same axes,
+    so that a method that breaks down does not flatten the lines of all.
   """
   method = {label: label.split(maxsplit=1)[-1] for label in results}
   sparse = [label for label in results if any(results[label]['sparsity'])]
@@ -329,7 +330,11 @@ def accuracy_against_sparsity(
   columns = min(len(names), _COLUMNS)
   rows = -(-len(names) // columns)
   figure = Figure(figsize=(3.1 * columns + 0.8, 2.9 * rows + 0.5))
-  grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+  grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+  for row in grid:
+    for axes in row[1:]:
+      axes.sharey(row[0])
+      axes.tick_params(labelleft=False)
   for axes in grid.flat[len(names) :]:
     axes.set_axis_off()
   for axes, name in zip(grid.flat, names):
@@ -342,16 +347,27 @@ def accuracy_against_sparsity(
       if label not in sparse or method[label] == name:
         _sparse_line(axes, label, result, **look)
   first = grid[0, 0]
-  style_lib.scale_errors(first)
+  for i, (row, start) in enumerate(zip(grid, range(0, len(names), columns))):
+    style_lib.scale_errors(row[0])
+    shown = names[start : start + columns]
+    # By the means: the bar of a run that collapsed would leave no room for
+    # more.
+    errors = [
+      100 * (1 - y)
+      for label, r in results.items()
+      if label not in sparse or method[label] in shown
+      for y in r['mean']
+    ]
+    top, bottom = (max(0.1, f(errors)) for f in (min, max))
+    row[0].set_ylim(100 - 1.3 * bottom, 100 - 0.7 * top)
+    if i:
+      row[0].set_ylabel('')
   style_lib.scale_sparsities(
     first, {s for label in sparse for s in results[label]['sparsity']}
   )
-  # By the means: the bar of a run that collapsed would leave no room for more.
-  errors = [100 * (1 - y) for r in results.values() for y in r['mean']]
-  top, bottom = (max(0.1, f(errors)) for f in (min, max))
-  first.set_ylim(100 - 1.3 * bottom, 100 - 0.7 * top)
   figure.supxlabel(first.get_xlabel(), fontsize='medium')
-  figure.supylabel(first.get_ylabel(), fontsize='medium')
+  each = ', a scale for each row' if rows > 1 else ''
+  figure.supylabel(first.get_ylabel() + each, fontsize='medium')
   first.set(xlabel='', ylabel='')
   handles = {
     text: handle

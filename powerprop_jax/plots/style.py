@@ -30,10 +30,12 @@ Axes = mpl_axes.Axes
 Figure = mpl_figure.Figure
 
 BLACK, GREY, BLUE, VERMILLION = '#000000', '#7f7f7f', '#0072b2', '#d55e00'
+#: The colours of lines, in this order.
 COLOURS = ('#e69f00', '#56b4e9', '#009e73', BLUE, VERMILLION, '#cc79a7')
+#: The markers of lines, in this order.
 MARKERS = 'osD^vPX*'
 
-# Decorates the functions that draw, so that they draw in the common style.
+#: Decorates the functions that draw, so that they draw in the common style.
 styled = mpl_style.context('powerprop_jax.plots.powerprop')
 
 

@@ -42,6 +42,7 @@ from powerprop_jax import leaves
 from powerprop_jax import types
 from powerprop_jax.sparse import masks
 
+#: Maps parameters to the number of weights to keep of each leaf.
 Distribution: TypeAlias = Callable[[types.Params], types.Counts]
 
 

@@ -29,7 +29,7 @@ from powerprop_jax import leaves
 
 Params = Any  # A pytree of arrays, or of anything with shape and dtype.
 
-# The key of products in which no operand is a parameter, as in attention.
+#: The key of products in which no operand is a parameter, as in attention.
 ACTIVATIONS = '(activations)'
 
 # Every value in a traced program has a label (size, path): the largest

@@ -67,9 +67,9 @@ class NOfM:
   axis: int
 
 
-# How many entries of a leaf are kept: a number for the leaf as a whole; or an
-# array of numbers that broadcasts against the leaf, one number for each layer
-# of a stack, whose entries are ranked by themselves; or a pattern.
+#: How many entries of a leaf are kept: a number for the leaf as a whole; or an
+#: array of numbers that broadcasts against the leaf, one number for each layer
+#: of a stack, whose entries are ranked by themselves; or a pattern.
 Count: TypeAlias = int | np.ndarray | jax.Array | NOfM
 
 

@@ -52,6 +52,7 @@ class SparseState(NamedTuple):
   inner_state: optax.OptState
 
 
+#: (gradients, state, params) -> (updates, state), with other masks
 UpdateMasks = Callable[
   [types.Updates, optax.OptState, types.Params],
   tuple[types.Updates, optax.OptState],

@@ -19,8 +19,8 @@ from powerprop_jax import types
 from powerprop_jax.data import augment
 from powerprop_jax.training import step as step_lib
 
-# The label of examples that only fill up a batch. `make_accuracy` leaves them
-# out; for a loss it is a label out of range.
+#: The label of examples that only fill up a batch. `make_accuracy` leaves them
+#: out; for a loss it is a label out of range.
 PADDING = -1
 _TOP_5_ABOVE = 100  # With fewer classes, five guesses tell little.
 

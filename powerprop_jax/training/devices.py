@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+#: The name of the axis of the devices.
 AXIS = 'devices'
 
 

@@ -22,8 +22,10 @@ from powerprop_jax.training import loop
 from powerprop_jax.training import step as step_lib
 
 State = step_lib.TrainState
-# (state, data, indices [steps, batch]) -> (state, metrics [steps] on the host).
+#: (state, data, indices [steps, batch]) -> (state, metrics [steps] on the
+#: host).
 RunSteps = Callable[[State, Any, Any], tuple[State, loop.Metrics]]
+#: Called with the number of examples that were read.
 Seen = Callable[[int], object]
 
 # To put an epoch in order takes as long as some thirty steps of LeNet-300-100,

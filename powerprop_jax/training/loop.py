@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 State = TypeVar('State')
-# What every step of a chunk measured, by name: numpy arrays [steps].
+#: What every step of a chunk measured, by name: numpy arrays [steps].
 Metrics = Mapping[str, np.ndarray]
-# (state, start, stop) -> (state, metrics): takes the steps [start, stop).
+#: (state, start, stop) -> (state, metrics): takes the steps [start, stop).
 Advance = Callable[[State, int, int], tuple[State, Metrics]]
-# (step, mean metrics of the chunk that ended before that step).
+#: (step, mean metrics of the chunk that ended before that step).
 Report = Callable[[int, dict[str, float]], None]
 
 

@@ -28,9 +28,11 @@ from powerprop_jax.sparse import masking
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import updaters
 
-Batch: TypeAlias = Any  # Whatever the loss takes.
+#: What the loss takes: any tree of arrays.
+Batch: TypeAlias = Any
+#: Scalars by name.
 Metrics: TypeAlias = dict[str, jax.Array]
-# (theta, model_state, key, batch) -> (loss, (model_state, metrics))
+#: (theta, model_state, key, batch) -> (loss, (model_state, metrics))
 LossFn: TypeAlias = Callable[
   [types.Params, types.ModelState, jax.Array, Batch],
   tuple[jax.Array, tuple[types.ModelState, Metrics]],
@@ -61,8 +63,11 @@ class TrainState(NamedTuple):
   key: jax.Array
 
 
+#: (state, batch) -> (state, metrics)
 TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+#: (state, batch) -> state, with other masks
 MaskStep: TypeAlias = Callable[[TrainState, Batch], TrainState]
+#: (theta, masks) -> what is added to the gradient
 Penalty: TypeAlias = Callable[[types.Params, masks_lib.Masks], types.Params]
 
 

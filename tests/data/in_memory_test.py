@@ -489,7 +489,7 @@ def test_tfds_not_prepared(tiny_dir):
   wanted = tiny_dir / 'cifar10' / '<version>' / 'dataset_info.json'
   assert f'looked for {wanted}' in message
   assert f"prepared in {tiny_dir}: ['tiny/1.0.0']" in message
-  assert "pip install 'powerprop_jax[prepare]'" in message
+  assert "pip install -e '.[prepare]'" in message
   assert '--dataset=idx --data_dir=' in message
   assert '--dataset=mnist_5k' in message
 

@@ -3,9 +3,11 @@
 import json
 
 from etils import epath
+import figures
 import pytest
 
 from experiments import continual_compare
+from experiments.support import comparison
 from experiments.support import config
 
 
@@ -48,6 +50,20 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
   assert ['alone', '2', '99.00', '±', '0.00', '99.00', '-', '0.00'] in rows
   for name in ('accuracy.png', 'capacity.png'):
     assert (out_dir / name).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+def test_legends_name_methods_and_folders_only_where_they_must(folders):
+  runs = continual_compare.load(folders)
+  accuracy = comparison.figures(runs)['accuracy.png']
+  assert figures.legend(accuracy.legends[0]) == [
+    r'$\alpha$ = 2, EfficientPackNet (narrow)',
+    r'$\alpha$ = 2, EfficientPackNet (wide)',
+    r'$\alpha$ = 2, one network per task',
+  ]
+  capacity = comparison.figures(continual_compare.load(folders[1:]))
+  assert figures.legend(capacity['capacity.png'].legends[0]) == [
+    r'$\alpha$ = 2, EfficientPackNet'
+  ]
 
 
 def _parse(*folders):

@@ -223,7 +223,7 @@ def test_other_methods_take_the_same_way(method, tmp_path):
 
 def test_a_full_network_stops_and_says_so(tmp_path):
   result, _ = _run(tmp_path, densities=1, retrain_steps=0)
-  assert 'no weight is free for task 1' in result['stopped']
+  assert 'no weight is free for task 2' in result['stopped']
   assert result['num_tasks'] == 1
   assert result['capacity_used'] == 1.0
   assert result['average_accuracy'] > 0.4
@@ -241,7 +241,7 @@ def test_a_cap_limits_new_weights(tmp_path):
 
 
 def test_a_diverging_loss_is_reported(tmp_path):
-  message = 'at step .*, with task = 0, alpha = 2, .* and learning_rate = 1e'
+  message = 'at step .*, with task = 1, alpha = 2, .* and learning_rate = 1e'
   with pytest.raises(loop.Diverged, match=message):
     _run(tmp_path, clip_norm=0, learning_rate=1e9, momentum=0, retrain_steps=0)
 

@@ -245,7 +245,7 @@ def test_tasks_are_written_once_and_read_alone(tasks_run, tmp_path):
   path = tmp_path / 'tasks'
   sizes, accuracies = export_model.write_tasks(trained, path, None)
   expected = result['accuracy_matrix'][-1]
-  assert list(accuracies) == ['task 0', 'task 1']
+  assert list(accuracies) == ['task 1', 'task 2']
   for found, accuracy in zip(accuracies.values(), expected):
     assert found['trained'] == found['reloaded'] == pytest.approx(accuracy)
   assert sizes.file == path.stat().st_size < sizes.dense

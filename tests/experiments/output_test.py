@@ -1,5 +1,6 @@
 """Tests of what binaries write."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -14,6 +15,8 @@ import pytest
 
 from experiments.support import events
 from experiments.support import output
+from experiments.support import runs
+from powerprop_jax.data import in_memory
 
 _SETTINGS = {'alpha': 2.0, 'layers': ['a']}
 
@@ -35,6 +38,34 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     output.write_json(path, {'a': 2})
   assert json.loads(path.read_text()) == {'a': 1}
   assert os.listdir(tmp_path) == ['summary.json']  # Nothing is left over.
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('mnist_pruning', 'sparse_training', 'sparse_sweep'),
+    *('continual_learning', 'continual_compare', 'export_model'),
+  ],
+)
+def test_a_program_says_first_where_it_runs(name, monkeypatch):
+  """Before it reads data, or what others wrote, which may take minutes."""
+  program = importlib.import_module(f'experiments.{name}')
+  needed = {
+    'continual_compare': {'runs': ('nothing',)},
+    'export_model': {'checkpoint': 'nothing'},
+  }
+
+  class Announced(Exception):
+    pass
+
+  def announce(binary):
+    raise Announced(binary)
+
+  monkeypatch.setattr(output, 'announce', announce)
+  monkeypatch.setattr(runs, 'use_cores', lambda num_runs: None)
+  monkeypatch.setattr(in_memory, 'load', lambda *args: pytest.fail('loaded'))
+  with pytest.raises(Announced, match=name):
+    program.main(program.Settings(**needed.get(name, {})))
 
 
 def test_threads_write_the_same_file(tmp_path):

@@ -13,6 +13,8 @@ _DOCUMENTS = {
   name: (render.ROOT / name).read_text() for name in render.DOCUMENTS
 }
 
+_INDEX = (render.ROOT / 'docs' / 'index.md').read_text()
+
 
 @pytest.mark.parametrize('name', _DOCUMENTS)
 def test_tables_are_what_the_results_say(name):
@@ -40,11 +42,17 @@ def test_every_result_is_shown(monkeypatch):
   monkeypatch.setattr(
     render, 'load', lambda name: shown.add(name) or load(name)
   )
-  for table in render.TABLES.values():
-    table()
+  for show in [*render.TABLES.values(), *render.FIGURES.values()]:
+    show()
   files = {path.stem for path in render.RESULTS.glob('*.json')}
   # LOG.md speaks of the trials.
   assert files - shown == {x for x in files if x.startswith('trials-')}
+
+
+def test_figures_are_where_documents_show_them():
+  for name in render.FIGURES:
+    assert (render.ROOT / 'docs' / f'{name}.png').exists()
+    assert f'({name}.png)' in _DOCUMENTS['docs/results.md'] + _INDEX, name
 
 
 def test_another_number_is_another_table(tmp_path, monkeypatch):

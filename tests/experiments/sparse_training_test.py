@@ -152,11 +152,11 @@ def train(data, out_dir, *args):
   return progress, json.loads(json.dumps(summary))
 
 
-def begin(problem, settings, path):
+def start_or_resume(problem, settings, path):
   """Where a run goes on that has its checkpoints in a folder."""
   manager = open_manager(path, settings)
   try:
-    return sparse_training.begin(problem, manager, settings.init_from)
+    return sparse_training.start_or_resume(problem, manager, settings.init_from)
   finally:
     checkpoint.close(manager)
 
@@ -229,7 +229,7 @@ def test_a_sparse_checkpoint_keeps_its_mask(data, tmp_path):
   before, _ = train(data, tmp_path / 'a', *args)
   args = (*args, f'--init_from={tmp_path / "a" / "checkpoints"}', '--alpha=3')
   settings, problem = prepare(data, *args)
-  start = begin(problem, settings, tmp_path / 'b')
+  start = start_or_resume(problem, settings, tmp_path / 'b')
   progress = start.progress
   assert (start.step, int(progress.state.step), start.choose) == (0, 0, False)
   jax.tree.map(
@@ -327,7 +327,7 @@ def test_statistics_come_with_the_weights(small_data, tmp_path):
   checkpoint.save(manager, 7, progress)
   checkpoint.close(manager)
   settings = dataclasses.replace(settings, init_from=str(tmp_path / 'a'))
-  found = begin(problem, settings, tmp_path / 'b').progress
+  found = start_or_resume(problem, settings, tmp_path / 'b').progress
   jax.tree.map(
     np.testing.assert_array_equal, found.state.model_state, state.model_state
   )
@@ -338,7 +338,7 @@ def test_a_dense_checkpoint_is_made_sparse(data, tmp_path):
   train(data, tmp_path / 'a', '--method=dense', *args)
   source = f'--init_from={tmp_path / "a" / "checkpoints"}'
   settings, problem = prepare(data, '--method=snip', source, *args)
-  start = begin(problem, settings, tmp_path / 'b')
+  start = start_or_resume(problem, settings, tmp_path / 'b')
   assert start.choose
   found = arrays(tmp_path / 'a')['state/phi/linear_1/w']
   np.testing.assert_array_equal(

@@ -17,10 +17,10 @@ def test_accuracy_by_task_is_the_mean_over_seeds():
   lines = figures.lines(axes)
   assert list(lines) == ['PackNet', r'$\alpha$ = 2, EPN']
   packnet, epn = lines.values()
-  np.testing.assert_allclose(packnet.T, [[0, 1, 2], [98, 97, 95]])
-  np.testing.assert_allclose(epn.T, [[0, 1], [98, 85]])
+  np.testing.assert_allclose(packnet.T, [[1, 2, 3], [98, 97, 95]])
+  np.testing.assert_allclose(epn.T, [[1, 2], [98, 85]])
   expected = [85 - 10 / np.sqrt(2), 85 + 10 / np.sqrt(2)]
-  np.testing.assert_allclose(figures.band(axes, 1.0), expected, rtol=1e-6)
+  np.testing.assert_allclose(figures.band(axes, 2.0), expected, rtol=1e-6)
   assert axes.get_xlabel() == 'Task'
 
 
@@ -49,12 +49,12 @@ def test_capacity_is_in_percent_of_all_weights():
   figure.draw_without_rendering()
   (axes,) = figure.axes
   first, second = axes.lines
-  np.testing.assert_allclose(figures.points(first).T, [[0, 1], [30, 50]])
+  np.testing.assert_allclose(figures.points(first).T, [[1, 2], [30, 50]])
   np.testing.assert_allclose(
-    figures.points(second)[[0, -1]], [[0, 0], [99, 40]]
+    figures.points(second)[[0, -1]], [[1, 0], [100, 40]]
   )
   assert axes.get_ylim() == (0, 103)
-  assert all(x == round(x) for x in axes.get_xticks())
+  assert axes.get_xticks().tolist() == [1, *range(10, 101, 10)]
   (legend,) = figure.legends
   assert figures.legend(legend) == [
     r'$\alpha$ = 1, EPN',
@@ -75,6 +75,16 @@ def test_lines_over_tasks_differ_and_are_dashed_without_powerprop():
   ]
 
 
+def test_the_legend_of_a_few_lines_leaves_them_the_width():
+  width = {}
+  for count in (3, 8):
+    labels = [f'{i + 1}.0 EfficientPackNet, L1 decay' for i in range(count)]
+    figure = plots.accuracy_by_task({x: [0.97, 0.96] for x in labels})
+    figure.draw_without_rendering()
+    width[count] = figure.axes[0].get_position().width
+  assert width[8] < 0.7 < 0.9 < width[3]
+
+
 def _array(artist: Any) -> np.ndarray:
   return np.asarray(artist.get_array())
 
@@ -90,13 +100,14 @@ def test_accuracy_matrix_shows_tasks_evaluated_over_tasks_learned():
   (image_,) = axes.images
   np.testing.assert_allclose(_array(image_), 100 * np.array(matrix))
   assert _cells(axes) == {
-    (0, 0): '98.0',
-    (0, 1): '90.0',
-    (1, 1): '97.0',
-    (0, 2): '50.0',
-    (1, 2): '80.0',
-    (2, 2): '96.0',
+    (1, 1): '98.0',
+    (1, 2): '90.0',
+    (2, 2): '97.0',
+    (1, 3): '50.0',
+    (2, 3): '80.0',
+    (3, 3): '96.0',
   }
+  assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [1, 2, 3]
   assert axes.get_xlabel() == 'Task evaluated'
   assert axes.get_ylabel() == 'Last task learned'
   assert axes.yaxis_inverted()
@@ -117,7 +128,7 @@ def test_overlap_matrix_runs_from_nothing_to_all():
   (image_,) = axes.images
   np.testing.assert_allclose(_array(image_), [[100, 40], [40, 100]])
   assert image_.get_clim() == (0, 100)
-  assert _cells(axes)[1, 0] == '40.0'
+  assert _cells(axes)[2, 1] == '40.0'
 
 
 def test_perfect_accuracy_can_be_drawn(tmp_path):

@@ -332,9 +332,18 @@ def test_sparse_accuracy_scales_are_logarithmic_in_weights_and_errors():
   assert steps == pytest.approx([steps[0]] * 3)
   low, high = axes.get_ylim()
   assert 70 < low < 80 < 98.3 < high < 99.5
-  # All panels are on the same axes.
-  limits = {(*x.get_xlim(), *x.get_ylim()) for x in _panels(figure).values()}
-  assert len(limits) == 1
+
+
+def test_a_method_that_breaks_down_flattens_no_other_row():
+  results = _sparse_results()
+  results['2.0 static'] = {**results['2.0 static'], 'mean': [0.98] * 4 + [0.4]}
+  panels = _panels(plots.accuracy_against_sparsity(results))
+  limits = [panel.get_ylim() for panel in panels.values()]
+  # Three in a row, on the same axes; all of them from 80 to 99 %.
+  assert limits == [limits[0]] * 3 + [limits[3]] * 3
+  assert limits[0][0] < 40
+  assert 70 < limits[3][0] < 80
+  assert len({panel.get_xlim() for panel in panels.values()}) == 1
 
 
 def test_one_method_at_sparsity_zero_alone_can_be_drawn(tmp_path):

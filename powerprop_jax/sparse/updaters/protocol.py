@@ -20,7 +20,7 @@ from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import pruning
 
-# Maps parameters to counts, as the functions that `distributions` makes.
+#: Maps parameters to counts, as the functions that `distributions` makes.
 Counts = Callable[[types.Params], types.Counts]
 Schedule = optax.Schedule
 Masks = masks_lib.Masks
