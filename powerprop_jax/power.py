@@ -375,7 +375,9 @@ def _is_zero(x: Any) -> bool:
     return False
   # On a CPU numpy reads the array in place and compiles nothing.
   any_of = np.any if jax.default_backend() == 'cpu' else jnp.any
-  return x.size > 0 and not any_of(x != 0)
+  # Known values stay known while a function that holds them is traced.
+  with jax.ensure_compile_time_eval():
+    return x.size > 0 and not any_of(x != 0)
 
 
 def check_not_zero(params: types.Params, powers: types.Powers) -> None:

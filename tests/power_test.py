@@ -430,6 +430,14 @@ def test_transforms_of_trees_in_which_nothing_has_to_be_a_weight():
   )
 
 
+def test_known_zeros_are_found_while_a_function_is_traced():
+  zeros, ones = ({'w': f((2, 2))} for f in (jnp.zeros, jnp.ones))
+  power.check_not_zero(ones, {'w': 2.0})
+  jax.eval_shape(lambda: power.check_not_zero(ones, {'w': 2.0}))
+  with pytest.raises(ValueError, match='All values of'):
+    jax.eval_shape(lambda: power.check_not_zero(zeros, {'w': 2.0}))
+
+
 def test_check_not_zero():
   params = {
     'a': {'w': jnp.zeros((2, 2)), 'b': jnp.zeros(2)},
