@@ -82,6 +82,11 @@ def magnitude_scores(
   )
 
 
+def _wide(x: jax.typing.ArrayLike) -> jax.Array:
+  """An array in float32, or in float64 if it is that already."""
+  return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
 def taylor_scores(
   theta: types.Params,
   grads: types.Updates,
@@ -102,9 +107,14 @@ def taylor_scores(
   >>> taylor_scores(theta, grads)
   {'w': Array([2., 3.], dtype=float32)}
   """
-  return leaves.map_with_path(
-    lambda path, x, g: jnp.abs(x * g) if is_weight(path, x) else x, theta, grads
-  )
+
+  def score(path, x, g):
+    if not is_weight(path, x):
+      return x
+    # In half precision the product of two small numbers is zero.
+    return jnp.abs(_wide(x) * _wide(g))
+
+  return leaves.map_with_path(score, theta, grads)
 
 
 def wanda_scores(
@@ -160,7 +170,8 @@ def wanda_scores(
         f' {expected[first:]} (the inputs).'
       )
     others = tuple(range(first, last))
-    norm = jnp.sqrt(jnp.sum(jnp.square(given), axis=others))
+    # The squares of bytes, or of half precision, may be beyond their range.
+    norm = jnp.sqrt(jnp.sum(jnp.square(_wide(given)), axis=others))
     # The norms have the dimensions of the stack and the inputs, in that order.
     norm = jnp.transpose(norm, np.argsort((*stack, *inputs)).tolist())
     missing = [i for i in range(x.ndim) if i not in (*stack, *inputs)]

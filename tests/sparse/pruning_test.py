@@ -296,6 +296,24 @@ def test_wanda_finds_the_inputs_of_every_kind_of_layer(
   np.testing.assert_allclose(jax.tree.leaves(scores)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [jnp.uint8, jnp.float16])
+def test_wanda_does_not_overflow(dtype):
+  """Squares of bytes are none, and sums of squares are beyond float16."""
+  theta = {'linear': {'w': jnp.ones((2, 1), jnp.float16)}}
+  inputs = jnp.array([[16, 3], [250, 0], [250, 0]], dtype)
+  scores = pruning.wanda_scores(theta, {'linear/w': inputs})
+  expected = [[math.sqrt(16**2 + 2 * 250**2)], [3.0]]
+  np.testing.assert_allclose(scores['linear']['w'], expected, rtol=1e-6)
+
+
+def test_taylor_scores_do_not_underflow():
+  theta, grads = (
+    {'w': jnp.array(x, jnp.float16)} for x in ([1e-3, 2e-3], [1e-5, 1e-5])
+  )
+  first, second = pruning.taylor_scores(theta, grads)['w']
+  assert 0 < first < second
+
+
 def test_wanda_refuses():
   theta = {'linear': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)}}
   with pytest.raises(ValueError, match=r"no 'linear/w'; it has \['other'\]"):
