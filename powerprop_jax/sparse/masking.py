@@ -202,7 +202,7 @@ def check_resettable(
   """
   state = jax.eval_shape(tx.init, params)
   everything = jax.eval_shape(
-    lambda x: jax.tree.map(lambda y: jnp.ones(jnp.shape(y), bool), x), params
+    lambda x: jax.tree.map(masks_lib.ones_like, x), params
   )
   try:
     jax.eval_shape(

@@ -391,7 +391,12 @@ def _kth_largest(
 
   sizes = [x.size for x in jax.eval_shape(reach, jnp.zeros(k.shape, uint))]
   size = sum(sizes) // max(k.size, 1)
-  start = jnp.zeros(k.shape, uint), zeros + size, zeros
+  if axes is not None:
+    # Sharded as the counts are, which explicit axes ask for in a loop.
+    (values,) = reach(jnp.zeros(k.shape, uint))
+    none = jnp.zeros_like(values, jnp.int32)
+    zeros = jnp.sum(none, axis=tuple(axes), keepdims=True, dtype=jnp.int32)
+  start = zeros.astype(uint), zeros + size, zeros
   return jax.lax.fori_loop(0, jnp.where(needed, width // 2, 0), body, start)
 
 

@@ -300,3 +300,42 @@ def test_sparsify(kind):
   moments = sharded.inner_state[0]
   for tree in (found, *state.masks, *sharded.masks, moments.mu, moments.nu):
     _check_sharding(tree, shardings)
+
+
+@on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_what_is_ranked_by_itself_may_lie_on_several_devices(kind):
+  """The layers of a stack, and the units of a layer."""
+  mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(_KINDS[kind],) * 2)
+  sharding = NamedSharding(mesh, PartitionSpec('x', None, 'y'))
+  rng = np.random.default_rng(0)
+  whole = np.round(8 * rng.standard_normal((4, 16, 8))).astype('f')
+  whole = {'ScanBlock_0': {'Dense_0': {'kernel': whole}}}
+  theta = jax.device_put(whole, sharding)
+  for scope in ('layer', 'output'):
+    prune = functools.partial(pruning.prune, density=0.3, scope=scope)
+    expected = prune(whole)
+    for run in (prune, jax.jit(prune)):
+      with jax.set_mesh(mesh):
+        found = run(theta)
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
+      _check_sharding(found, jax.tree.map(lambda x: sharding, whole))
+
+
+@on_eight
+def test_sparsify_under_a_mesh_with_values_that_are_not_sharded():
+  """What `jax.set_mesh` makes of constants, and what an initialiser gives."""
+  whole = {'a': _tree(0)['a']}
+  theta, shardings = _shard(whole, 'explicit')
+  tx = sparse.sparsify(
+    transforms.powerprop(optax.adam(0.1), 2.0),
+    updaters.set_(_counts, _drop, lambda key: jax.tree.map(jnp.sin, whole)),
+    key=jax.random.key(0),
+    due=lambda step: step == 0,
+  )
+  expected = tx.update(whole, tx.init(whole), whole)[1].masks
+  with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
+    updates, state = jax.jit(tx.update)(theta, tx.init(theta), theta)
+  jax.tree.map(np.testing.assert_array_equal, state.masks, expected)
+  for tree in (updates, *state.masks):
+    _check_sharding(tree, shardings)

@@ -190,10 +190,10 @@ def grown_values(
   """
   if fresh is None:
     return theta
-  return jax.tree.map(
-    lambda x, was, now, new: jnp.where(now & ~was, new, x),
-    theta,
-    before,
-    after,
-    fresh,
-  )
+
+  def leaf(x, was, now, new):
+    # Adding zeros shards new values as x is, which explicit axes ask for.
+    new = jnp.asarray(new)
+    return jnp.where(now & ~was, new + jnp.zeros_like(x, new.dtype), x)
+
+  return jax.tree.map(leaf, theta, before, after, fresh)
