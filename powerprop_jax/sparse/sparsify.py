@@ -88,6 +88,9 @@ class Sparse(optax.GradientTransformationExtraArgs):
     self.update_masks = update_masks
     return self
 
+  def __getnewargs__(self):  # For `copy.copy` and `copy.deepcopy`.
+    return *self, self.weights, self.update_masks
+
 
 @jax.custom_jvp
 def _cut(x, mask):
@@ -258,7 +261,11 @@ def sparsify(
       return params, updater.init(init_key, params, grads)
 
     if updater.starts_from_gradient:
-      values, new = jax.lax.cond(count == 0, start, update, None)
+      # The count does not tell: the host may have made steps before.
+      started = jnp.array(False)
+      for mask in jax.tree.leaves(masks.forward):
+        started |= ~jnp.all(mask)
+      values, new = jax.lax.cond(started, update, start, None)
     else:
       values, new = update(None)
     return jax.tree.map(lambda x, y: x.astype(y.dtype), values, params), new

@@ -1,5 +1,6 @@
 """`sparsify` keeps the contract of optax, in the loops of other people."""
 
+import copy
 import functools
 import itertools
 import operator
@@ -279,6 +280,17 @@ def test_snip_is_chosen_by_the_gradient_of_the_dense_network():
   _assert_same(state.masks, expected)
 
 
+def test_snip_is_chosen_by_the_first_update_of_masks_whenever_it_comes():
+  updater = updaters.snip(_counts)
+  tx = sparse.sparsify(optax.sgd(0.1), updater, key=_KEY, due=None)
+  history = _loop(tx, 5, cadence=lambda t: t in (2, 4))
+  (params, before), (_, after) = history[2:4]
+  assert all(mask.all() for mask in jax.tree.leaves(before.masks))
+  expected = updater.init(_KEY, params, jax.grad(lambda p: _loss(p, 2))(params))
+  _assert_same(after.masks, expected)
+  _assert_same(history[-1][1].masks, expected)  # It is chosen once.
+
+
 @pytest.mark.parametrize('alpha', [1.0, 2.0, 3.0])
 def test_grown_weights_move(alpha):
   tx = sparse.sparsify(
@@ -427,6 +439,14 @@ def test_state_that_cannot_follow_masks_is_refused_by_init():
   )
   with pytest.raises(ValueError, match='no entry for each parameter'):
     tx.init(_draw(0))
+
+
+def test_the_transformation_can_be_copied():
+  tx = sparse.sparsify(optax.sgd(0.1), _rigl(), key=_KEY, due=None)
+  for other in (copy.copy(tx), copy.deepcopy(tx)):
+    assert other == tx
+    assert other.weights is tx.weights
+    assert other.update_masks is tx.update_masks
 
 
 def test_missing_parameters_are_an_error():
