@@ -144,6 +144,31 @@ def dense(params: types.Params) -> Masks:
   return Masks(forward=ones(), backward=ones())
 
 
+def check_shapes(tree: Any, mask: types.Mask) -> None:
+  """Checks that a mask is one of a tree.
+
+  Args:
+    tree: a pytree of arrays, or None where it has no leaf.
+    mask: a pytree of boolean arrays.
+
+  Raises:
+    ValueError: if a mask has another shape than its leaf.
+
+  >>> check_shapes({'w': jnp.ones(2)}, {'w': jnp.array([False, True])})
+  """
+
+  def check(key_path, m, x):
+    # It would be broadcast, and the mistake would be lost.
+    if x is not None and jnp.shape(m) != jnp.shape(x):
+      path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+      raise ValueError(
+        f'The mask of {path!r} has the shape {jnp.shape(m)}, but the leaf has'
+        f' {jnp.shape(x)}. Make the mask of these parameters.'
+      )
+
+  jax.tree_util.tree_map_with_path(check, mask, tree)
+
+
 def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   """Zeroes the entries of a tree where the mask is False.
 
@@ -166,19 +191,13 @@ def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   {'w': Array([0., 4.], dtype=float32)}
   """
 
-  def leaf(key_path, m, x):
+  def leaf(m, x):
     if x is None:  # As where an optimiser has no update for a leaf.
       return None
-    # It would be broadcast, and the mistake would be lost.
-    if jnp.shape(m) != jnp.shape(x):
-      path = jax.tree_util.keystr(key_path, simple=True, separator='/')
-      raise ValueError(
-        f'The mask of {path!r} has the shape {jnp.shape(m)}, but the leaf has'
-        f' {jnp.shape(x)}. Make the mask of these parameters.'
-      )
     return jnp.where(m, x, jnp.zeros_like(x))
 
-  return jax.tree_util.tree_map_with_path(leaf, mask, tree)
+  check_shapes(tree, mask)
+  return jax.tree.map(leaf, mask, tree)
 
 
 def check_scope(scope: str, scopes: Sequence[str] = ('layer', 'global')) -> str:

@@ -323,6 +323,18 @@ def test_what_is_ranked_by_itself_may_lie_on_several_devices(kind):
 
 
 @on_eight
+@pytest.mark.parametrize('kind', _KINDS)
+def test_a_given_mask_is_sharded_as_the_weights(kind):
+  theta, shardings = _shard(_tree(0), kind)
+  mask = jax.tree.map(lambda x: jnp.asarray(x > 0), _tree(1))
+  with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
+    found = updaters.given(mask).init(jax.random.key(0), theta, None)
+  for tree in found:
+    jax.tree.map(np.testing.assert_array_equal, tree, mask)
+    _check_sharding(tree, shardings)
+
+
+@on_eight
 def test_sparsify_under_a_mesh_with_values_that_are_not_sharded():
   """What `jax.set_mesh` makes of constants, and what an initialiser gives."""
   whole = {'a': _tree(0)['a']}

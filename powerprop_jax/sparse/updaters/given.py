@@ -62,8 +62,10 @@ def given(mask: types.Mask) -> protocol.MaskUpdater:
 
   def init(key, theta, grads):
     del key, grads
-    masks_lib.apply_mask(theta, mask)  # Refuses the mask of another network.
-    return protocol.same(mask)
+    masks_lib.check_shapes(theta, mask)  # It may be of another network.
+    # Sharded as the weights are, from wherever the mask comes.
+    shard = lambda m, x: jnp.logical_and(m, masks_lib.ones_like(x))
+    return protocol.same(jax.tree.map(shard, mask, theta))
 
   return protocol.MaskUpdater(init, protocol.unchanged)
 
