@@ -351,6 +351,10 @@ def n_of_m(
   groups lie; `masks.n_of_m_axes` finds the axis of a mask. They are for
   rankings by layer, of `pruning.prune` and of the updaters.
 
+  On several devices, let m divide the length of each shard along the axis. If
+  it does not, weights travel between devices when they are ranked, and meshes
+  whose axes are explicit refuse it.
+
   Args:
     n: how many weights of each group are kept, at least 1.
     m: the size of a group, which divides the axis of every weight.
