@@ -638,6 +638,29 @@ def test_nnx():
   _check_weights(weights, before, losses)
 
 
+def test_nnx_with_masks_that_the_host_changes():
+  model, key = _Nnx(nnx.Rngs(0)), jax.random.key(0)
+  updater = updaters.rigl(_uniform, _half, None)
+  tx = sparse.sparsify(optax.sgd(0.1), updater, key=key, due=None)
+  optimiser = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def change(model, optimiser, grads):
+    state, params = nnx.as_pure((optimiser.opt_state, nnx.state(model)))
+    updates, state = tx.update_masks(nnx.as_pure(grads), state, params)
+    nnx.update(model, optax.apply_updates(params, updates))
+    nnx.update(optimiser.opt_state, nnx.state(state))
+
+  params = nnx.as_pure(nnx.state(model, nnx.Param))
+  grads = jax.tree.map(jnp.cos, params)
+  _, expected = tx.update_masks(grads, tx.init(params), params)
+  change(model, optimiser, grads)
+  found = nnx.as_pure(optimiser.opt_state)
+  rows = zip(*map(jax.tree.leaves, (found.masks, expected.masks)), strict=True)
+  for mask, other in rows:
+    np.testing.assert_array_equal(mask, other)
+
+
 class _Equinox(eqx.Module):
   hidden: eqx.nn.Linear
   output: eqx.nn.Linear
