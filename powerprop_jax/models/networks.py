@@ -42,6 +42,8 @@ import jax
 import jax.numpy as jnp
 import jmp
 
+from powerprop_jax.models import convolutions
+
 Network: TypeAlias = Callable[..., jax.Array]
 
 _FAN_IN = hk.initializers.VarianceScaling(1.0, 'fan_in', 'truncated_normal')
@@ -140,7 +142,7 @@ def lenet_5(
   x = images
   for channels, name in (20, 'initial_conv'), (50, 'conv_1'):
     x = hk.Conv2D(channels, 5, padding='VALID', w_init=_FAN_IN, name=name)(x)
-    x = hk.max_pool(jax.nn.relu(x), (2, 2, 1), (2, 2, 1), 'VALID')
+    x = convolutions.max_pool(jax.nn.relu(x), 2)
   x = hk.Flatten()(x)
   x = jax.nn.relu(hk.Linear(500, w_init=_FAN_IN, name='linear_2')(x))
   return hk.Linear(num_classes, w_init=_FAN_IN, name='logits')(x)
@@ -439,7 +441,7 @@ def build(
     )
 
   def forward(images, is_training, axis):
-    with _activations_in(dtype):
+    with _activations_in(dtype), convolutions.in_haiku():
       logits = network(images, is_training, num_classes, axis, **options)
     return logits.astype(jnp.float32)
 
