@@ -40,7 +40,6 @@ from jax import lax
 import jax.numpy as jnp
 
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
-_Pair: TypeAlias = tuple[int, int]
 
 # Where a layout has batch (or outputs), channels (or inputs), height and width:
 # images [n, h, w, c] and a kernel [h, w, in, out].
@@ -81,20 +80,16 @@ def _by_rows(images, kernel, strides, padding):
     (images.shape[1 + axis] - kernel.shape[axis]) // strides[axis] + 1
     for axis in (0, 1)
   )
-  # Sums over products of half precision are taken in single precision.
-  dtype = jnp.promote_types(images.dtype, jnp.float32)
-  neighbours = [_every(images, 2, j, width, strides[1]) for j in range(columns)]
-  x = jnp.concatenate(neighbours, axis=-1)
-  total = jnp.zeros([], dtype)
-  for i in range(rows):
-    windows = _every(x, 1, i, height, strides[0])
-    total += jnp.matmul(
-      windows.reshape(-1, columns * inputs),
-      kernel[i].reshape(-1, outputs),
-      preferred_element_type=dtype,
-    )
-  shape = (len(images), height, width, outputs)
-  return total.astype(images.dtype).reshape(shape)
+  x = jnp.concatenate(
+    [_every(images, 2, j, width, strides[1]) for j in range(columns)], axis=-1
+  )
+  products = [
+    _every(x, 1, i, height, strides[0]).reshape(-1, columns * inputs)
+    @ kernel[i].reshape(-1, outputs)
+    for i in range(rows)
+  ]
+  out = functools.reduce(jnp.add, products)
+  return out.reshape(len(images), height, width, outputs)
 
 
 def _blocks(x, sizes):
@@ -168,7 +163,7 @@ def _on_cpu_jvp(strides, padding, primals, tangents):
 def conv2d(
   images: jax.Array,
   kernel: jax.Array,
-  stride: int | _Pair = 1,
+  stride: int | Sequence[int] = 1,
   padding: Padding = 'SAME',
 ) -> jax.Array:
   """A convolution in two dimensions, whose gradients are fast on CPUs too.
