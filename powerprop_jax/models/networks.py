@@ -14,6 +14,9 @@ averaged, if any. They return logits of shape [n, num_classes], and raise
 ValueError for images that they cannot take: too small ones are those for which
 a layer would have nothing, or a single pixel to stride over, left.
 
+`build` runs the convolutions of a network by `convolutions`, whose gradients
+are fast on CPUs in a loop of steps; parameters are those of `hk.Conv2D`.
+
 Every weight starts at random. A layer that starts at zero, as the last one of
 `hk.nets.ResNet` does by default, would never leave it for alpha > 1, where zero
 is a critical point of the dynamics.
