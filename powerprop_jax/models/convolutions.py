@@ -4,7 +4,7 @@ A step of training is compiled into a loop over steps, and there XLA for CPUs
 has a fast convolution for one layout only: images [n, h, w, c], a kernel
 [h, w, in, out] and an output like the images. The gradients that JAX derives
 are convolutions of other layouts, which XLA rewrites outside of loops but not
-inside (jax issue 12868), where they take six to ten times as long.
+inside (jax issue 12868), where they take ten times as long and more.
 
 A convolution is linear in its images and in its kernel, and a gradient is the
 transpose of a linear map. `conv2d` therefore has two tangents of its own. Each
