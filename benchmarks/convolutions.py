@@ -7,9 +7,10 @@ width 1), batches of 128 random images, plain SGD, one core. JAX is timed in
 three forms: by the operations of Haiku with a Python loop over compiled steps,
 as networks with convolutions were trained before; by those of
 `models.convolutions`, likewise; and by the latter in a compiled chunk of steps,
-as everything is trained now. In a chunk Haiku's take 0.6 s per step of LeNet-5 and
-10 s of the ResNet-8, and are left out. The forms take turns, and of the seconds of CPU of each form the fastest
-turn counts, as other work on the machine comes and goes.
+as everything is trained now. In a chunk Haiku's take 0.6 s per step of LeNet-5
+and 10 s of the ResNet-8, and are left out. The forms take turns, and of the
+seconds of CPU of each form the fastest turn counts, as other work on the
+machine comes and goes.
 
 PyTorch is no dependency of this package. If it can be imported it is timed in
 the same turns, in its own layout of images and in `channels_last`:
