@@ -65,7 +65,7 @@ def package(data: in_memory.Dataset, steps: int) -> float:
       theta, state = network.init(key, jnp.zeros((1, 28, 28, 1)), True)
       return training.init_state(key, theta, state, tx, transform)
 
-    return init, feeds.compile_steps(step, None, params={})
+    return init, feeds.compile_steps(step, None)
 
   jobs = [make(alpha) for alpha in ALPHAS]
   devices = jax.local_devices()

@@ -199,7 +199,7 @@ def make_functions(
   step = training.make_train_step(loss_fn, tx, transform)
   return Functions(
     init=jax.jit(init),
-    run_steps=feeds.compile_steps(step, None, params),
+    run_steps=feeds.compile_steps(step, None),
     to_theta=jax.jit(transform.to_theta),
     sweeps={
       scope: pruning.make_prune_sweep(

@@ -298,7 +298,7 @@ def make_functions(
   def run_steps(recipe, penalty):
     transform, tx, _, _ = update_rule(recipe)
     step = training.make_train_step(loss_fn, tx, transform, penalty=penalty)
-    return feeds.compile_steps(step, None, shapes[0])
+    return feeds.compile_steps(step, None)
 
   # One object, as it is part of the key of the cache.
   penalty = functools.partial(

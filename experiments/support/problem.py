@@ -225,13 +225,11 @@ def fingerprint(data: Data) -> str:
   return '-'.join(streams.fingerprint(source) for source in data if source)
 
 
-def _make_feed(
-  settings: Settings, data: Data, theta: Any, **arguments: Any
-) -> feeds.Feed:
+def _make_feed(settings: Settings, data: Data, **arguments: Any) -> feeds.Feed:
   arguments['batch_size'] = settings.batch_size
   if isinstance(data, in_memory.Dataset):
     key = jax.random.key(settings.seed)
-    return feeds.in_memory(data, params=theta, key=key, **arguments)
+    return feeds.in_memory(data, key=key, **arguments)
   workers = settings.num_workers
   return feeds.streamed(
     *data,
@@ -316,7 +314,6 @@ def make(settings: Settings, data: Data) -> Problem:
       _make_feed,
       settings,
       data,
-      theta,
       step=step,
       apply=network.apply,
       prepare=prepare,

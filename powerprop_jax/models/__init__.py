@@ -1,12 +1,13 @@
-"""The networks of the experiments, in Haiku."""
+"""The networks of the experiments, in Haiku, and what they are made of."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from powerprop_jax.models import convolutions
   from powerprop_jax.models import networks
 
-__all__ = ('networks',)
+__all__ = ('convolutions', 'networks')
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,9 @@ averaged, if any. They return logits of shape [n, num_classes], and raise
 ValueError for images that they cannot take: too small ones are those for which
 a layer would have nothing, or a single pixel to stride over, left.
 
+`build` runs the convolutions of a network by `convolutions`, whose gradients
+are fast on CPUs in a loop of steps; parameters are those of `hk.Conv2D`.
+
 Every weight starts at random. A layer that starts at zero, as the last one of
 `hk.nets.ResNet` does by default, would never leave it for alpha > 1, where zero
 is a critical point of the dynamics.
@@ -41,6 +44,8 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import jmp
+
+from powerprop_jax.models import convolutions
 
 #: Maps (images, is_training, ...) to logits, inside of a Haiku transform.
 Network: TypeAlias = Callable[..., jax.Array]
@@ -141,7 +146,7 @@ def lenet_5(
   x = images
   for channels, name in (20, 'initial_conv'), (50, 'conv_1'):
     x = hk.Conv2D(channels, 5, padding='VALID', w_init=_FAN_IN, name=name)(x)
-    x = hk.max_pool(jax.nn.relu(x), (2, 2, 1), (2, 2, 1), 'VALID')
+    x = convolutions.max_pool(jax.nn.relu(x), 2)
   x = hk.Flatten()(x)
   x = jax.nn.relu(hk.Linear(500, w_init=_FAN_IN, name='linear_2')(x))
   return hk.Linear(num_classes, w_init=_FAN_IN, name='logits')(x)
@@ -443,7 +448,7 @@ def build(
     )
 
   def forward(images, is_training, axis):
-    with _activations_in(dtype):
+    with _activations_in(dtype), convolutions.in_haiku():
       logits = network(images, is_training, num_classes, axis, **options)
     return logits.astype(jnp.float32)
 

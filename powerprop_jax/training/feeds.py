@@ -107,20 +107,16 @@ def metrics_on_host(
   return run
 
 
-def compile_steps(
-  step: step_lib.TrainStep, axis: str | None, params: Any
-) -> RunSteps:
-  """Compiles a chunk of steps over data on the devices.
+def compile_steps(step: step_lib.TrainStep, axis: str | None) -> RunSteps:
+  """Compiles a chunk of steps over data on the devices, into one loop.
 
-  Inside a loop, XLA for CPUs takes the gradient of a convolution several times
-  more slowly than outside of one (jax issue 12868; LOG.md has numbers). There
-  Python loops over steps that are compiled one by one; everything else is one
-  compiled loop.
+  On CPUs, inside of loops, XLA takes the gradient of a convolution several
+  times more slowly than outside. The networks of `models` have gradients that
+  avoid it; for other networks see `models.convolutions`.
 
   Args:
     step: the train step, made for the same axis.
     axis: the name of the axis returned by `devices.axis_name`.
-    params: the parameters of the network, or their shapes.
 
   Returns:
     A function of (state, data, indices), where data is a pytree of arrays with
@@ -132,30 +128,14 @@ def compile_steps(
   >>> from powerprop_jax.training import feeds
   >>> def step(state, batch):
   ...   return state + batch.sum(), {'loss': batch.mean()}
-  >>> run_steps = feeds.compile_steps(step, None, params={})
+  >>> run_steps = feeds.compile_steps(step, None)
   >>> data, indices = jax.numpy.arange(4.0), jax.numpy.array([[0, 1], [2, 3]])
   >>> state, metrics = run_steps(jax.numpy.zeros([]), data, indices)
   >>> float(state), metrics['loss'].tolist()
   (6.0, [0.5, 2.5])
   """
-  convolves = any(len(x.shape) > 2 for x in jax.tree.leaves(params))
-  if jax.default_backend() != 'cpu' or not convolves:
-    run_steps = step_lib.make_run_steps(step)
-    return metrics_on_host(devices.on_devices(run_steps, axis), axis)
-
-  def take(state, data, index):
-    return step(state, jax.tree.map(lambda x: x[index], data))
-
-  take = devices.on_devices(take, axis)
-
-  def loop_over_steps(state, data, indices):
-    metrics = []
-    for index in np.moveaxis(indices, 0 if axis is None else 1, 0):
-      state, result = take(state, data, index)
-      metrics.append(result)
-    return state, _stacked_on_host(metrics, axis)
-
-  return loop_over_steps
+  run_steps = step_lib.make_run_steps(step)
+  return metrics_on_host(devices.on_devices(run_steps, axis), axis)
 
 
 def _ordered(
@@ -201,7 +181,7 @@ def make_advance(
   >>> from powerprop_jax.training import feeds
   >>> def step(seen, batch):
   ...   return seen.at[batch].add(1), {'loss': batch.mean()}
-  >>> run_steps = feeds.compile_steps(step, None, params={})
+  >>> run_steps = feeds.compile_steps(step, None)
   >>> data, key = jax.numpy.arange(6), jax.random.key(0)
   >>> advance = feeds.make_advance(run_steps, data, key, batch_size=2, size=6)
   >>> seen, _ = advance(jax.numpy.zeros(6, int), 0, 3)  # An epoch.
@@ -224,7 +204,6 @@ def in_memory(
   apply: Callable[..., Any],
   prepare: augment.Prepare,
   *,
-  params: Any,
   batch_size: int,
   key: jax.Array,
   axis: str | None,
@@ -236,7 +215,6 @@ def in_memory(
     step: the train step, made for the same axis.
     apply: the network, made by `networks.build`.
     prepare: from bytes to what the network sees.
-    params: the parameters of the network, or their shapes.
     batch_size: examples per step, over all devices and hosts; a multiple of the
       number of devices.
     key: decides the order of the examples.
@@ -249,7 +227,7 @@ def in_memory(
   split = devices.replicate((data.train.images, data.train.labels), axis)
   evaluation = jax.jit(classification.make_evaluation(apply, prepare=prepare))
   advance = make_advance(
-    compile_steps(step, axis, params),
+    compile_steps(step, axis),
     split,
     jax.random.fold_in(key, 0),
     batch_size=batch_size,
