@@ -159,8 +159,9 @@ def _lengths() -> str:
       f'alpha = {r["recipe"].removesuffix(".0").replace("1.0 ", "1 ")}',
       str(r['seeds']),
       *(
-        _percent(*_lengths_in(r['recipe'], r['steps'], *column) or [None])
+        _percent(*found) if found else ''
         for column in columns
+        for found in [_lengths_in(r['recipe'], r['steps'], *column)]
       ),
     ]
     for r in sorted(content['results'], key=lambda r: r['steps'])

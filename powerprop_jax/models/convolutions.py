@@ -12,16 +12,16 @@ is written as a convolution in an unusual layout, chosen such that its
 *transpose* has the layout that is fast; a reverse pass never computes the
 tangent itself. Everything is made of ordinary operations, so that forward mode,
 higher derivatives, vmap and checkpointing work as ever, and the output is that
-of `jax.lax.conv_general_dilated`. Four cases differ:
+of `jax.lax.conv_general_dilated`. The cases are:
 
-  kernel of 1 x 1: the gradients are matrix products.
-  kernel of 5 x 5 or more, stride 1, no padding: one matrix product for each row
-    of the kernel, of images next to their neighbours (im2col along the width).
-    The transposed convolution would compute as many outputs as there are
-    pixels, which is 2.25 times as many in LeNet-5.
-  stride s > 1, for the images: a convolution of stride 1 with s^2 times the
-    channels, which are interleaved.
-  all others: plain convolutions.
+- a kernel of 1 x 1: the gradients are matrix products;
+- a kernel of 5 x 5 or more, stride 1, no padding: one matrix product for each
+  row of the kernel, of images next to their neighbours (im2col along the
+  width). The transposed convolution would compute as many outputs as there are
+  pixels, which is 2.25 times as many in LeNet-5;
+- a stride s above 1, for the images: a convolution of stride 1 with s^2 times
+  the channels, which are interleaved;
+- all others: plain convolutions.
 
 The gradient of a maximum, on CPUs, is taken by comparison rather than by XLA's
 select-and-scatter, which handles one number at a time.
@@ -39,6 +39,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+#: 'SAME', 'VALID', or (before, after) of rows and of columns.
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
 
 # Where a layout has batch (or outputs), channels (or inputs), height and width:
