@@ -49,7 +49,7 @@ _EXPERIMENTS = [
   *_PLOTS,
   *_TENSORBOARD,
   # Before 0.11.20, Orbax leaves what a killed run had begun to write.
-  'orbax-checkpoint>=0.11.20',
+  'orbax-checkpoint>=0.11.33',
   'safetensors>=0.5',
 ]
 _DEV = [
