@@ -48,7 +48,8 @@ _EXPERIMENTS = [
   *_DATA,
   *_PLOTS,
   *_TENSORBOARD,
-  # Before 0.11.20, Orbax leaves what a killed run had begun to write.
+  # Before 0.11.20, Orbax leaves what a killed run had begun to write; before
+  # 0.11.33 it loses what is written when a script ends without `close`.
   'orbax-checkpoint>=0.11.33',
   'safetensors>=0.5',
 ]
