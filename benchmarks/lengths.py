@@ -3,9 +3,9 @@
   python -m benchmarks.lengths --data_dir=DIR
 
 trains LeNet-300-100 on full MNIST for 2,500 to 100,000 steps by each recipe,
-and prunes it by magnitude, without retraining. It takes about an hour on two
-cores, and continues when it is given again. The results go to --out_dir, and
-together to experiments/results/lengths.json, of which `experiments.render`
+and prunes it by magnitude, without retraining. It takes two or three hours on
+two cores, and continues when it is given again. The results go to --out_dir,
+and together to experiments/results/lengths.json, of which `experiments.render`
 makes a figure and tables.
 
 The recipes were chosen at 10,000 steps by the validation accuracy of one seed,

@@ -136,14 +136,14 @@ def _adam() -> str:
 
 def _lengths_in(
   recipe: str, steps: int, scope: str, kept: float
-) -> tuple[float, float] | None:
-  """The mean and deviation at a length of training, if it was measured."""
+) -> tuple[float, float]:
+  """The mean and deviation at a length of training."""
   content = load('lengths')
   i = content['kept'].index(kept)
   for r in content['results']:
     if (r['recipe'], r['steps'], r['scope']) == (recipe, steps, scope):
       return r['mean'][i], r['std'][i]
-  return None
+  raise KeyError(f'{recipe} was not measured at {steps} steps')
 
 
 def _lengths() -> str:
@@ -159,9 +159,8 @@ def _lengths() -> str:
       f'alpha = {r["recipe"].removesuffix(".0").replace("1.0 ", "1 ")}',
       str(r['seeds']),
       *(
-        _percent(*found) if found else ''
+        _percent(*_lengths_in(r['recipe'], r['steps'], *column))
         for column in columns
-        for found in [_lengths_in(r['recipe'], r['steps'], *column)]
       ),
     ]
     for r in sorted(content['results'], key=lambda r: r['steps'])
@@ -184,12 +183,10 @@ def _lengths_best() -> str:
   for steps in sorted({r['steps'] for r in load('lengths')['results']}):
     row = [f'{steps:,}']
     for kept in (0.0546, 0.01, 0.007, 0.005):
-      baseline = max(
-        x for r in _ALPHA_1 if (x := _lengths_in(r, steps, 'global', kept))
+      growing, *baselines = (
+        _lengths_in(r, steps, 'global', kept)[0] for r in (_GROWING, *_ALPHA_1)
       )
-      growing = _lengths_in(_GROWING, steps, 'global', kept)
-      row.append(f'{_percent(growing and growing[0])}')
-      row.append(f'{_percent(baseline[0])}')
+      row += [_percent(growing), _percent(max(baselines))]
     rows.append(row)
   headings = [
     f'{100 * kept:.3g} %, {what}'
@@ -386,9 +383,7 @@ def _at_sparsity(method: str, sparsity: float) -> dict[float, float]:
 def _expectations() -> str:
   """What to expect, with the numbers of the other tables, for the README."""
   paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
-  found = lambda recipe, steps: (
-    _lengths_in(recipe, steps, 'global', 0.01) or [0.0]
-  )[0]
+  found = lambda recipe, steps: _lengths_in(recipe, steps, 'global', 0.01)[0]
   growing = lambda steps: _percent(found(_GROWING, steps))
   tuned = lambda steps: _percent(max(found(r, steps) for r in _ALPHA_1))
   gradual = _at_sparsity('magnitude', 0.99)

@@ -153,7 +153,7 @@ def _installed(monkeypatch, origin):
 
 
 def test_the_command_is_that_of_the_address(monkeypatch):
-  of_clone = {'url': 'file:///home/me/clone', 'dir_info': {'editable': True}}
+  of_clone = {'url': 'file:///clone', 'dir_info': {'editable': True}}
   _installed(monkeypatch, of_clone)
   assert extras.command('data').startswith("pip install -e '.[data]'")
   monkeypatch.setattr(extras, 'REPOSITORY', 'git+https://host/a')
