@@ -7,7 +7,7 @@ without Powerpropagation, as ratios to the step of the bare optimiser, in
 seconds and, in brackets, in seconds of the processor, which programs beside
 this one disturb less. The masks change on the cadence of the host (`due=None`)
 or inside `update`; no change falls among the steps that are timed. Forms take
-turns, and the fastest of their turns count.
+turns, and a ratio is the median over the turns.
 
 The inside form has a larger buffer, for the selection of the masks. The malloc
 of glibc returns buffers above 32 MB to the kernel after every step and gets
@@ -33,7 +33,7 @@ from powerprop_jax.sparse import updaters
 _SIZES = (784, 2048, 1640, 10)
 # The step without masks grows with the batch, and what masks cost does not.
 _KINDS = ((128, False), (128, True), (512, True))  # Batch, donated.
-_TURNS = 40
+_TURNS = 60
 
 
 def loss_fn(params, x, labels):
@@ -112,15 +112,15 @@ def main() -> None:
         end = time.perf_counter(), time.process_time()
         if i:  # The first one compiles.
           seconds[form].append(np.subtract(end, start))
-    best = {form: np.min(times, axis=0) for form, times in seconds.items()}
-    bare = best.pop('bare')
+    times = {form: np.array(x) for form, x in seconds.items()}
+    bare = times.pop('bare')
     ratios = (
-      f'{form} {x[0] / bare[0]:.2f} x ({x[1] / bare[1]:.2f} x)'
-      for form, x in best.items()
+      '{} {:.2f} x ({:.2f} x)'.format(form, *np.median(x / bare, axis=0))
+      for form, x in times.items()
     )
     print(
       f'{name}, batch of {batch}, {"" if donate else "not "}donated:'
-      f' {1e3 * bare[0]:.1f} ms per step of the bare optimiser;'
+      f' {1e3 * np.median(bare[:, 0]):.1f} ms per step of the bare optimiser;'
       f' {", ".join(ratios)}'
     )
 
