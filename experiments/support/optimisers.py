@@ -81,6 +81,25 @@ def _read_norm(text: str) -> Any:
   return p
 
 
+def _read_norms(text: str) -> dict[float, Any]:
+  """The norms by the fractions of the steps from which they hold."""
+  first, *later = text.split(',')
+  norms = {0.0: _read_norm(first)}
+  for item in later:
+    norm, _, fraction = item.partition(':')
+    try:
+      start = float(fraction)
+    except ValueError:
+      start = math.nan
+    if not max(norms) < start < 1:
+      raise ValueError(
+        'must be norm,norm:fraction,..., with fractions of the steps below 1'
+        ' that rise from one to the next'
+      )
+    norms[start] = _read_norm(norm)
+  return norms
+
+
 @dataclasses.dataclass(frozen=True)
 class Powers(config.Settings):
   """How the power acts in the course of a run."""
@@ -204,8 +223,11 @@ class Decay(config.Settings):
   phi_decay_norm: str = config.flag(
     'l2',
     'l2 decays phi in proportion to phi. l1 takes a constant amount away, down'
-    ' to zero. A number p between 0 and 2 is the penalty phi_decay |phi|^p.',
-    check=_read_norm,
+    ' to zero. A number p between 0 and 2 is the penalty phi_decay |phi|^p.'
+    ' Others may follow, each from a fraction of the steps on:'
+    ' 1.5,1:0.25,0.5:0.5 goes on to p = 1 after a quarter of the steps and to'
+    ' 0.5 after half of them.',
+    check=_read_norms,
   )
   phi_decay_schedule: str = config.flag(
     'constant',
@@ -293,6 +315,16 @@ def decay_rate(settings: Decay, steps: int) -> optax.Schedule:
     rate = lambda t: jnp.where(jnp.asarray(t) < end, decay, 0.0)
   warmup = settings.phi_decay_warmup_steps
   return _warmed(rate, warmup, steps, 'phi_decay_warmup_steps')
+
+
+def _within(rate: optax.Schedule, start: int, end: int) -> optax.Schedule:
+  """A schedule from one step up to another, and zero before and after."""
+
+  def within(t):
+    t = jnp.asarray(t)
+    return jnp.where((start <= t) & (t < end), rate(t), 0.0)
+
+  return within
 
 
 def check_scale(settings: Decay, params: types.Params) -> None:
@@ -446,7 +478,7 @@ def make(
   """
   inner = _make_inner(settings, learning_rate(settings, steps))
   powers, rate = settings.powers(alpha, steps), decay_rate(settings, steps)
-  norm = _read_norm(settings.phi_decay_norm)
+  norm = settings.phi_decay_norm
   transform = make_transform(settings, alpha)
   if update_rule == 'chain_rule':
     for name, remedy in (
@@ -475,7 +507,20 @@ def make(
     tx = optax.chain(transforms.scale_by_power_jacobian(transform), inner)
   if settings.phi_decay:
     factors = config.factors(settings.phi_decay_scale)
-    tx = optax.chain(tx, transforms.decay_phi(rate, norm, factors))
+    norms = _read_norms(norm)
+    starts = [*(round(f * steps) for f in norms), steps]
+    if any(start >= end for start, end in itertools.pairwise(starts)):
+      raise ValueError(
+        f'--phi_decay_norm={norm}: in a run of {steps} steps one of the norms'
+        ' has no step. Give other fractions or more steps.'
+      )
+    links = [
+      transforms.decay_phi(
+        _within(rate, start, end) if len(norms) > 1 else rate, norm, factors
+      )
+      for norm, (start, end) in zip(norms.values(), itertools.pairwise(starts))
+    ]
+    tx = optax.chain(tx, *links)
   if settings.clip_norm:
     tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
   return transform, tx

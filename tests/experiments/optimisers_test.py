@@ -79,6 +79,18 @@ def test_decay_of_a_power_of_phi():
   np.testing.assert_allclose(updates, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('step', 'norm'), [(1, '0.5'), (25, '0.5'), (26, 'l1'), (51, 'l2')]
+)
+def test_the_norm_of_the_decay_changes_during_a_run(step, norm):
+  several = _update(step, phi_decay=0.1, phi_decay_norm='0.5,l1:0.25,l2:0.5')
+  alone = _update(step, phi_decay=0.1, phi_decay_norm=norm)
+  np.testing.assert_allclose(several, alone, rtol=1e-6)
+  other = 'l1' if norm == 'l2' else 'l2'
+  other = _update(step, phi_decay=0.1, phi_decay_norm=other)
+  assert np.abs(several - other).max() > 1e-3
+
+
 def test_layers_can_have_a_phi_decay_of_their_own():
   plain = np.array([-0.1 * 4, -0.1 * 3])
   scale = ['line.r/w=2', 'linear=7']
@@ -121,6 +133,13 @@ def test_layers_can_have_a_phi_decay_of_their_own():
     ),
     ({'phi_decay_norm': 'l3'}, '--phi_decay_norm=l3: must be l1, l2 or a'),
     ({'phi_decay_norm': '2.5'}, '--phi_decay_norm=2.5: must be l1, l2 or a'),
+    ({'phi_decay_norm': 'l1,l2'}, '=l1,l2: must be norm,norm:fraction'),
+    ({'phi_decay_norm': 'l1,l2:1'}, '=l1,l2:1: must be norm,norm:fraction'),
+    ({'phi_decay_norm': 'l1,3:0.5'}, '=l1,3:0.5: must be l1, l2 or a number'),
+    (
+      {'phi_decay': 0.1, 'phi_decay_norm': 'l1,l2:0.996'},
+      'in a run of 100 steps one of the norms has no step',
+    ),
     # A wrong decay is found out also where there is none.
     ({'phi_decay_warmup_steps': 100}, '--phi_decay_warmup_steps=100 must be'),
   ],
