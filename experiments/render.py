@@ -146,30 +146,24 @@ def _lengths_in(
   raise KeyError(f'{recipe} was not measured at {steps} steps')
 
 
-def _lengths() -> str:
-  """A line for each length of training and recipe."""
+def _lengths(scope: str) -> str:
+  """A line for each length of training and recipe, pruned in one scope."""
   content = load('lengths')
-  columns = [
-    *(('layer', kept) for kept in (1.0, 0.0546, 0.01, 0.007, 0.005)),
-    *(('global', kept) for kept in (0.01, 0.007, 0.005)),
-  ]
+  columns = (1.0, 0.0546, 0.01, 0.007, 0.005)
   rows = [
     [
       f'{r["steps"]:,}',
       f'alpha = {r["recipe"].removesuffix(".0").replace("1.0 ", "1 ")}',
       str(r['seeds']),
       *(
-        _percent(*_lengths_in(r['recipe'], r['steps'], *column))
-        for column in columns
+        _percent(*_lengths_in(r['recipe'], r['steps'], scope, kept))
+        for kept in columns
       ),
     ]
     for r in sorted(content['results'], key=lambda r: r['steps'])
-    if r['scope'] == 'layer'
+    if r['scope'] == scope
   ]
-  headings = [
-    f'{100 * kept:.3g} %' + (', globally' if scope == 'global' else '')
-    for scope, kept in columns
-  ]
+  headings = [f'{100 * kept:.3g} %' for kept in columns]
   return _markdown(['steps', 'recipe', 'seeds', *headings], rows, left=2)
 
 
@@ -450,7 +444,8 @@ TABLES: dict[str, Callable[[], str]] = {
     }
   ),
   'mnist_pruning-adam': _adam,
-  'lengths': _lengths,
+  'lengths-global': lambda: _lengths('global'),
+  'lengths-layer': lambda: _lengths('layer'),
   'lengths-best': _lengths_best,
   'sparse_sweep-flops': _sweep_flops,
   **{

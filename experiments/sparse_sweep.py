@@ -30,6 +30,7 @@ from experiments.support import output
 from experiments.support import runs
 from experiments.support import settings as settings_lib
 from experiments.support import sweep_report
+from powerprop_jax import analysis
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax import types
@@ -332,11 +333,12 @@ def _train(
   functions: Functions,
   settings: Settings,
   split: in_memory.Split,
+  state: training.TrainState,
+  data_key: jax.Array,
   seed: int,
   watch: runs.Watch,
 ) -> training.TrainState:
-  """Trains one network."""
-  init_key, run_key, data_key = jax.random.split(jax.random.key(seed), 3)
+  """Trains one network from its initial state, which is donated."""
   size = len(split.labels)
 
   def mask_batch(step):
@@ -357,7 +359,7 @@ def _train(
   )
   step, state = loop.run(
     advance,
-    functions.init_masks(functions.init(init_key, run_key), mask_batch(0)),
+    functions.init_masks(state, mask_batch(0)),
     start=0,
     stop=settings.steps,
     chunk=settings.update_every,
@@ -412,29 +414,38 @@ def run(
     watch: follows the run, by the steps of all its networks, and stops it.
 
   Returns:
-    What the summary needs: the fields of the job, accuracies by seed, and
-    operations relative to a dense network.
+    What the summary needs: the fields of the job, accuracies by seed, the mean
+    share of surviving weights that changed their sign, and operations relative
+    to a dense network.
 
   Raises:
     loop.Diverged: if the loss becomes NaN.
     loop.Interrupted: if it is stopped.
   """
   train_split, *others = data
-  functions, accuracies, costs = make(job), [], []
+  functions, accuracies, costs, changes = make(job), [], [], []
   for seed in range(job.seeds):
 
     def report(step, metrics, done=seed * settings.steps):
       watch.report(done + step, metrics)
 
+    init_key, run_key, data_key = jax.random.split(jax.random.key(seed), 3)
+    start = functions.init(init_key, run_key)
+    before = jax.device_get(functions.theta(start))
     state = _train(
       job,
       functions,
       settings,
       train_split,
+      start,
+      data_key,
       seed,
       watch._replace(report=report),
     )
     theta = functions.theta(state)
+    changes.append(
+      analysis.sign_changes(before, *jax.device_get((theta, state.masks[0])))
+    )
     accuracies.append(
       [float(functions.accuracy(theta, state.model_state, *s)) for s in others]
     )
@@ -448,6 +459,7 @@ def run(
     'recipe': job.recipe._asdict(),
     'valid_accuracy': valid,
     'test_accuracy': test,
+    'sign_changes': float(np.mean(changes)),
     'inference_flops': inference,
     'training_flops': step,
   }
@@ -471,7 +483,8 @@ def main(settings: Settings) -> None:
     }
     splits = (data.train, data.valid, data.test)
     steps = settings.steps * settings.seeds
-    ended = runs.run_all(todo, splits, steps, out_dir, fields=Job._fields)
+    fields = (*Job._fields, 'sign_changes')
+    ended = runs.run_all(todo, splits, steps, out_dir, fields=fields)
     results = runs.finished(out_dir, todo)
     if results:
       sweep_report.write(

@@ -227,6 +227,45 @@ def weight_distribution(
   }
 
 
+def sign_changes(
+  theta_before: types.Params,
+  theta_after: types.Params,
+  mask: types.Mask,
+  is_weight: types.IsWeight = leaves.is_weight,
+) -> float:
+  """The share of the surviving weights that have changed their sign.
+
+  A power keeps signs, since zero is a fixed point of its updates (section 2 of
+  the paper); a network without one changes many. What methods of sparse
+  training may lose by that is seen here.
+
+  >>> import jax.numpy as jnp
+  >>> before = {'linear': {'w': jnp.array([1.0, -1.0, 2.0, 3.0])}}
+  >>> after = {'linear': {'w': jnp.array([1.0, 1.0, -2.0, 0.1])}}
+  >>> mask = {'linear': {'w': jnp.array([True, True, False, False])}}
+  >>> sign_changes(before, after, mask)
+  0.5
+
+  Args:
+    theta_before: the parameters at initialisation.
+    theta_after: the parameters after training, of the same shapes.
+    mask: which weights survive, as `pruning.prune` returns it, or the forward
+      masks of a method of sparse training.
+    is_weight: which leaves are weights; the others do not count.
+
+  Returns:
+    The share, in [0, 1]. Weights that are zero before or after have not changed
+    their sign. It is 0 if nothing survives.
+  """
+  changed = survivors = 0
+  rows = leaves.weight_rows(theta_after, is_weight, theta_before, mask)
+  for _, after, before, m in rows:
+    crossed = np.sign(after) * np.sign(before) < 0
+    changed += np.count_nonzero(crossed & np.asarray(m))
+    survivors += np.count_nonzero(m)
+  return changed / max(survivors, 1)
+
+
 def summarise(
   kept: Sequence[float],
   test_accuracy: Mapping[str, npt.ArrayLike],

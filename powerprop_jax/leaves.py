@@ -360,7 +360,7 @@ def weight_rows(
     (path, leaf, leaves of rest) of every weight, in the order of the tree.
 
   Raises:
-    ValueError: if no leaf is a weight.
+    ValueError: if no leaf is a weight, or a tree has other leaves than params.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import leaves
@@ -369,8 +369,13 @@ def weight_rows(
   ['linear/w']
   """
   found = paths(params)
-  rows = zip(found, jax.tree.leaves(params), *map(jax.tree.leaves, rest))
-  chosen = [row for row in rows if is_weight(row[0], row[1])]
+  columns = [found, *map(jax.tree.leaves, (params, *rest))]
+  if len(set(map(len, columns))) > 1:
+    raise ValueError(
+      f'The trees must have the same leaves, {", ".join(found) or "none"}; they'
+      f' have {", ".join(str(len(column)) for column in columns[1:])} leaves.'
+    )
+  chosen = [row for row in zip(*columns) if is_weight(row[0], row[1])]
   if not chosen:
     reasons = [
       f'{path} ({decide(path, leaf)[1]})'

@@ -288,3 +288,18 @@ def test_summarise_and_table():
 def test_summarise_refuses_other_shapes(values):
   with pytest.raises(ValueError, match=r"'1.0' must be of shape \[2, seeds\]"):
     analysis.summarise([1.0, 0.5], {'1.0': values})
+
+
+def test_sign_changes_of_what_survives():
+  before = {'linear': {'w': np.array([[1.0, -1.0, 0.0, 2.0, -3.0]])}}
+  after = {'linear': {'w': np.array([[-1.0, -2.0, 1.0, 0.0, 3.0]])}}
+  bias = {'b': np.array([1.0])}
+  before['linear'] |= bias
+  after['linear'] |= {'b': -bias['b']}
+  mask = {
+    'linear': {'w': np.array([[1, 1, 1, 1, 0]], bool), 'b': bias['b'] > 0}
+  }
+  # Of four survivors the first; zeros have no sign, and biases do not count.
+  assert analysis.sign_changes(before, after, mask) == 0.25
+  none = jax.tree.map(np.zeros_like, mask)
+  assert analysis.sign_changes(before, after, none) == 0

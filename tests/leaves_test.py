@@ -844,3 +844,10 @@ def test_leaves_by_path():
 def test_two_leaves_of_one_path():
   with pytest.raises(ValueError, match='same path'):
     leaves.by_path({'a': {'b': 1}, 'a/b': 2})
+
+
+def test_rows_of_trees_with_other_leaves():
+  params = {'linear': {'w': np.ones((2, 3)), 'b': np.ones(3)}}
+  masks = {'linear': {'w': np.ones((2, 3), bool), 'b': None}}
+  with pytest.raises(ValueError, match='same leaves.* they have 2, 1 leaves'):
+    leaves.weight_rows(params, leaves.is_weight, masks)

@@ -33,8 +33,9 @@ def summarise(results: Sequence[Row]) -> list[Row]:
   Args:
     results: one dict per setting: 'method', 'distribution', 'sparsity',
       'recipe' (a dict of 'alpha' and what else it is trained with), the lists
-      'test_accuracy' and 'valid_accuracy' over seeds, and 'inference_flops' and
-      'training_flops' relative to a dense network.
+      'test_accuracy' and 'valid_accuracy' over seeds, 'sign_changes', the share
+      of the weights in use, and 'inference_flops' and 'training_flops' relative
+      to a dense network.
 
   Returns:
     The same with 'mean' and 'std' of the test accuracy, and 'chosen': whether
@@ -112,6 +113,16 @@ def flops_table(rows: Sequence[Row]) -> str:
   )
 
 
+def sign_table(rows: Sequence[Row]) -> str:
+  """Weights in use whose sign is not that of the initialisation, in percent."""
+  return _table(
+    rows,
+    ['method', 'distribution', 'alpha'],
+    lambda r: (r['method'], _distribution(r), f'{r["recipe"]["alpha"]:g}'),
+    lambda r: f'{100 * r["sign_changes"]:.1f}',
+  )
+
+
 def curves(
   rows: Sequence[Row], distribution: str
 ) -> dict[str, dict[str, list[float]]]:
@@ -144,6 +155,8 @@ def write(
   print(
     f'\nTest accuracy (%) at each percentage of weights removed{spread}:'
     f'\n\n{accuracy_table(rows)}'
+    '\n\nWeights in use whose sign is not that of the initialisation (%):'
+    f'\n\n{sign_table(rows)}'
     '\n\nOperations at inference / of training, relative to dense:'
     f'\n\n{flops_table(rows)}'
     f'\n\nIn {out_dir}: summary.json, {", ".join(names)}'

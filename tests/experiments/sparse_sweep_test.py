@@ -66,6 +66,7 @@ def test_run_ends_at_its_sparsity(method, make, settings, data):
   kept = 1.0 if method == 'dense' else round(0.1 * _SIZE) / _SIZE
   np.testing.assert_allclose(result['inference_flops'], kept, rtol=1e-5)
   assert len(result['test_accuracy']) == 2
+  assert 0 <= result['sign_changes'] < 0.5
   if method == 'dense':
     assert result['test_accuracy'] == result['valid_accuracy'] == [1.0, 1.0]
 
@@ -171,6 +172,7 @@ def _result(method, sparsity, alpha, test, distribution='erk'):
     'seeds': len(test),
     'test_accuracy': test,
     'valid_accuracy': test,
+    'sign_changes': sparsity / 2,
     'inference_flops': 1 - sparsity,
     'training_flops': (1 - sparsity) / 2,
   }
@@ -212,6 +214,8 @@ def test_tables_by_hand():
     ['set', 'uniform', '1', '80.00'],
   ]
   assert '0.100 / 0.050' in sweep_report.flops_table(rows)
+  lines = [line.split() for line in sweep_report.sign_table(rows).split('\n')]
+  assert lines[3] == ['rigl', 'erk', '1', '25.0', '45.0']
 
 
 def test_curves_of_a_distribution():
