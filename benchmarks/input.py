@@ -4,14 +4,17 @@
 
 Training decodes the next batches in processes of its own, and moves one to the
 device while a step runs, so that both together should be as fast as the slower
-of the two. On a CPU they share the cores, and are slower than either; a small
-network (--network=lenet_5 --batch=64 --image_size=64) shows that it runs. The
-images are JPEGs of noise under large shapes, which this script makes;
-photographs of the same size take about as long to decode.
+of the two. On a CPU they share the cores, and are slower than either. --apart
+gives one core to the step and the others to the processes that decode, as if
+the first were an accelerator; a small network (--network=lenet_5 --batch=64
+--image_size=64) then shows what the loop itself costs. The images are JPEGs of
+noise under large shapes, which this script makes; photographs of the same size
+take about as long to decode.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -53,6 +56,15 @@ def speed(take: Callable[[], object], images: int, seconds: float) -> float:
   return done / passed
 
 
+@contextlib.contextmanager
+def started_on(cores: Collection[int]) -> Iterator[None]:
+  """Keeps threads and processes that start in the block on some cores."""
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  yield
+  os.sched_setaffinity(0, before)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--network', default='resnet50')
@@ -60,8 +72,20 @@ def main() -> None:
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument('--images', type=int, default=2_000, help='JPEGs made.')
   parser.add_argument('--seconds', type=float, default=30, help='Each takes.')
-  parser.add_argument('--workers', type=int, default=os.cpu_count() or 1)
+  parser.add_argument('--workers', type=int, help='Default: a core for each.')
+  parser.add_argument(
+    '--apart', action='store_true', help='The step has a core of its own.'
+  )
   args = parser.parse_args()
+  cores = sorted(os.sched_getaffinity(0))
+  if args.apart and len(cores) == 1:
+    parser.error('--apart needs two cores.')
+  others = cores[1:] if args.apart else cores
+  workers = len(others) if args.workers is None else args.workers
+  if args.apart:
+    with started_on(cores[:1]):
+      jax.devices()  # Starts the threads that compute.
+    os.sched_setaffinity(0, others)
   with tempfile.TemporaryDirectory() as place:
     make_folder(pathlib.Path(place), args.images, 375, 500)
     flags = [
@@ -75,7 +99,7 @@ def main() -> None:
       f'--network={args.network}',
       f'--batch_size={args.batch}',
       f'--image_size={args.image_size}',
-      f'--num_workers={args.workers}',
+      f'--num_workers={workers}',
     ]
     settings = config.parse(sparse_training.Settings, flags, presets.PRESETS)
     data = problem_lib.load(settings)
@@ -88,7 +112,7 @@ def main() -> None:
       batch_size=args.batch,
       image_size=args.image_size,
       seed=0,
-      num_workers=args.workers,
+      num_workers=workers,
     )
     decoding = speed(lambda: next(stream), args.batch, args.seconds)
     # What is shared with workers ends with them.
@@ -115,8 +139,8 @@ def main() -> None:
     both = speed(take_both, args.batch * chunk, args.seconds)
     feed.close()
   print(
-    f'{jax.device_count()} x {jax.devices()[0].device_kind}, {args.workers}'
-    f' processes on {os.cpu_count()} cores, jax {jax.__version__},'
+    f'{jax.device_count()} x {jax.devices()[0].device_kind}, {workers}'
+    f' processes on {len(others)} cores, jax {jax.__version__},'
     f' {args.network}, batches of {args.batch} images of {args.image_size} x'
     f' {args.image_size}'
   )

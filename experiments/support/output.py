@@ -28,6 +28,7 @@ import tqdm
 
 from experiments.support import config
 from experiments.support import events
+from powerprop_jax import paths
 from powerprop_jax.training import devices
 
 _LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
@@ -64,8 +65,11 @@ def folder(path: str) -> epath.Path:
 
   Returns:
     The path, with ~ expanded.
+
+  Raises:
+    ValueError: if the package that reads such an address is not installed.
   """
-  return epath.Path(path).expanduser()
+  return paths.resolve(path)
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -228,23 +232,25 @@ def opened(
     config.Refused: if it cannot be used, is in use, or holds an experiment with
       other settings; the message lists the differences.
   """
-  path, first = folder(out_dir), jax.process_index() == 0
+  first = jax.process_index() == 0
   wanted = {'binary': binary, 'settings': settings, **environment()}
   wanted = json.loads(json.dumps(wanted, allow_nan=False))
   with contextlib.ExitStack() as stack:
-    error = None
+    path = error = None
     try:
+      path = folder(out_dir)
       path.mkdir(parents=True, exist_ok=True)
       if first:
         stack.enter_context(_locked(path))
         _check_kinds(path)
       _check_config(path, wanted)
-    except (OSError, ImportError) as e:
-      error = config.Refused(f'--out_dir={out_dir} cannot be used: {e}')
     except config.Refused as e:
       error = e
+    except (OSError, ValueError) as e:
+      error = config.Refused(f'--out_dir={out_dir} cannot be used: {e}')
     if devices.any_host(error is not None):
       raise error or config.Refused('another host has refused --out_dir.')
+    assert path is not None
     if first:
       try:
         write_json(path / 'config.json', wanted)
@@ -294,7 +300,8 @@ class Metrics:
     # What is no text is no metrics either, and is left out with its line.
     read = path.read_bytes() if path.exists() else b''
     lines = read.decode(errors='replace').splitlines()
-    write_text(path, ''.join(f'{line}\n' for line in lines if kept(line)))
+    self._text = ''.join(f'{line}\n' for line in lines if kept(line))
+    write_text(path, self._text)
     if events.installed() and not is_remote(path):
       self._events = pathlib.Path(path).parent / 'events'
       events.forget(self._events, lambda step: keep({'step': step}))
@@ -316,8 +323,13 @@ class Metrics:
     """
     line = json.dumps(metrics) + '\n'
     with self._turn:
-      with self._path.open('a') as file:
-        file.write(line)
+      if is_remote(self._path):
+        # Buckets cannot append, and what reads them would overwrite the file.
+        self._text += line
+        write_text(self._path, self._text)
+      else:
+        with self._path.open('a') as file:
+          file.write(line)
       if self._events is None:
         return
       others = {k: v for k, v in metrics.items() if k not in ('run', 'step')}

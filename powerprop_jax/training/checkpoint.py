@@ -162,7 +162,8 @@ def open_manager(
   """Opens a folder of checkpoints, and makes it where there is none.
 
   Args:
-    directory: the folder, of its own; local, or the address of a bucket.
+    directory: the folder, of its own; local, or an address that starts with
+      gs://.
     config: what must be equal for a run to go on from a checkpoint, such as the
       program, the network, the method and alpha; of values that JSON holds.
     keep: how many checkpoints to keep, the newest ones.
@@ -174,8 +175,8 @@ def open_manager(
 
   Raises:
     ValueError: if keep < 1, if the configuration cannot be stored or compared,
-      or if a folder in the directory has a number for a name and is no
-      checkpoint.
+      if the directory is an address of another kind, or if a folder in it has a
+      number for a name and is no checkpoint.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -192,6 +193,12 @@ def open_manager(
   directory = paths.resolve(directory)
   if '://' not in os.fspath(directory):
     directory = directory.absolute()  # Orbax takes no other.
+  elif not os.fspath(directory).startswith('gs://'):
+    # Orbax would say so at the first checkpoint, when hours may be lost.
+    raise ValueError(
+      f'{directory}: checkpoints can be written to local folders and to'
+      ' addresses that start with gs://, and to no others.'
+    )
   directory.mkdir(parents=True, exist_ok=True)
   for path in directory.glob('*'):
     if _STEP.fullmatch(path.name) and not _is_step(path):

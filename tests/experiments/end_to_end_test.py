@@ -1,8 +1,12 @@
-"""`--preset=imagenet` at small size, from a folder of JPEGs to exported files.
+"""`--preset=imagenet` at small size, from JPEGs to exported files.
 
-`_train` runs in two processes with two devices each.
+`_train` runs in two processes with two devices each. Half of the methods read
+the JPEGs from a folder, and half from a TFDS set that has the name, the
+features and the format of ImageNet's.
 """
 
+import gc
+import io
 import json
 import os
 import pathlib
@@ -16,6 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments import export_model
 from experiments import sparse_training
@@ -28,9 +33,17 @@ from experiments.support import trained
 from powerprop_jax.models import networks
 from powerprop_jax.training import checkpoint
 
-# Of the others `sparse_training_test` trains a network of its own.
-_METHODS = ('rigl',)
-_KILLED_AT = 12  # By an evaluation that is written, and no checkpoint.
+# By method. The last is killed in the middle, which ends the program; those
+# before it are asked to stop there.
+_DATASETS = {
+  'top_kast': 'imagenet2012',
+  'magnitude': 'folder',
+  'acdc': 'imagenet2012',
+  'rigl': 'folder',
+}
+_KILLED = 'rigl'
+_COUNTS = {'train': 36, 'validation': 12}
+_ENDED_AT = 12  # An evaluation is written by then, and not yet its checkpoint.
 
 
 def _tiny(images, is_training, num_classes, cross_replica_axis=None):
@@ -40,17 +53,53 @@ def _tiny(images, is_training, num_classes, cross_replica_axis=None):
   return hk.Linear(num_classes, name='logits')(x)
 
 
-def _write_images(root):
-  """Images of two classes, of which one is darker than the other."""
+def _images(split):
+  """JPEGs with their labels: of two classes one is darker than the other."""
   rng = np.random.default_rng(0)
-  for split, count in (('train', 18), ('val', 6)):
-    for label in (0, 1):
-      place = root / split / f'class_{label}'
-      place.mkdir(parents=True)
-      for i in range(count):
-        pixels = rng.integers(128, size=[24, 20 + i, 3], dtype=np.uint8)
-        image = Image.fromarray(pixels + np.uint8(20 * label))
-        image.save(place / f'{i}.jpeg')
+  for i in range(_COUNTS[split]):
+    label = i % 2
+    pixels = rng.integers(128, size=[24, 20 + i // 2, 3], dtype=np.uint8)
+    image = Image.fromarray(pixels + np.uint8(20 * label))
+    image.save(file := io.BytesIO(), 'jpeg')
+    yield label, file.getvalue()
+
+
+def _write_folder(root):
+  for split, folder in (('train', 'train'), ('validation', 'val')):
+    for i, (label, data) in enumerate(_images(split)):
+      place = root / folder / f'class_{label}'
+      place.mkdir(parents=True, exist_ok=True)
+      (place / f'{i}.jpeg').write_bytes(data)
+
+
+class _ImageNet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A set that TFDS writes as it writes ImageNet, without TensorFlow."""
+
+  name = 'imagenet2012'
+  VERSION = tfds.core.Version('5.1.0')
+
+  def _info(self):
+    features = {
+      'image': tfds.features.Image(encoding_format='jpeg'),
+      'label': tfds.features.ClassLabel(names=['dark', 'light']),
+      'file_name': tfds.features.Text(),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(split) for split in _COUNTS}
+
+  def _generate_examples(self, split):
+    for i, (label, data) in enumerate(_images(split)):
+      name = f'{split}_{i}.JPEG'
+      image = io.BytesIO(data)
+      yield name, {'image': image, 'label': label, 'file_name': name}
+
+
+def _data_dir(root, method):
+  return root / _DATASETS[method]
 
 
 def _settings(root, method, out_dir):
@@ -60,8 +109,8 @@ def _settings(root, method, out_dir):
       '--preset=imagenet',
       f'--method={method}',
       '--sparsity=0.8',
-      '--dataset=folder',
-      f'--data_dir={root / "data"}',
+      f'--dataset={_DATASETS[method]}',
+      f'--data_dir={_data_dir(root, method)}',
       f'--out_dir={root / out_dir}',
       '--network=tiny',
       '--image_size=16',
@@ -80,26 +129,36 @@ def _settings(root, method, out_dir):
   )
 
 
-def _train(root, address, index, killed):
-  """Trains by all methods; the first run is killed in the middle."""
+class _Ending(output.Metrics):
+  """Ends a run in the middle."""
+
+  signal = signal.SIGTERM
+
+  def __call__(self, metrics, histograms=None):
+    super().__call__(metrics, histograms)
+    if metrics['step'] == _ENDED_AT and 'sparsity' in metrics:
+      os.kill(os.getpid(), self.signal)
+
+
+def _train(root, address, index, ended):
+  """Trains by all methods, until the middle or from there on."""
+  gc.freeze()  # Streams collect garbage, which is not among what is imported.
   jax.distributed.initialize(address, 2, index)
   networks.NETWORKS['tiny'] = _tiny
   assert (jax.local_device_count(), jax.device_count()) == (2, 4)
-  if killed:
-
-    class Killing(output.Metrics):
-      def __call__(self, metrics, histograms=None):
-        super().__call__(metrics, histograms)
-        if metrics['step'] == _KILLED_AT and 'sparsity' in metrics:
-          os.kill(os.getpid(), signal.SIGKILL)
-
-    output.Metrics = Killing
-  for method in _METHODS:
+  if ended:
+    output.Metrics = _Ending
+    for method in _DATASETS:
+      if method == _KILLED:
+        _Ending.signal = signal.SIGKILL
+      with pytest.raises(SystemExit, match='130'):
+        sparse_training.main(_settings(root, method, method))
+  for method in _DATASETS:
     sparse_training.main(_settings(root, method, method))
-  sparse_training.main(_settings(root, _METHODS[0], 'whole'))
+  sparse_training.main(_settings(root, _KILLED, 'whole'))
 
 
-def _start(root, killed):
+def _start(root, ended):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     address = f'localhost:{s.getsockname()[1]}'
@@ -117,7 +176,7 @@ def _start(root, killed):
     with (root / f'errors_{i}').open('w') as errors:
       processes.append(
         subprocess.Popen(
-          [*command, root, address, str(i), killed],
+          [*command, root, address, str(i), ended],
           env=environment,
           stdout=subprocess.DEVNULL,
           stderr=errors,
@@ -130,7 +189,7 @@ def _end(root, processes):
   """Waits for both: one that has failed leaves the other waiting for it."""
   try:
     for process in processes:
-      process.wait(timeout=300)
+      process.wait(timeout=600)
   finally:
     for process in processes:
       process.kill()
@@ -152,30 +211,35 @@ def _events(path):
 
 
 @pytest.mark.slow
-def test_runs_are_killed_go_on_and_are_exported(tmp_path, monkeypatch):
-  _write_images(tmp_path / 'data')
-  first, other = _start(tmp_path, 'killed')
+def test_runs_are_ended_go_on_and_are_exported(tmp_path, monkeypatch):
+  _write_folder(tmp_path / 'folder')
+  _ImageNet(
+    data_dir=tmp_path / 'imagenet2012', file_format='array_record'
+  ).download_and_prepare()
+  first, other = _start(tmp_path, 'ended')
   errors = _end(tmp_path, [first])
   assert first.returncode == -signal.SIGKILL, errors
   other.kill()
   other.wait()
-  steps = [x['step'] for x in _lines(tmp_path / 'rigl') if 'sparsity' in x]
-  assert steps == [4, 8, _KILLED_AT]
+  for method in _DATASETS:
+    steps = [x['step'] for x in _lines(tmp_path / method) if 'sparsity' in x]
+    assert steps == [4, 8, _ENDED_AT]
   processes = _start(tmp_path, '')
   errors = _end(tmp_path, processes)
   assert [process.returncode for process in processes] == [0, 0], errors
 
+  monkeypatch.setitem(networks.NETWORKS, 'tiny', _tiny)
   summaries = {
     name: json.loads((tmp_path / name / 'summary.json').read_text())
-    for name in (*_METHODS, 'whole')
+    for name in (*_DATASETS, 'whole')
   }
-  assert summaries['rigl']['fingerprint'] == summaries['whole']['fingerprint']
-  assert len({x['fingerprint'] for x in summaries.values()}) == len(_METHODS)
-  assert _lines(tmp_path / 'rigl') == _lines(tmp_path / 'whole')
-  assert _events(tmp_path / 'rigl') == _events(tmp_path / 'whole')
+  fingerprints = {name: x['fingerprint'] for name, x in summaries.items()}
+  assert fingerprints[_KILLED] == fingerprints['whole']
+  assert len({*fingerprints.values()}) == len(_DATASETS)
+  assert _lines(tmp_path / _KILLED) == _lines(tmp_path / 'whole')
+  assert _events(tmp_path / _KILLED) == _events(tmp_path / 'whole')
 
-  monkeypatch.setitem(networks.NETWORKS, 'tiny', _tiny)
-  for method in _METHODS:
+  for method in _DATASETS:
     path = tmp_path / method
     measured = {x['step']: x for x in _lines(path) if 'sparsity' in x}
     assert [*measured] == [4, 8, 12, 16]
@@ -193,7 +257,9 @@ def test_runs_are_killed_go_on_and_are_exported(tmp_path, monkeypatch):
     }
     best = max(measured, key=lambda t: (measured[t][evaluation.BEST], t))
     assert checkpoint.load(path / 'checkpoints', evaluation.BEST).step == best
-    network = trained.load(str(path), str(tmp_path / 'data'), best=True)
+    network = trained.load(
+      str(path), str(_data_dir(tmp_path, method)), best=True
+    )
     assert isinstance(network, trained.Network)
     assert network.alpha == 1.375
     _, found = export_model.write_network(

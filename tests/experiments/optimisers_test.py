@@ -34,6 +34,26 @@ def test_weight_decay_acts_on_theta():
 
 
 @pytest.mark.parametrize(
+  ('schedule', 'factors'),
+  [
+    ('constant', [1, 1, 1, 1, 1]),
+    ('steps', [1, 0.1, 0.1, 0.01, 0.001]),
+    ('cosine', (1 + np.cos(np.pi * np.array([29, 30, 50, 75, 80]) / 100)) / 2),
+  ],
+)
+def test_the_rate_falls(schedule, factors):
+  settings = optimisers.Settings(schedule=schedule, warmup_steps=10)
+  rate = optimisers.learning_rate(settings, 100)
+  found = [rate(t) for t in (29, 30, 50, 75, 80)]
+  np.testing.assert_allclose(found, 0.1 * np.array(factors), 1e-5)
+
+
+def test_the_rate_warms_up():
+  updates = _update(3, schedule='steps', warmup_steps=10)
+  np.testing.assert_allclose(updates, -0.1 * 0.3 * np.array([4, 3]), 1e-5)
+
+
+@pytest.mark.parametrize(
   ('schedule', 'step', 'factor'),
   [
     ('constant', 80, 1.0),

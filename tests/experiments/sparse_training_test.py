@@ -359,6 +359,27 @@ def test_bfloat16_activations_leave_the_parameters_alone(small_data, tmp_path):
   assert loss != expected
 
 
+def test_extended_training_stretches_all_that_is_counted_in_steps():
+  settings = settings_of(
+    '--steps=100',
+    '--steps_multiplier=2.5',
+    '--warmup_steps=10',
+    '--phi_decay_warmup_steps=20',
+    '--update_start=30',
+    '--update_stop=60',
+    '--update_every=7',
+  )
+  wanted = {
+    'steps': 250,
+    'warmup_steps': 25,
+    'phi_decay_warmup_steps': 50,
+    'update_start': 75,
+    'update_stop': 150,
+    'update_every': 7,
+  }
+  assert {name: getattr(settings, name) for name in wanted} == wanted
+
+
 # --- presets ------------------------------------------------------------------
 
 
