@@ -20,11 +20,42 @@ from powerprop_jax import extras
 
 _NUMBER = itertools.count()
 _HEADER, _FOOTER = 12, 4  # Bytes of a record before and after its event.
+# The section of TensorBoard of what is not of the training batches.
+_SECTIONS = {
+  'dead_units': 'masks',
+  'explored': 'masks',
+  'sign_changes': 'masks',
+  'learning_rate': 'optimiser',
+  'gradient_norm': 'optimiser',
+  'update_norm': 'optimiser',
+  'steps_per_second': 'speed',
+  'images_per_second': 'speed',
+}
 
 
 def installed() -> bool:
   """Whether event files can be written: whether tensorboardX is installed."""
   return importlib.util.find_spec('tensorboardX') is not None
+
+
+def tag(name: str) -> str:
+  """The tag of a metric, of which the first word is a section of TensorBoard.
+
+  >>> tag('loss'), tag('valid_loss'), tag('sparsity/linear/w')
+  ('train/loss', 'valid/loss', 'sparsity/linear/w')
+
+  Args:
+    name: of the metric, as metrics.jsonl has it.
+
+  Returns:
+    The tag.
+  """
+  split, _, rest = name.partition('_')
+  if '/' in name:
+    return name
+  if split in ('valid', 'test'):
+    return f'{split}/{rest}'
+  return f'{_SECTIONS.get(name, "train")}/{name}'
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, Any]]:
@@ -106,15 +137,15 @@ class Writer:
 
     Args:
       step: the step.
-      scalars: numbers by tag.
+      scalars: numbers by name.
       histograms: arrays by tag, whose distributions are written.
     """
     from tensorboardX import summary
     from tensorboardX.proto import event_pb2
 
-    found = [summary.scalar(tag, x) for tag, x in scalars.items()]
+    found = [summary.scalar(tag(name), x) for name, x in scalars.items()]
     found += [
-      summary.histogram(tag, x, 'auto', 64) for tag, x in histograms.items()
+      summary.histogram(name, x, 'auto', 64) for name, x in histograms.items()
     ]
     for one in found:
       event = event_pb2.Event(  # pyright: ignore[reportAttributeAccessIssue]

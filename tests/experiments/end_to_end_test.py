@@ -247,13 +247,13 @@ def test_runs_are_ended_go_on_and_are_exported(tmp_path, monkeypatch):
       0.8, abs=0.01
     )
     assert {tag for _, tag, _ in _events(path)} >= {
-      'loss',
-      'gradient_norm',
-      'update_norm',
-      'learning_rate',
-      'sign_changes',
+      'train/loss',
+      'optimiser/gradient_norm',
+      'optimiser/update_norm',
+      'optimiser/learning_rate',
+      'masks/sign_changes',
       'sparsity/logits/w',
-      'valid_accuracy',
+      'valid/accuracy',
     }
     best = max(measured, key=lambda t: (measured[t][evaluation.BEST], t))
     assert checkpoint.load(path / 'checkpoints', evaluation.BEST).step == best

@@ -244,7 +244,11 @@ def test_events_are_what_the_lines_are(tmp_path):
     write({'run': 'a', 'step': step, 'loss': 0.5, 'name': 'x', 'on': True})
   write({'run': 'b', 'step': 0, 'sparsity': {'total': 1, 'w': 0.25}})
   # They are on the disk before the file is closed, as if it had been killed.
-  assert found('a') == [(0, 'loss', 0.5), (1, 'loss', 0.5), (2, 'loss', 0.5)]
+  assert found('a') == [
+    (0, 'train/loss', 0.5),
+    (1, 'train/loss', 0.5),
+    (2, 'train/loss', 0.5),
+  ]
   assert found('b') == [(0, 'sparsity/total', 1.0), (0, 'sparsity/w', 0.25)]
   write.close('a')
   write.close()
@@ -254,10 +258,10 @@ def test_events_are_what_the_lines_are(tmp_path):
   write = output.Metrics(
     path, lambda line: line.get('run') == 'a' and line['step'] != 1
   )
-  assert (found('a'), found('b')) == ([(0, 'loss', 0.5)], [])
+  assert (found('a'), found('b')) == ([(0, 'train/loss', 0.5)], [])
   write({'run': 'a', 'step': 3, 'loss': 1.0}, {'in_use': np.zeros(3)})
   write.close()
-  assert found('a') == [(0, 'loss', 0.5), (3, 'loss', 1.0)]
+  assert found('a') == [(0, 'train/loss', 0.5), (3, 'train/loss', 1.0)]
   assert [x['step'] for x in _lines(path)] == [0, 2, 3]
 
 

@@ -766,7 +766,7 @@ def test_evaluations_tell_what_the_network_is(small_data, tmp_path):
   for line in (steps[-1], last):
     assert {
       tag for step, tag, _ in _events(tmp_path / 'watched') if step == 12
-    } >= {k for k in line if k not in ('step', 'sparsity')}
+    } >= {events.tag(k) for k in line if k not in ('step', 'sparsity')}
   values = {t: x for s, t, x in _events(tmp_path / 'watched') if s == 12}
   assert values['sparsity/total'] == pytest.approx(0.5)
 
