@@ -63,7 +63,8 @@ def test_the_transformer_learns_to_read_on_one_device_and_on_eight(capsys):
     assert f'{bits} bits' in out
 
   script = 'from examples import sharded; print(sharded.main(8, 0.5))'
-  flags = '--xla_force_host_platform_device_count=8'
+  flags = os.environ['XLA_FLAGS']
+  flags += ' --xla_force_host_platform_device_count=8'
   done = subprocess.run(
     [sys.executable, '-W', 'error', '-c', script],
     cwd=_FOLDER.parent,

@@ -383,7 +383,8 @@ def _start(tmp_path, *arguments, devices=1):
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': os.environ['XLA_FLAGS']
+    + f' --xla_force_host_platform_device_count={devices}',
   }
   quick = [f'--{k}={v}' for k, v in (_QUICK | {'batch_size': 40}).items()]
   command = [sys.executable, '-W', 'error', '-m']

@@ -94,7 +94,8 @@ def start(_cache):
   """Starts the binary."""
 
   def start(*args, count=1):
-    options = f'--xla_force_host_platform_device_count={count}'
+    options = os.environ['XLA_FLAGS']
+    options += f' --xla_force_host_platform_device_count={count}'
     module = 'experiments.sparse_training'
     return subprocess.Popen(
       [sys.executable, '-W', 'error', '-m', module, *args],
