@@ -19,6 +19,9 @@ class Path(str):
   Haiku and Flax name their leaves by what they are (`w`, `kernel`, `scale`).
   Equinox calls the weight of a `Linear` and of a `LayerNorm` alike, so the name
   alone cannot tell them apart and the class has to.
+
+  >>> Path('linear/w').owner is None
+  True
   """
 
   owner: type | None = None
@@ -58,6 +61,11 @@ class Axes(NamedTuple):
     inputs: the dimensions of the inputs of one unit. In a grouped or depthwise
       convolution these are the inputs of one group.
     outputs: the dimensions of the units.
+
+  >>> kernel = Axes(stack=(), inputs=(2,), outputs=(3,))  # Of a convolution.
+  >>> shape = (3, 3, 64, 32)
+  >>> [shape[axis] for axis in kernel.inputs]
+  [64]
   """
 
   stack: tuple[int, ...]
@@ -75,6 +83,10 @@ class Split(NamedTuple):
   Attributes:
     images: uint8 [n, height, width, channels].
     labels: int32 [n].
+
+  >>> part = Split(np.zeros((2, 28, 28, 1), np.uint8), np.array([3, 7]))
+  >>> part.labels.tolist()
+  [3, 7]
   """
 
   images: np.ndarray

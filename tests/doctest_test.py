@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -22,3 +23,56 @@ def test_examples(name):
   flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
   failed, _ = doctest.testmod(module, optionflags=flags)
   assert not failed
+
+
+# Made by functions, whose examples show them, and not by their users.
+_RESULTS = {
+  'continual.efficient_packnet.Choice',
+  'continual.ewc.Anchor',
+  'continual.layouts.Layout',
+  'continual.memory.Memory',
+  'continual.memory.Task',
+  'continual.search.Found',
+  'continual.search.Ranking',
+  'export.format.Found',
+  'export.format.Leaf',
+  'export.format.Section',
+  'export.format.Sizes',
+  'export.model.Model',
+  'power.Description',
+  'power.PowerTransform',
+  'sparse.sparsify.Sparse',
+  'sparse.sparsify.SparseState',
+  'training.checkpoint.Checkpoint',
+  'training.checkpoint.Manager',
+  'training.step.TrainState',
+  'transforms.DecayPhiState',
+  'transforms.PowerpropState',
+}
+_NOTHING_TO_SHOW = {
+  'sparse.schedules.Cadence',  # A protocol; the functions beside it have it.
+  'training.loop.Diverged',  # An exception without fields.
+  'training.loop.Interrupted',  # Likewise.
+}
+
+
+def _public(name):
+  """What a module defines under a public name: functions and classes."""
+  module = importlib.import_module(name)
+  short = name.removeprefix(f'{powerprop_jax.__name__}.')
+  for attribute, value in vars(module).items():
+    here = getattr(value, '__module__', None) == name
+    if here and not attribute.startswith('_') and callable(value):
+      yield f'{short}.{attribute}', value
+
+
+def test_every_public_function_has_an_example():
+  """So has every class that users of the package construct."""
+  found = dict(item for name in _MODULES for item in _public(name))
+  assert 'power.psi' in found and 'sparse.masks.Masks' in found
+  without = {
+    name
+    for name, value in found.items()
+    if '>>> ' not in (inspect.getdoc(value) or '')
+  }
+  assert without == _RESULTS | _NOTHING_TO_SHOW

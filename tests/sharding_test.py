@@ -1,5 +1,6 @@
 """The transforms of sharded parameters, on eight devices of a CPU."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -76,9 +77,11 @@ def test_transforms_keep_the_sharding_of_every_leaf(kind):
   done = subprocess.run(
     [sys.executable, '-W', 'error', '-c', textwrap.dedent(_SCRIPT % kind)],
     cwd=_ROOT,
-    env={
+    env=os.environ
+    | {
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+      'XLA_FLAGS': os.environ['XLA_FLAGS']
+      + ' --xla_force_host_platform_device_count=8',
       'PYTHONPATH': str(_ROOT),
     },
     capture_output=True,

@@ -46,6 +46,23 @@ class Benchmark(NamedTuple):
     part: maps t and 'train', 'valid' or 'test' to that part of task t alone.
       To evaluate earlier tasks takes their test parts only.
     size: maps the same to the number of its examples, and does not make it.
+
+  >>> import numpy as np
+  >>> from powerprop_jax.continual import benchmarks
+  >>> from powerprop_jax.data import in_memory
+  >>> part = in_memory.Split(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5) % 2)
+  >>> task = in_memory.Dataset('tiny', part, part, part, num_classes=2)
+  >>> benchmark = benchmarks.Benchmark(
+  ...   name='twice',
+  ...   num_tasks=2,
+  ...   num_classes=2,
+  ...   input_shape=(2, 2, 1),
+  ...   task=lambda t: task,
+  ...   part=lambda t, name: getattr(task, name),
+  ...   size=lambda t, name: 5,
+  ... )
+  >>> len(benchmark.part(1, 'test').labels) == benchmark.size(1, 'test')
+  True
   """
 
   name: str

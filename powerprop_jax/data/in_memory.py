@@ -52,6 +52,11 @@ class Dataset(NamedTuple):
       stop.
     test: for the final report only.
     num_classes: labels are 0 to num_classes - 1.
+
+  >>> part = Split(np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 1]))
+  >>> data = Dataset('mine', train=part, valid=part, test=part, num_classes=2)
+  >>> data.train.images.shape
+  (2, 28, 28, 1)
   """
 
   name: str

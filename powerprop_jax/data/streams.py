@@ -59,6 +59,12 @@ class Example(NamedTuple):
     data: the bytes of the file: JPEG, PNG or what else PIL reads.
     label: the class.
     name: where it came from, for messages.
+
+  >>> from PIL import Image
+  >>> Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
+  >>> example = Example(file.getvalue(), label=3, name='black.png')
+  >>> example.data[1:4], example.label
+  (b'PNG', 3)
   """
 
   data: bytes
@@ -75,6 +81,10 @@ class Source(NamedTuple):
     num_classes: the number of classes.
     identity: what is known of all examples without reading them, such as their
       names and labels; a part of `fingerprint`.
+
+  >>> source = Source(lambda i: Example(b'', i % 2, f'{i}.png'), 100, 2)
+  >>> source.read(7).name, source.size, source.num_classes
+  ('7.png', 100, 2)
   """
 
   read: Callable[[int], Example]

@@ -175,6 +175,12 @@ def layer_flops(
   Raises:
     ValueError: if there are no args, or products whose number is not known
       before they run, as in a `jax.lax.while_loop`.
+
+  >>> def apply(params, images):
+  ...   return images @ params['w'] + params['b']
+  >>> params = {'w': np.zeros((784, 10)), 'b': np.zeros(10)}
+  >>> layer_flops(apply, params, np.zeros((1, 784)))
+  {'w': 15680.0}
   """
   if not jax.tree.leaves(args):
     raise ValueError(
@@ -207,6 +213,10 @@ def inference_flops(
 
   Raises:
     ValueError: if a layer's density is missing or outside [0, 1].
+
+  >>> layers = {'conv': 1000.0, '(activations)': 10.0}
+  >>> inference_flops(layers, {'conv': 0.1})
+  {'conv': 100.0, '(activations)': 10.0}
   """
   paths = jax.tree.leaves(leaves.map_with_path(lambda path, _: path, densities))
   by_path = {
@@ -236,6 +246,9 @@ def training_flops(inference: float) -> float:
 
   Returns:
     Operations, multiply-adds counted as two.
+
+  >>> training_flops(100.0)
+  300.0
   """
   return 3.0 * inference
 
@@ -259,6 +272,9 @@ def rigl_training_flops(
 
   Raises:
     ValueError: if update_every is below 1.
+
+  >>> rigl_training_flops(dense=1000.0, sparse=100.0, update_every=99)
+  309.0
   """
   if update_every < 1:
     raise ValueError(f'update_every must be at least 1, got {update_every}.')
@@ -279,5 +295,8 @@ def top_kast_training_flops(forward: float, backward: float) -> float:
 
   Returns:
     Operations, multiply-adds counted as two.
+
+  >>> top_kast_training_flops(forward=100.0, backward=500.0)
+  700.0
   """
   return 2.0 * forward + backward

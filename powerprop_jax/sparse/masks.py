@@ -41,6 +41,11 @@ class Masks(NamedTuple):
   Attributes:
     forward: the weights in use, theta_used = where(forward, psi(phi), 0).
     backward: the parameters an update moves, phi += where(backward, update, 0).
+
+  >>> mask = {'w': jnp.array([True, False]), 'b': jnp.array([True])}
+  >>> masks = Masks(forward=mask, backward=mask)
+  >>> apply_mask({'w': jnp.ones(2), 'b': jnp.ones(1)}, masks.forward)['w']
+  Array([1., 0.], dtype=float32)
   """
 
   forward: types.Mask
@@ -60,6 +65,9 @@ class NOfM:
     n: how many of each group are kept, from 0 to m; static or traced.
     m: the size of a group, which divides the length of the axis.
     axis: the axis along which the groups lie, from 0.
+
+  >>> num_entries(NOfM(n=2, m=4, axis=0), (8, 3))  # 6 groups of 4 neighbours.
+  12
   """
 
   n: int | jax.Array

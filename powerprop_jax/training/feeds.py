@@ -50,6 +50,16 @@ class Feed(NamedTuple):
       more than 100 classes, `top5`; of a network as one device holds it. `seen`
       is told of every batch how many examples were evaluated until then.
     close: ends what runs in the background.
+
+  >>> feed = Feed(
+  ...   advance=lambda state, start, stop: (state + stop - start, {}),
+  ...   batches=lambda step, n: [step] * n,
+  ...   sizes={'test': 4},
+  ...   evaluate=lambda theta, model_state, split, seen: {'accuracy': theta},
+  ...   close=lambda: None,
+  ... )
+  >>> feed.accuracy(theta=0.5, model_state={})
+  {'test_accuracy': 0.5}
   """
 
   advance: loop.Advance[State]
@@ -222,6 +232,24 @@ def in_memory(
 
   Returns:
     A `Feed`.
+
+  >>> import jax
+  >>> from powerprop_jax.data import in_memory
+  >>> from powerprop_jax.training import feeds
+  >>> images = np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1)
+  >>> part = in_memory.Split(images, np.arange(4))
+  >>> data = in_memory.Dataset('tiny', part, part, part, num_classes=4)
+  >>> def step(seen, batch):
+  ...   return seen.at[batch[1]].add(1), {'loss': batch[1].mean()}
+  >>> def apply(theta, model_state, key, images, is_training):
+  ...   return theta * jax.nn.one_hot(images.ravel(), 4), model_state
+  >>> feed = feeds.in_memory(
+  ...   data, step, apply, prepare=lambda key, images, is_training: images,
+  ...   batch_size=2, key=jax.random.key(0), axis=None,
+  ... )
+  >>> seen, _ = feed.advance(jax.numpy.zeros(4, int), 0, 2)  # An epoch.
+  >>> seen.tolist(), feed.accuracy(theta=1.0, model_state={})
+  ([1, 1, 1, 1], {'valid_accuracy': 1.0, 'test_accuracy': 1.0})
   """
   size, columns = len(data.train.labels), _host_columns(batch_size)
   split = devices.replicate((data.train.images, data.train.labels), axis)
@@ -346,6 +374,26 @@ def streamed(
 
   Returns:
     A `Feed`.
+
+  >>> import io
+  >>> import jax
+  >>> from PIL import Image
+  >>> from powerprop_jax.data import streams
+  >>> from powerprop_jax.training import feeds
+  >>> Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
+  >>> def read(i):
+  ...   return streams.Example(file.getvalue(), label=i, name=f'{i}.png')
+  >>> source = streams.Source(read, size=4, num_classes=4)
+  >>> def step(seen, batch):
+  ...   return seen.at[batch[1]].add(1), {'loss': batch[1].mean()}
+  >>> feed = feeds.streamed(
+  ...   source, None, source, step, apply=None, prepare=None, batch_size=2,
+  ...   image_size=8, seed=0, num_workers=0, axis=None,
+  ... )
+  >>> seen, _ = feed.advance(jax.numpy.zeros(4, int), 0, 2)  # An epoch.
+  >>> seen.tolist(), feed.sizes
+  ([1, 1, 1, 1], {'test': 4})
+  >>> feed.close()
   """
   hosts = {
     'batch_size': batch_size // jax.process_count(),

@@ -45,6 +45,10 @@ class Hook(NamedTuple):
     due: maps a step to whether the hook is called at it.
     act: maps (step, state) to a state. What a hook returns that comes after
       the steps is not used.
+
+  >>> halve = Hook(due=every(100), act=lambda step, state: state / 2)
+  >>> halve.act(100, 8.0) if halve.due(100) else 8.0
+  4.0
   """
 
   due: Callable[[int], bool]
@@ -217,6 +221,12 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
   Yields:
     An event that is set when a signal has come.
+
+  >>> with stop_on_signals() as asked:
+  ...   before = asked.is_set()
+  ...   signal.raise_signal(signal.SIGTERM)
+  ...   before, asked.is_set()
+  (False, True)
   """
   asked = threading.Event()
 

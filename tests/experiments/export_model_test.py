@@ -1,7 +1,6 @@
 """Tests of the binary that writes trained networks to small files."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -92,7 +91,6 @@ def test_a_pruned_run_is_small_and_as_accurate(run, data, tmp_path):
       *('--density=0.1', '--density_scale=logits=2'),
     ],
     cwd=_ROOT,
-    env=os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'},
     capture_output=True,
     text=True,
   )

@@ -115,7 +115,7 @@ def test_mnist_pruning_stops_and_keeps_what_is_finished(start, tmp_path):
   process = start(
     '--alphas=1',
     '--seeds=3',
-    '--steps=2000',
+    '--steps=1000',
     '--kept=0.5,1',
     f'--out_dir={tmp_path}',
   )
@@ -134,7 +134,8 @@ def test_mnist_pruning_stops_and_keeps_what_is_finished(start, tmp_path):
 
 @pytest.mark.slow
 def test_mnist_pruning_says_where_it_diverged(run, tmp_path):
-  code, _, err = run(*_QUICK, '--learning_rate=1e10', f'--out_dir={tmp_path}')
+  flags = '--alphas=2', '--learning_rate=1e10', f'--out_dir={tmp_path}'
+  code, _, err = run(*_QUICK, *flags)
   assert code == 1
   assert 'error: alpha=2.0-target_propagation-seed=0: the loss became' in err
   assert 'with alpha = 2 and learning_rate = 1e+10' in err

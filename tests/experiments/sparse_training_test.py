@@ -94,7 +94,8 @@ def start(_cache):
   """Starts the binary."""
 
   def start(*args, count=1):
-    options = f'--xla_force_host_platform_device_count={count}'
+    options = os.environ['XLA_FLAGS']
+    options += f' --xla_force_host_platform_device_count={count}'
     module = 'experiments.sparse_training'
     return subprocess.Popen(
       [sys.executable, '-W', 'error', '-m', module, *args],
@@ -584,7 +585,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 ):
   args = (*_RESTARTED, f'--out_dir={tmp_path}')
   rng, killed, writing = random.Random(0), 0, 0
-  for i in range(6):
+  for i in range(4):
     before, _ = saved(tmp_path)
     process = start(*args)
     if i % 2:  # While a checkpoint is being written.
@@ -596,8 +597,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     process.kill()
     process.communicate()
     killed += process.returncode == -signal.SIGKILL
-  assert killed >= 5
-  assert writing >= 2
+  assert killed >= 3
+  assert writing >= 1
   process = start(*args)
   _, err = process.communicate(timeout=600)
   assert process.returncode == 0, err

@@ -39,7 +39,8 @@ on_eight = pytest.mark.skipif(not _ON_EIGHT, reason='needs eight devices')
 @pytest.mark.slow
 @pytest.mark.skipif(_ON_EIGHT, reason='has eight devices already')
 def test_on_eight_devices():
-  flags = f'--xla_force_host_platform_device_count={_COUNT}'
+  flags = os.environ['XLA_FLAGS']
+  flags += f' --xla_force_host_platform_device_count={_COUNT}'
   found = subprocess.run(
     [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
     cwd=pathlib.Path(__file__).parents[2],

@@ -25,7 +25,8 @@ def run_python(code, count, *args):
     cwd=_ROOT,
     env=os.environ
     | {
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
+      'XLA_FLAGS': os.environ['XLA_FLAGS']
+      + f' --xla_force_host_platform_device_count={count}',
       'JAX_PLATFORMS': 'cpu',
     },
     stdout=subprocess.PIPE,

@@ -261,8 +261,8 @@ def test_batches_of_a_stream_do_not_depend_on_boundaries():
 @pytest.mark.slow
 def test_eight_devices_do_what_one_does(tmp_path):
   environment = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8'
-    ' --xla_backend_optimization_level=0',
+    'XLA_FLAGS': os.environ['XLA_FLAGS']
+    + ' --xla_force_host_platform_device_count=8',
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': os.fspath(pathlib.Path(__file__).parents[2]),
   }

@@ -38,6 +38,14 @@ class MaskUpdater(NamedTuple):
       with the values of grown weights replaced.
     starts_from_gradient: whether `init` reads the gradient, which is not known
       before training. Where it does not, the gradient may be None.
+
+  >>> def init(key, theta, grads):  # Half of the weights, the largest ones.
+  ...   mask = pruning.prune(theta, 0.5)
+  ...   return Masks(forward=mask, backward=mask)
+  >>> updater = MaskUpdater(init, unchanged)
+  >>> theta = {'w': jnp.array([1.0, -3.0, 2.0, 0.0])}
+  >>> updater.init(jax.random.key(0), theta, None).forward['w'].tolist()
+  [False, True, True, False]
   """
 
   init: Callable[[jax.Array, types.Params, types.Updates], Masks]
