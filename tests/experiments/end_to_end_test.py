@@ -167,7 +167,8 @@ def _start(root, ended):
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': os.fspath(pathlib.Path(__file__).parents[2]),
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=2'
+    'XLA_FLAGS': os.environ['XLA_FLAGS']
+    + ' --xla_force_host_platform_device_count=2'
     ' --xla_backend_optimization_level=0',
   }
   command = (sys.executable, '-W', 'error', __file__)
