@@ -443,6 +443,13 @@ TABLES: dict[str, Callable[[], str]] = {
       '`baseline-unshifted`': ('baseline-unshifted', '1.0'),
     }
   ),
+  'mnist_pruning-growing': lambda: _layer_and_global(
+    {
+      '`growing`': ('growing', '1.5'),
+      '`growing-l1`': ('growing-l1', '1.0'),
+      '`growing-p-norm`': ('growing-p-norm', '1.0'),
+    }
+  ),
   'mnist_pruning-adam': _adam,
   'lengths-global': lambda: _lengths('global'),
   'lengths-layer': lambda: _lengths('layer'),
