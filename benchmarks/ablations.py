@@ -115,14 +115,14 @@ def main(settings: Settings) -> None:
       found = _train(place, make_flags(rate, decay, 1))
       grid[rate, decay] = round(_judge(found), 2)
       trials.append([label, rate, decay, grid[rate, decay]])
-    best = max(grid, key=lambda pair: grid[pair])
-    found = _train(root / f'{i}-best', make_flags(*best, settings.seeds))
+    rate, decay = max(grid, key=lambda pair: grid[pair])
+    found = _train(root / f'{i}-best', make_flags(rate, decay, settings.seeds))
     for scope, x in (found or {}).items():
       results.append(
         {
           'variant': label,
-          'rate': best[0],
-          'decay': best[1],
+          'rate': rate,
+          'decay': decay,
           'scope': scope,
           'seeds': len(x['test_accuracy'][0]),
           'valid': round(_judge(found), 2),

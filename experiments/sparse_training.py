@@ -256,6 +256,8 @@ def train(
   with contextlib.ExitStack() as ending, loop.stop_on_signals() as asked:
     with config.refusing():
       start = start_or_resume(problem, manager, settings.init_from)
+    if first and start.step:
+      print(f'Going on from step {start.step}.', file=sys.stderr)
     timing, compiled = start.timing, False
     progress = devices.replicate(start.progress, axis)
     if start.choose:

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -238,6 +239,12 @@ def opened(
   with contextlib.ExitStack() as stack:
     path = error = None
     try:
+      if re.match(r'(?!gs:)[a-z][a-z0-9+.-]+://', out_dir):
+        # Before one is told to install what reads such an address.
+        raise config.Refused(
+          f'--out_dir={out_dir}: runs write to local folders and to addresses'
+          ' that start with gs://, and to no others.'
+        )
       path = folder(out_dir)
       path.mkdir(parents=True, exist_ok=True)
       if first:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import os
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -201,7 +200,10 @@ def load(settings: Settings) -> Data:
   if name == 'folder':
     if place is None:
       raise ValueError('--dataset=folder needs --data_dir.')
-    train, test = (streams.folder_source(place, s) for s in ('train', 'val'))
+    try:
+      train, test = (streams.folder_source(place, s) for s in ('train', 'val'))
+    except ValueError as e:
+      raise ValueError(f'--data_dir={place}: {e}') from e
   else:
     train, test = (
       streams.tfds_source(name, s, place) for s in ('train', 'validation')
@@ -235,7 +237,7 @@ def _make_feed(settings: Settings, data: Data, **arguments: Any) -> feeds.Feed:
     *data,
     image_size=settings.image_size,
     seed=settings.seed,
-    num_workers=os.cpu_count() or 1 if workers is None else workers,
+    num_workers=settings_lib.num_cores() if workers is None else workers,
     **arguments,
   )
 

@@ -16,6 +16,7 @@ import jax
 
 from experiments.support import config
 from experiments.support import output
+from experiments.support import settings as settings_lib
 from powerprop_jax.training import loop
 
 
@@ -38,7 +39,7 @@ Run = Callable[[Any, Watch], dict[str, Any]]
 
 def use_cores(num_runs: int) -> None:
   """Makes every core of the CPU a device. Has no effect on accelerators."""
-  cores = os.cpu_count() or 1
+  cores = settings_lib.num_cores()
   if num_runs >= cores > 1:
     jax.config.update('jax_num_cpu_devices', cores)
     # Threads within an operation would only compete with one another.

@@ -1,10 +1,12 @@
 """Groups of settings that several binaries share."""
 
 import dataclasses
+import os
 
 import jax
 
 from experiments.support import config
+from powerprop_jax import paths
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
 
@@ -26,10 +28,18 @@ class Data(config.Settings):
   )
   data_dir: str | None = config.flag(
     None,
-    'The folder in which the TFDS sets or the idx files lie. Without it TFDS'
-    ' looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
+    'The folder in which the TFDS sets, the idx files or the images lie.'
+    ' Without it TFDS looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
     decides=False,
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.data_dir:
+      try:
+        paths.resolve(self.data_dir)
+      except ValueError as e:
+        raise ValueError(f'--data_dir={self.data_dir}: {e}') from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +128,20 @@ def connect(settings: Hosts) -> None:
         settings.coordinator, settings.num_processes, settings.process_index
       )
   except (RuntimeError, ValueError) as e:
-    raise ValueError(f'--coordinator={settings.coordinator}: {e}') from e
+    hint = ''
+    if settings.coordinator == 'auto':
+      hint = (
+        ' This works on Slurm and on cloud TPUs. Elsewhere give'
+        ' --coordinator=host:port, --num_processes and --process_index.'
+      )
+    raise ValueError(f'--coordinator={settings.coordinator}: {e}{hint}') from e
+
+
+def num_cores() -> int:
+  """How many cores this process may use, which may not be all there are."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def load_in_memory(settings: Data, batch_size: int) -> in_memory.Dataset:

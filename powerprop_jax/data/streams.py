@@ -212,7 +212,9 @@ def _class_names(root: paths.Path, split: str) -> list[str]:
   names = sorted(path.name for path in folder.glob('[!.]*') if path.is_dir())
   if not names:
     there = folder if folder.is_dir() else root
-    found = sorted(x.name for x in there.iterdir()) if there.is_dir() else []
+    if not there.is_dir():
+      raise ValueError(f'there is no folder {there}')
+    found = sorted(x.name for x in there.iterdir())
     raise ValueError(
       f'expected one folder of images for every class in {folder}; found in '
       f'{there}: {found[:9] or "nothing"}'

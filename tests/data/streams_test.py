@@ -132,7 +132,7 @@ def test_folder_source_counts_classes_as_in_train(folder):
 @pytest.mark.parametrize(
   ('files', 'split', 'message'),
   [
-    ([], 'train', r'in .*set/train; found in .*set: nothing'),
+    ([], 'train', r'there is no folder .*set'),
     (['val/a/0.jpg'], 'train', r"in .*/train; found in .*set: \['val'\]"),
     (['train/a/0.jpg'], 'valid', r"in .*/valid; found in .*set: \['train'\]"),
     (['train/0.jpg'], 'train', r"found in .*/train: \['0.jpg'\]"),
