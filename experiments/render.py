@@ -237,6 +237,26 @@ def _sweep_flops() -> str:
   )
 
 
+def _sweep_decays() -> str:
+  """A line for each method and alpha, by the best of its decays."""
+  rows = [
+    [
+      sweep_report.TITLES[r['method']],
+      f'{r["alpha"]:g}',
+      f'{r["decay"]:g}',
+      _percent(r['mean'], r['std']),
+      _percent(r['sign_changes'], digits=1),
+    ]
+    for r in sorted(load('sparse_sweep-decays')['results'], key=_in_order)
+  ]
+  headings = ['method', 'alpha', 'decay of phi', 'test accuracy (%)']
+  return _markdown([*headings, 'signs changed (%)'], rows)
+
+
+def _in_order(r: Mapping[str, Any]) -> tuple[int, float]:
+  return list(sweep_report.TITLES).index(r['method']), r['alpha']
+
+
 def _continual(name: str) -> str:
   """A line for each preset; columns without a number are left out."""
   entries = load(name)['results']
@@ -380,7 +400,13 @@ def _expectations() -> str:
   found = lambda recipe, steps: _lengths_in(recipe, steps, 'global', 0.01)[0]
   growing = lambda steps: _percent(found(_GROWING, steps))
   tuned = lambda steps: _percent(max(found(r, steps) for r in _ALPHA_1))
-  gradual = _at_sparsity('magnitude', 0.99)
+  decays = {
+    (r['method'], r['alpha']): 100 * r['mean']
+    for r in load('sparse_sweep-decays')['results']
+  }
+  decayed = lambda method: (
+    f'{decays[method, 1.5]:.2f} % against {decays[method, 1.0]:.2f} %'
+  )
   rigl, kast = _at_sparsity('rigl', 0.98), _at_sparsity('top_kast', 0.98)
   ten = {r['preset']: r for r in load('continual-ten')['results']}
   used = {k: f'{100 * r.get("used", 0):.0f}' for k, r in ten.items()}
@@ -402,10 +428,11 @@ def _expectations() -> str:
       'below 0.7 %, where `alpha = 1` with a 2/3-norm is ahead',
     ],
     [
-      'gradual magnitude pruning to 99 %',
-      f'{gradual[1.5]:.2f} % against {gradual[1.0]:.2f} %',
-      'a rate to tune',
-      'at 98 % and less',
+      'gradual pruning, and AC/DC, to 99 %',
+      f'{decayed("magnitude")}, and {decayed("acdc")}, each with a decay of its'
+      ' own',
+      'a rate and a decay to tune',
+      'gradual pruning at 98 % and less',
     ],
     [
       'static masks, SNIP, SET, RigL, Top-KAST',
@@ -454,6 +481,7 @@ TABLES: dict[str, Callable[[], str]] = {
   'lengths-global': lambda: _lengths('global'),
   'lengths-layer': lambda: _lengths('layer'),
   'lengths-best': _lengths_best,
+  'sparse_sweep-decays': _sweep_decays,
   'sparse_sweep-flops': _sweep_flops,
   **{
     name: lambda name=name: _sweep_accuracy(name)
@@ -513,6 +541,15 @@ def _length_panels() -> dict[str, dict[str, dict[str, list[float]]]]:
   return panels
 
 
+def _signs_by_method() -> dict[str, dict[str, float]]:
+  """What `plots.sign_changes` draws."""
+  found: dict[str, dict[str, float]] = {}
+  for r in sorted(load('sparse_sweep-decays')['results'], key=_in_order):
+    shares = found.setdefault(str(r['alpha']), {})
+    shares[sweep_report.TITLES[r['method']]] = r['sign_changes']
+  return found
+
+
 @style.styled
 def _tuned_figure() -> style.Figure:
   """Both powers at their best recipes: trained to be pruned, by layer."""
@@ -545,6 +582,7 @@ FIGURES: dict[str, Callable[[], style.Figure]] = {
   ),
   'trained_to_be_pruned': _tuned_figure,
   'lengths': lambda: plots.accuracy_against_steps(_length_panels()),
+  'sign_changes': lambda: plots.sign_changes(_signs_by_method()),
   'sparse_sweep': lambda: plots.accuracy_against_sparsity(_sweep_curves()),
 }
 

@@ -10,6 +10,7 @@ from powerprop_jax.plots.pruning import accuracy_against_steps
 from powerprop_jax.plots.pruning import mask_overlap
 from powerprop_jax.plots.pruning import one_weight
 from powerprop_jax.plots.pruning import save
+from powerprop_jax.plots.pruning import sign_changes
 from powerprop_jax.plots.pruning import weight_scatter
 
 __all__ = (
@@ -23,5 +24,6 @@ __all__ = (
   'one_weight',
   'overlap_matrix',
   'save',
+  'sign_changes',
   'weight_scatter',
 )

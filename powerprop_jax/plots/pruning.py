@@ -441,3 +441,38 @@ def accuracy_against_steps(
     ncols=min(3, len(handles)),
   )
   return figure
+
+
+@style_lib.styled
+def sign_changes(results: Mapping[str, Mapping[str, float]]) -> Figure:
+  """Survivors whose sign is not that of the initialisation, by method.
+
+  >>> figure = sign_changes({'1.0': {'RigL': 0.5}, '2.0': {'RigL': 0.4}})
+  >>> [bar.get_width() for bar in figure.axes[0].patches]
+  [50.0, 40.0]
+
+  Args:
+    results: for each label, an alpha as in '2.0', the shares by method, as
+      `analysis.sign_changes` returns them.
+
+  Returns:
+    A figure with a group of bars for each method, and a bar for each label.
+  """
+  methods = list(dict.fromkeys(x for found in results.values() for x in found))
+  height = 0.8 / len(results)
+  figure, axes = style_lib.panel(height=1.2 + 0.6 * len(methods))
+  looks = style_lib.styles(results)
+  for i, (label, found) in enumerate(results.items()):
+    axes.barh(
+      [methods.index(x) + (i - (len(results) - 1) / 2) * height for x in found],
+      [100 * share for share in found.values()],
+      height,
+      label=style_lib.name(label),
+      color=looks[label]['color'],
+    )
+  axes.set_yticks(range(len(methods)), methods)
+  axes.invert_yaxis()
+  axes.set(xlabel='Weights in use that changed their sign (%)', ylabel='')
+  axes.grid(False, axis='y')
+  axes.legend()
+  return figure

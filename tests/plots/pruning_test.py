@@ -405,3 +405,15 @@ def test_one_weight_has_a_line_a_start_and_a_panel_an_alpha():
   # A start is known by its colour.
   colours = [[line.get_color() for line in x.lines] for x in figure.axes]
   assert colours[0] == colours[1]
+
+
+def test_sign_changes_have_a_bar_for_each_method_and_alpha():
+  found = {'1.0': {'RigL': 0.5, 'AC/DC': 0.25}, '1.5': {'AC/DC': 0.125}}
+  (axes,) = plots.sign_changes(found).axes
+  bars = axes.patches
+  assert [bar.get_width() for bar in bars] == [50.0, 25.0, 12.5]
+  # Those of a method stand side by side and do not overlap.
+  centres = [bar.get_y() + bar.get_height() / 2 for bar in bars]
+  np.testing.assert_allclose(centres, [-0.2, 0.8, 1.2])
+  assert [x.get_text() for x in axes.get_yticklabels()] == ['RigL', 'AC/DC']
+  assert bars[1].get_facecolor() != bars[2].get_facecolor()
