@@ -263,7 +263,7 @@ def sign_changes(
     crossed = np.sign(after) * np.sign(before) < 0
     changed += np.count_nonzero(crossed & np.asarray(m))
     survivors += np.count_nonzero(m)
-  return changed / max(survivors, 1)
+  return float(changed / max(survivors, 1))
 
 
 def summarise(

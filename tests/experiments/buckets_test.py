@@ -30,12 +30,15 @@ def bucket(monkeypatch, tmp_path):
   def local(path):
     return os.fspath(path).replace('gs://', f'{root}/', 1)
 
+  def remote(path):
+    return os.fspath(path).replace(f'{root}/', 'gs://', 1)
+
   def call(name, function, *args, **options):
     found = function(*map(local, args), **options)
     if name == 'glob':
-      return [x.replace(f'{root}/', 'gs://', 1) for x in found]
+      return [remote(x) for x in found]
     if name == 'walk':
-      return [(x[0].replace(f'{root}/', 'gs://', 1), *x[1:]) for x in found]
+      return [(remote(x), *rest) for x, *rest in found]
     return found
 
   def no_appending(function, path, mode):
