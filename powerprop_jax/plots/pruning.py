@@ -448,7 +448,7 @@ def sign_changes(results: Mapping[str, Mapping[str, float]]) -> Figure:
   """Survivors whose sign is not that of the initialisation, by method.
 
   >>> figure = sign_changes({'1.0': {'RigL': 0.5}, '2.0': {'RigL': 0.4}})
-  >>> [bar.get_width() for bar in figure.axes[0].patches]
+  >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
   [50.0, 40.0]
 
   Args:
