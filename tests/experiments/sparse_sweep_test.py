@@ -271,7 +271,8 @@ def test_sweep_as_a_user_runs_it(tmp_path):
   assert 'by the recipe that validation data choose' in two.stdout
   summary = json.loads((tmp_path / 'two/summary.json').read_text())['results']
   assert [r['chosen'] for r in summary] == [True, False]
-  lines = [x for x in two.stdout.split('\n') if 'static' in x and '/' not in x]
+  accuracies, _ = two.stdout.split('Weights in use', 1)
+  lines = [x for x in accuracies.split('\n') if 'static' in x]
   assert len(lines) == 1
   assert f'{100 * summary[0]["mean"]:.2f}' in lines[0]
 
