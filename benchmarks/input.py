@@ -13,8 +13,7 @@ take about as long to decode.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterator
-import contextlib
+from collections.abc import Callable
 import os
 import pathlib
 import tempfile
@@ -28,6 +27,7 @@ from experiments import sparse_training
 from experiments.presets import sparse_training as presets
 from experiments.support import config
 from experiments.support import problem as problem_lib
+from experiments.support import settings as settings_lib
 from powerprop_jax.data import streams
 from powerprop_jax.training import devices
 
@@ -56,15 +56,6 @@ def speed(take: Callable[[], object], images: int, seconds: float) -> float:
   return done / passed
 
 
-@contextlib.contextmanager
-def started_on(cores: Collection[int]) -> Iterator[None]:
-  """Keeps threads and processes that start in the block on some cores."""
-  before = os.sched_getaffinity(0)
-  os.sched_setaffinity(0, cores)
-  yield
-  os.sched_setaffinity(0, before)
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--network', default='resnet50')
@@ -77,15 +68,16 @@ def main() -> None:
     '--apart', action='store_true', help='The step has a core of its own.'
   )
   args = parser.parse_args()
-  cores = sorted(os.sched_getaffinity(0))
-  if args.apart and len(cores) == 1:
-    parser.error('--apart needs two cores.')
-  others = cores[1:] if args.apart else cores
-  workers = len(others) if args.workers is None else args.workers
   if args.apart:
-    with started_on(cores[:1]):
-      jax.devices()  # Starts the threads that compute.
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+      parser.error('--apart needs two cores.')
+    # Threads and processes stay on the cores on which they were started.
+    os.sched_setaffinity(0, [first])
+    jax.devices()  # Starts the threads that compute.
     os.sched_setaffinity(0, others)
+  cores = settings_lib.num_cores()
+  workers = cores if args.workers is None else args.workers
   with tempfile.TemporaryDirectory() as place:
     make_folder(pathlib.Path(place), args.images, 375, 500)
     flags = [
@@ -140,7 +132,7 @@ def main() -> None:
     feed.close()
   print(
     f'{jax.device_count()} x {jax.devices()[0].device_kind}, {workers}'
-    f' processes on {len(others)} cores, jax {jax.__version__},'
+    f' processes on {cores} cores, jax {jax.__version__},'
     f' {args.network}, batches of {args.batch} images of {args.image_size} x'
     f' {args.image_size}'
   )

@@ -444,7 +444,9 @@ def run(
     )
     theta = functions.theta(state)
     changes.append(
-      analysis.sign_changes(before, *jax.device_get((theta, state.masks[0])))
+      analysis.sign_changes(
+        before, *jax.device_get((theta, state.masks.forward))
+      )
     )
     accuracies.append(
       [float(functions.accuracy(theta, state.model_state, *s)) for s in others]

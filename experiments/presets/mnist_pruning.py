@@ -79,8 +79,8 @@ _TUNED = {
   'scope': ('layer', 'global'),
   'kept': (0.005, 0.007, *KEPT),
 }
-# Half the steps; LOG.md has the ten trials of each.
-_GROWING = {
+# Of a power that grows, and of alpha = 1 beside it, with ten trials each.
+_HALF = {
   'steps': 50_000,
   'phi_decay_warmup_steps': 15_000,
 }
@@ -136,7 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   },
   'growing': {
     **_TUNED,
-    **_GROWING,
+    **_HALF,
     'alphas': (1.5,),
     'alpha_steps': ('2:0.25', '3:0.5'),
     'learning_rate': 0.16,
@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   },
   'growing-l1': {
     **_TUNED,
-    **_GROWING,
+    **_HALF,
     **_ALPHA_1,
     'learning_rate': 0.1,
     'phi_decay': 2.7e-4,
@@ -155,7 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   },
   'growing-p-norm': {
     **_TUNED,
-    **_GROWING,
+    **_HALF,
     'alphas': (1.0,),
     'learning_rate': 0.2,
     'phi_decay_norm': '0.666667',

@@ -41,9 +41,6 @@ def installed() -> bool:
 def tag(name: str) -> str:
   """The tag of a metric, of which the first word is a section of TensorBoard.
 
-  >>> tag('loss'), tag('valid_loss'), tag('sparsity/linear/w')
-  ('train/loss', 'valid/loss', 'sparsity/linear/w')
-
   Args:
     name: of the metric, as metrics.jsonl has it.
 

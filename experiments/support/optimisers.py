@@ -249,6 +249,21 @@ class Decay(config.Settings):
     check=config.check_factor,
   )
 
+  def decay_norms(self, steps: int) -> dict[int, Any]:
+    """The norms of the decay, by their first steps.
+
+    Raises:
+      ValueError: if one of them has no step of its own.
+    """
+    norms = _read_norms(self.phi_decay_norm)
+    by_step = {round(f * steps): norm for f, norm in norms.items()}
+    if len(by_step) < len(norms) or max(by_step) >= steps:
+      raise ValueError(
+        f'--phi_decay_norm={self.phi_decay_norm}: in a run of {steps} steps one'
+        ' of the norms has no step. Give other fractions or more steps.'
+      )
+    return by_step
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Optimiser, Decay):
@@ -478,7 +493,7 @@ def make(
   """
   inner = _make_inner(settings, learning_rate(settings, steps))
   powers, rate = settings.powers(alpha, steps), decay_rate(settings, steps)
-  norm = settings.phi_decay_norm
+  norms = settings.decay_norms(steps)
   transform = make_transform(settings, alpha)
   if update_rule == 'chain_rule':
     for name, remedy in (
@@ -493,10 +508,10 @@ def make(
           ' target_propagation.'
         )
   if settings.alpha_steps:
-    if settings.phi_decay and norm != 'l2':
+    if settings.phi_decay and settings.phi_decay_norm != 'l2':
       raise ValueError(
-        f'--phi_decay_norm={norm} is another penalty on theta for every power.'
-        ' With --alpha_steps use l2.'
+        f'--phi_decay_norm={settings.phi_decay_norm} is another penalty on'
+        ' theta for every power. With --alpha_steps use l2.'
       )
     tx = optax.chain(inner, _power_by_step(powers, settings.floor))
     rate = _decay_of_theta(settings, alpha, steps)
@@ -507,18 +522,12 @@ def make(
     tx = optax.chain(transforms.scale_by_power_jacobian(transform), inner)
   if settings.phi_decay:
     factors = config.factors(settings.phi_decay_scale)
-    norms = _read_norms(norm)
-    starts = [*(round(f * steps) for f in norms), steps]
-    if any(start >= end for start, end in itertools.pairwise(starts)):
-      raise ValueError(
-        f'--phi_decay_norm={norm}: in a run of {steps} steps one of the norms'
-        ' has no step. Give other fractions or more steps.'
-      )
+    windows = itertools.pairwise([*norms, steps])
     links = [
       transforms.decay_phi(
-        _within(rate, start, end) if len(norms) > 1 else rate, norm, factors
+        _within(rate, *window) if len(norms) > 1 else rate, norm, factors
       )
-      for norm, (start, end) in zip(norms.values(), itertools.pairwise(starts))
+      for norm, window in zip(norms.values(), windows)
     ]
     tx = optax.chain(tx, *links)
   if settings.clip_norm:

@@ -142,7 +142,7 @@ class _Ending(output.Metrics):
 
 def _train(root, address, index, ended):
   """Trains by all methods, until the middle or from there on."""
-  gc.freeze()  # Streams collect garbage, which is not among what is imported.
+  gc.freeze()  # Streams collect garbage; what is imported is none.
   jax.distributed.initialize(address, 2, index)
   networks.NETWORKS['tiny'] = _tiny
   assert (jax.local_device_count(), jax.device_count()) == (2, 4)

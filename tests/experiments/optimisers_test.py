@@ -157,7 +157,7 @@ def test_layers_can_have_a_phi_decay_of_their_own():
     ({'phi_decay_norm': 'l1,l2:1'}, '=l1,l2:1: must be norm,norm:fraction'),
     ({'phi_decay_norm': 'l1,3:0.5'}, '=l1,3:0.5: must be l1, l2 or a number'),
     (
-      {'phi_decay': 0.1, 'phi_decay_norm': 'l1,l2:0.996'},
+      {'phi_decay_norm': 'l1,l2:0.996'},
       'in a run of 100 steps one of the norms has no step',
     ),
     # A wrong decay is found out also where there is none.
