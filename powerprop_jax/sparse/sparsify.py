@@ -149,19 +149,47 @@ def _weights(params: types.Params, state: optax.OptState) -> types.Params:
   return params
 
 
+def _short_of_zero(update: jax.Array, old: jax.Array, new: Any) -> jax.Array:
+  """An update of half precision that does not lead to zero by rounding.
+
+  What is small is lost beside a large old value: 1 - 0.999 is 0 in bfloat16.
+  A power never moves a weight from zero, so that it gets the first value beyond
+  zero to which an update can lead, of the sign of the new one.
+  """
+  info = jnp.finfo(old.dtype)
+
+  def rounded(x):  # XLA may leave out the rounding of a cast.
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+  old, new = (x.astype(jnp.float32) for x in (old, new))
+  is_lost = (old + rounded(update.astype(jnp.float32)) == 0) & (new != 0)
+  least = jnp.copysign(jnp.abs(old) * float(info.eps), new)
+  return jnp.where(is_lost, (least - old).astype(update.dtype), update)
+
+
+def _is_half(x: jax.Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+
 def _difference(new: types.Params, old: types.Params) -> types.Updates:
   """What makes new values of old ones; exactly 0 where they are equal."""
-  return jax.tree.map(
-    lambda x, y: jnp.where(x == y, jnp.zeros_like(y), x - y), new, old
-  )
+
+  def difference(x, y):
+    update = jnp.where(x == y, jnp.zeros_like(y), x - y)
+    return _short_of_zero(update, y, x) if _is_half(y) else update
+
+  return jax.tree.map(difference, new, old)
 
 
 def _added(new: jax.Array, old: jax.Array, step: Any) -> Any:
   """The update from an old value to a new one and on by a step."""
   if step is None:  # There is no gradient, and nothing changes.
     return None
+  move = (new - old) + step
+  if _is_half(old):
+    move = _short_of_zero(move, old, new + step)
   # Not new - old + step, which would round where nothing was grown.
-  return jnp.where(new == old, step, (new - old) + step).astype(step.dtype)
+  return jnp.where(new == old, step, move).astype(step.dtype)
 
 
 def sparsify(

@@ -478,6 +478,42 @@ def test_bfloat16_stays():
   chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
 
 
+@pytest.mark.parametrize('dtype', ('bfloat16', 'float16'))
+@pytest.mark.parametrize('due', (lambda step: step == 1, None))
+@pytest.mark.parametrize('alpha', (1.0, 2.0))
+def test_half_precision_does_not_lose_grown_weights(dtype, due, alpha):
+  """Beside the old value of 1 a new one of 1e-4 is rounded to nothing."""
+  params = {'w': jnp.ones((64, 32), dtype)}
+
+  def regrow(key):
+    return {'w': 1e-4 * jax.random.normal(key, (64, 32))}
+
+  set_ = updaters.set_(lambda theta: {'w': 1024}, _half, regrow)
+  tx = powerprop_jax.powerprop(optax.sgd(1e-4), alpha)
+  tx = sparse.sparsify(tx, set_, key=_KEY, due=due)
+  state = tx.init(params)
+  grads = jax.tree.map(jnp.zeros_like, params)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, old = step(params, state)
+  if due is None:
+    updates, state = jax.jit(tx.update_masks)(grads, old, params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    params = optax.apply_updates(params, updates)
+  else:
+    params, state = step(params, old)
+  was, now = (x.masks.forward['w'] for x in (old, state))
+  grown = params['w'][now & ~was]
+  assert len(grown) > 100
+  assert jnp.all(grown != 0)
+  assert jnp.all(jnp.abs(grown) < 0.02)
+  assert len({bool(x) for x in grown > 0}) == 2
+
+
 def test_donation_leaves_the_masks_of_the_caller_alone():
   mask = jax.tree.map(lambda x: x > 0, _draw(5))
   tx = sparse.sparsify(
