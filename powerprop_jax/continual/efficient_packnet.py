@@ -8,7 +8,8 @@ together, those of earlier tasks included, so that tasks share weights, and a
 task takes as many new weights as it needs. The sparser the solutions are, as
 with Powerpropagation, the more tasks fit.
 
-Algorithm 1 leaves some decisions open, or prints them otherwise. Here
+Algorithm 1 leaves some decisions open, or prints them otherwise. In this module
+they are:
 
   * TopK(phi) ranks by |theta|. Where all weights have one alpha, the order is
     that of |phi|; where they have several, only theta can be compared.
@@ -163,9 +164,9 @@ def efficient_packnet(
 ) -> memory_lib.Choose:
   """Makes the function by which EfficientPackNet chooses masks of tasks.
 
-  `learn_task` takes it as `choose`. It does lines 5 to 11 of Algorithm 1
-  (section 4 of the paper): it measures the performance of the dense network,
-  and searches for the lowest density that keeps gamma of that performance.
+  `learn_task` takes that function as `choose`. It does lines 5 to 11 of
+  Algorithm 1 (section 4 of the paper): it measures the performance of the dense
+  network, and searches for the lowest density that keeps gamma of it.
   Weights are sorted once per task, and what is compiled is compiled once for
   all tasks. If `evaluate` is to be compiled once too, let it be a jitted
   function that takes the validation data as arguments, of one shape for all

@@ -94,7 +94,7 @@ def make_layout(
       raise ValueError(f'{name} must be among {_KINDS[name]}, got {value!r}.')
   if weights == 'masked' and 'shared' in (biases, norm):
     raise ValueError(
-      f'biases={biases!r} and norm={norm!r} do not go with masked weights:'
+      f'biases={biases!r} and norm={norm!r} do not fit masked weights:'
       ' earlier tasks would be forgotten through what is shared. Use'
       " 'private' or 'frozen'."
     )

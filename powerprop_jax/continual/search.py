@@ -283,7 +283,7 @@ def taylor(
     densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met.
     predicted: the rise of the loss at every density but the last, as
-      `predicted_rise` returns it; a rise at the last one is ignored.
+      `predicted_rise` returns it; a rise at the last density is ignored.
     tolerance: the largest rise to accept, such as `loss_tolerance` returns.
 
   Returns:

@@ -101,8 +101,8 @@ def lowest_entropy(
     halving: whether to drop half of the tasks after each of log2(num_tasks)
       parts of the batch, in place of evaluating all tasks on all of it. The
       entropies are summed over all parts so far. At 64 tasks this takes a third
-      of the work. A batch with fewer images than that has as many parts as
-      images, of which the last decides among all tasks that are left.
+      of the work. A batch with fewer images than parts is divided into single
+      images, the last of which decides among all tasks that are left.
 
   Returns:
     The task, an int32 scalar; the first of those that tie.

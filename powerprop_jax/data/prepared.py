@@ -72,8 +72,8 @@ def find(
     name: the name of the set, such as 'mnist' or 'imagenette/320px-v2'.
     data_dir: where to look (default: $TFDS_DATA_DIR, else
       ~/tensorflow_datasets).
-    instead: what else can be done if the set is missing, and the flags for it;
-      for the error.
+    instead: what else can be done if the set is missing, and the flags for it,
+      which the error names.
 
   Returns:
     The folder that holds its dataset_info.json.

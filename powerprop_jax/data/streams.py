@@ -179,7 +179,7 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
     skipped += [f'{name}/{f}' for f in others]
   if skipped:
     _LOG.warning(
-      '%s: skipped %d beside %d images, being hidden, folders or no %s: %s',
+      '%s: skipped %d beside %d images (hidden, folders or no %s): %s',
       folder / split,
       len(skipped),
       len(files),
@@ -453,7 +453,10 @@ class Stream(Iterator[tuple[np.ndarray, np.ndarray]]):
     return self._batches
 
   def get_state(self) -> dict[str, Any]:
-    """The place in the stream, as a dictionary for JSON or Orbax.
+    """The place in the stream, for `set_state`.
+
+    Returns:
+      A dictionary that JSON and Orbax can hold.
 
     Raises:
       ValueError: if the stream is closed.

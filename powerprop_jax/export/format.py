@@ -135,7 +135,7 @@ def _local(path: str | os.PathLike[str]) -> pathlib.Path:
   if '://' in found:
     raise ValueError(
       f'{found!r}: these files are written and read in local folders only. Copy'
-      ' it from there or to there.'
+      ' it from one or to one.'
     )
   return pathlib.Path(found)
 

@@ -1,4 +1,4 @@
-"""Figures of the numbers that `continual.report` gives of a sequence of tasks.
+"""Figures of the numbers that `continual.report` returns for a run of tasks.
 
 Tasks are counted from 1 here, as in tables and in the files of programs; in
 Python the first task of a sequence has the index 0.

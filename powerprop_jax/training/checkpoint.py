@@ -354,7 +354,7 @@ def _writing(manager: Manager) -> Iterator[None]:
 
 
 def close(manager: Manager) -> None:
-  """Closes a manager when its last checkpoint is whole.
+  """Waits until the last checkpoint is whole, and closes the manager.
 
   Args:
     manager: a `Manager`; closing it again does nothing.

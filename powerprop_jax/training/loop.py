@@ -31,7 +31,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Diverged(Exception):
-  """The loss became NaN or infinite."""
+  """Training failed: the loss is not finite, or a layer has no weights left."""
 
 
 class Interrupted(Exception):

@@ -323,7 +323,7 @@ def make_mask_updates(
     grads = _mean_gradient(loss_fn, masked, state, batches)
     if axis_name is not None:
       grads = jax.lax.pmean(grads, axis_name)
-    # The train step folds in a number below 2^31, so that no key is used twice.
+    # The train step folds in a number below 2^31, so that its keys are others.
     key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
     return key, theta, grads
 
