@@ -1,4 +1,4 @@
-"""Continual learning: many tasks in one network, none forgotten (section 4)."""
+"""Continual learning of many tasks in one network (section 4 of the paper)."""
 
 from powerprop_jax.continual import benchmarks
 from powerprop_jax.continual import ewc

@@ -1,11 +1,11 @@
-"""Sequences of tasks made from one image classification set.
+"""Sequences of tasks made from one image classification data set.
 
 Continual learning (section 4 of the paper) trains one network on a sequence of
-tasks. The usual benchmarks cut one from a single data set: every task permutes
-the pixels in an order of its own (Goodfellow et al. 2013), turns the images by
-an angle of its own (Lopez-Paz and Ranzato 2017), or takes some of the classes
-(Zenke et al. 2017). A task is made on the device when it is asked for, and not
-stored: a hundred permuted copies of MNIST would take 5 GB.
+tasks. The usual benchmarks make the sequence from a single data set: every task
+permutes the pixels in an order of its own (Goodfellow et al. 2013), turns the
+images by an angle of its own (Lopez-Paz and Ranzato 2017), or takes some of the
+classes (Zenke et al. 2017). A task is made on the device when it is asked for,
+and not stored: a hundred permuted copies of MNIST would take 5 GB.
 
 References:
   Goodfellow et al, `An empirical investigation of catastrophic forgetting in
@@ -36,16 +36,19 @@ class Benchmark(NamedTuple):
   """A sequence of tasks.
 
   Attributes:
-    name: such as `permuted_mnist`.
+    name: the name of the benchmark, such as `permuted_mnist`.
     num_tasks: how many tasks there are.
-    num_classes: the classes of one task, the outputs that its head needs.
+    num_classes: the number of classes of one task, and so of the outputs that
+      its head needs.
     input_shape: (height, width, channels), the same for all tasks.
     task: maps t, from 0 to num_tasks - 1, to the data set of task t: uint8
-      images and int32 labels from 0 to num_classes - 1, on the device. It is
-      made anew, and the same, at every call.
+      images [n, height, width, channels] and int32 labels [n] from 0 to
+      num_classes - 1, on the device. Every call makes it anew, with the same
+      contents.
     part: maps t and 'train', 'valid' or 'test' to that part of task t alone.
-      To evaluate earlier tasks takes their test parts only.
-    size: maps the same to the number of its examples, and does not make it.
+      Evaluating earlier tasks takes their test parts only.
+    size: maps the same arguments to the number of examples in that part,
+      without making it.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks
@@ -84,15 +87,15 @@ def _benchmark(
     part.labels
   ),
 ) -> Benchmark:
-  """The benchmark whose task t is `convert(t, part)` of every part.
+  """Makes the benchmark whose task t has the parts `convert(t, part)`.
 
-  That has `count(t, part)` examples.
+  Each of them has `count(t, part)` examples.
   """
 
   def found(t, which):
     if not 0 <= t < num_tasks:
       raise ValueError(
-        f'{name} has the tasks 0 to {num_tasks - 1}, there is no task {t}.'
+        f'{name} has the tasks 0 to {num_tasks - 1}; there is no task {t}.'
       )
     if which not in _PARTS:
       raise ValueError(f'A part is one of {_PARTS}, got {which!r}.')
@@ -118,7 +121,7 @@ def _check_num_tasks(num_tasks: int) -> None:
 
 
 def _put(images: Any, labels: Any) -> in_memory.Split:
-  """A part on the device, bytes and int32."""
+  """A part on the device, of uint8 images and int32 labels."""
   images = jnp.asarray(images, jnp.uint8)
   labels = jnp.asarray(labels, jnp.int32)
   return in_memory.Split(images, labels)  # pyright: ignore[reportArgumentType]
@@ -128,7 +131,7 @@ def _on_device(data: in_memory.Dataset) -> in_memory.Dataset:
   for which in _PARTS:
     if not len(getattr(data, which).labels):
       raise ValueError(
-        f'{data.name} has no {which} examples, of which tasks could be made.'
+        f'{data.name} has no {which} examples from which to make tasks.'
       )
   parts = {which: _put(*getattr(data, which)) for which in _PARTS}
   return data._replace(**parts)
@@ -138,28 +141,30 @@ def _on_device(data: in_memory.Dataset) -> in_memory.Dataset:
 def _permute(images, order):
   n, height, width, channels = images.shape
   pixels = images.reshape(n, height * width, channels)
-  # The order is a permutation: nothing to be checked, which saves a fifth.
+  # The order is a permutation: not checking its indices saves a fifth of the
+  # time.
   return jnp.take(pixels, order, axis=1, mode='clip').reshape(images.shape)
 
 
 def permuted(data: in_memory.Dataset, num_tasks: int, seed: int) -> Benchmark:
-  """Every task sees the pixels in an order of its own.
+  """A benchmark whose tasks each see the pixels in an order of their own.
 
   Task 0 is the data set as it is, as in Goodfellow et al. (2013) and many
-  since; others permute the first task too, which to a fully connected network
-  is the same. Channels move with their pixel. The order of task t depends on
-  the seed and t alone, so that a longer sequence begins as a shorter one does.
+  since; others permute the first task too, which makes no difference to a fully
+  connected network. Channels move with their pixel. The order of task t depends
+  on the seed and t alone, so that a longer sequence begins as a shorter one
+  does.
 
   Args:
-    data: any set in memory.
-    num_tasks: how many tasks to make; any number.
-    seed: of the permutations.
+    data: any data set in memory.
+    num_tasks: how many tasks to make, at least 1.
+    seed: the seed of the permutations.
 
   Returns:
     A `Benchmark`.
 
   Raises:
-    ValueError: if there is no task, or if a part has no example.
+    ValueError: if num_tasks is below 1, or if a part has no examples.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks
@@ -193,7 +198,7 @@ def _sources(height: int, width: int, degrees: float) -> np.ndarray:
   centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
   y, x = np.mgrid[:height, :width]
   y, x = y - centre_y, x - centre_x
-  # Rows count downwards, hence the signs of a turn to the left.
+  # Rows are counted downwards, so these are the signs of a turn to the left.
   return np.stack(
     [
       centre_y + math.cos(angle) * y + math.sin(angle) * x,
@@ -218,23 +223,24 @@ def _resample(images, sources):
 def rotated(
   data: in_memory.Dataset, num_tasks: int, max_angle: float = 180.0
 ) -> Benchmark:
-  """Every task turns the images by an angle of its own.
+  """A benchmark whose tasks each turn the images by an angle of their own.
 
   The angles are evenly spaced from 0 to `max_angle`, both included: task t
-  turns by t / (num_tasks - 1) of it, to the left, about the centre. Pixels are
-  interpolated linearly between four, and what comes from outside is black.
+  turns by t / (num_tasks - 1) of it, to the left, about the centre. Each pixel
+  is interpolated linearly between four pixels of the image, and what comes from
+  outside of the image is black.
 
   Args:
-    data: any set in memory.
-    num_tasks: how many tasks to make; any number.
+    data: any data set in memory.
+    num_tasks: how many tasks to make, at least 1.
     max_angle: the angle of the last task in degrees, in (0, 360).
 
   Returns:
     A `Benchmark`.
 
   Raises:
-    ValueError: if there is no task, if the angle is impossible, or if a part
-      has no example.
+    ValueError: if num_tasks is below 1, if max_angle is not between 0 and 360
+      degrees, or if a part has no examples.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks
@@ -249,8 +255,8 @@ def rotated(
   _check_num_tasks(num_tasks)
   if not 0 < max_angle < 360:
     raise ValueError(
-      f'max_angle must be between 0 and 360 degrees, got {max_angle}. At both'
-      ' the last task would be the first.'
+      f'max_angle must be between 0 and 360 degrees, got {max_angle}. At either'
+      ' of these the last task would be the same as the first.'
     )
   height, width, _ = data.train.images.shape[1:]
   data = _on_device(data)
@@ -268,19 +274,22 @@ def rotated(
 
 
 def split(data: in_memory.Dataset, classes_per_task: int = 2) -> Benchmark:
-  """Every task has some of the classes: task 0 the first few, and so on.
+  """A benchmark whose tasks each have some of the classes.
+
+  Task 0 has the first `classes_per_task` classes, task 1 the next ones, and so
+  on.
 
   Args:
-    data: any set in memory.
-    classes_per_task: how many classes a task has, labelled 0 to
-      classes_per_task - 1. It must divide the number of classes.
+    data: any data set in memory.
+    classes_per_task: how many classes a task has, at least 2. It must divide
+      the number of classes. In every task the labels start at 0.
 
   Returns:
     A `Benchmark` of num_classes / classes_per_task tasks.
 
   Raises:
-    ValueError: if a task would have less than two classes or the number does
-      not divide, or if a part of a task would have no example.
+    ValueError: if classes_per_task is below 2 or does not divide the number of
+      classes, or if a part of a task would have no examples.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import benchmarks
@@ -306,8 +315,8 @@ def split(data: in_memory.Dataset, classes_per_task: int = 2) -> Benchmark:
     if missing:
       raise ValueError(
         f'{data.name} has no {which} examples of task {missing[0]}, classes'
-        f' {missing[0] * classes_per_task} and up. Its labels must not be'
-        ' sorted, and every class should occur.'
+        f' {missing[0] * classes_per_task} and up. The examples must not be'
+        ' sorted by class, and every class should occur.'
       )
 
   def rows(t, part):
@@ -353,7 +362,7 @@ def padded(benchmark: Benchmark) -> Benchmark:
   """The same tasks with parts of one shape, for functions that compile once.
 
   The tasks of `split` differ in size. Here every part is filled up at the end
-  to the largest of its kind, by black images of the label
+  to the size of the largest of its kind, with black images that have the label
   `classification.PADDING`, -1: accuracies do not count them, and training
   should draw from the examples before them.
 

@@ -1,19 +1,22 @@
 """EfficientPackNet: every task takes the weights it needs, and shares them.
 
-Lines 5 to 11 of Algorithm 1 (section 4 of the paper). A task was trained, and
-its network with all weights, the dense one, has the performance P on validation
-data. The network is pruned to the lowest density at which its performance is
-still at least gamma P. All weights are ranked together, those of earlier tasks
-included, so that tasks share, and a task takes as many new weights as it needs.
-The sparser the solutions are, as with Powerpropagation, the more tasks fit.
+This module has lines 5 to 11 of Algorithm 1 (section 4 of the paper). After a
+task has been trained, its network with all weights, the dense one, has the
+performance P on validation data. The network is pruned to the lowest density at
+which its performance is still at least gamma P. All weights are ranked
+together, those of earlier tasks included, so that tasks share weights, and a
+task takes as many new weights as it needs. The sparser the solutions are, as
+with Powerpropagation, the more tasks fit.
 
-Decisions that Algorithm 1 leaves open, or prints otherwise:
+Algorithm 1 leaves some decisions open, or prints them otherwise. In this module
+they are:
 
-  * TopK(phi) is by |theta|. Where all weights have one alpha its order is that
-    of |phi|, and where they have several only theta compares.
-  * s_l is the fraction that is kept, tried from the largest down. The loop as
-    printed ends one step after the target is missed; here the last mask that
-    met it counts (see `search`). A performance equal to the target meets it.
+  * TopK(phi) ranks by |theta|. Where all weights have one alpha, the order is
+    that of |phi|; where they have several, only theta can be compared.
+  * s_l is the fraction that is kept; fractions are tried from the largest down.
+    The loop as printed ends one step after the target is missed; here the last
+    mask that met it counts (see `search`). A performance equal to the target
+    meets it.
   * If no density meets the target, the largest is taken.
 
 References:
@@ -35,21 +38,21 @@ from powerprop_jax.continual import memory as memory_lib
 from powerprop_jax.continual import search as search_lib
 from powerprop_jax.sparse import masks
 
-#: How the densities are searched.
+#: How the candidate densities are searched.
 Search = Literal['linear', 'binary', 'taylor']
 
 
 class Choice(NamedTuple):
-  """How the density of a task was found.
+  """The density that was chosen for a task, and how it was found.
 
   Attributes:
     density: the density that was chosen, the fraction of all masked weights
       that the task may use. With `cap` or `omit` it may use fewer.
     met: whether its performance reached gamma times that of the dense network.
-    performance: its performance.
+    performance: the performance at that density.
     dense: the performance of the dense network, P in Algorithm 1.
     evaluated: (density, performance) of every density that was evaluated, in
-      the order in which they were.
+      the order of evaluation.
   """
 
   density: float
@@ -60,13 +63,14 @@ class Choice(NamedTuple):
 
 
 class _Compiled(NamedTuple):
-  """The work of a choice, compiled once for all tasks.
+  """The functions that make a choice, compiled once for all tasks.
 
   Attributes:
-    rank: (phi, owners) -> (theta, ranking): the one sort.
+    rank: (phi, owners) -> (theta, ranking): the only sort.
     prune: (theta, ranking, count, max_new) -> theta, zero outside of the mask.
     predict: (theta, model_state, ranking, counts, max_new, valid) -> the rise
-      of the loss at each count but the last, which is that of all weights.
+      of the loss at each count but the last, which is the number of all
+      weights.
     select: `search.select`.
   """
 
@@ -158,19 +162,20 @@ def efficient_packnet(
   cap: float = 1.0,
   omit: Collection[str] = (),
 ) -> memory_lib.Choose:
-  """EfficientPackNet's choice of the mask of a task, for `learn_task`.
+  """Makes the function by which EfficientPackNet chooses masks of tasks.
 
-  Lines 5 to 11 of Algorithm 1 (section 4 of the paper): the performance of the
-  dense network, and the search for the lowest density that keeps gamma of it.
+  `learn_task` takes that function as `choose`. It does lines 5 to 11 of
+  Algorithm 1 (section 4 of the paper): it measures the performance of the dense
+  network, and searches for the lowest density that keeps gamma of it.
   Weights are sorted once per task, and what is compiled is compiled once for
   all tasks. If `evaluate` is to be compiled once too, let it be a jitted
   function that takes the validation data as arguments, of one shape for all
-  tasks, and give them to `learn_task` as `valid`.
+  tasks, and give these data to `learn_task` as `valid`.
 
   Args:
     evaluate: maps (theta, model_state, *valid) to the performance of a network
-      on validation data, larger being better and never negative, such as its
-      accuracy. It may be any Python function.
+      on validation data, such as its accuracy: a number that is never negative,
+      and larger for a better network. It may be any Python function.
     transform: the `power.power_transform` of the network, with which `theta` is
       made of the parameters in the memory; None if they are theta themselves.
     densities: the candidates, fractions of the weights to keep in (0, 1],
@@ -180,19 +185,21 @@ def efficient_packnet(
       [0, 1].
     search: 'linear' tries the candidates from the largest down, until one
       misses the target, as Algorithm 1 does; 'binary' halves them; 'taylor'
-      predicts the loss at all of them by gradients, and evaluates the one it
-      picks.
+      predicts the loss at all of them from gradients, evaluates the one that it
+      picks, and tries larger ones if that misses the target.
     search_steps: how many times the binary search halves the candidates, with
       one evaluation each; None halves them until one is left.
-    loss: for the search 'taylor': maps (theta, model_state, batch) to the mean
-      loss of a batch, which is a tuple of rows of the validation data.
-    loss_batch_size: how many examples a gradient of it is of.
+    loss: a function that the search 'taylor' needs, and no other: it maps
+      (theta, model_state, batch) to the mean loss of a batch, which is a tuple
+      of rows of the validation data.
+    loss_batch_size: over how many examples each gradient of the loss is taken.
     min_density: the least density that a task may have.
     max_density: the largest density that a task may have.
-    cap: how much of all weights a task may be the first to use; the smallest of
-      its new weights are left out beyond. This is not in the paper.
-    omit: paths of leaves of which a task takes only free weights; to be given
-      to `learn_task` too. This is not in the paper.
+    cap: the largest share of all weights that a task may be the first to use,
+      in [0, 1]; the smallest of its new weights are left out beyond that. This
+      is not in the paper.
+    omit: the paths of leaves of which a task takes only free weights. They have
+      to be given to `learn_task` too. This is not in the paper.
 
   Returns:
     A function of (memory, index, *valid) that returns the mask of the task, one
@@ -200,7 +207,8 @@ def efficient_packnet(
 
   Raises:
     ValueError: if an argument is impossible; and, when the function is called,
-      if no weights are masked, or the performance is negative or NaN.
+      if no weights are masked, if the search 'taylor' is given no validation
+      data, or if the performance is negative or NaN.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual, power
@@ -241,8 +249,8 @@ def efficient_packnet(
     size = sum(owner.size for owner in memory.owners.values())
     if not size:
       raise ValueError(
-        'No weights are masked, of which EfficientPackNet could choose. Make'
-        " the layout with weights='masked', or learn without choose."
+        'No weights are masked, so that EfficientPackNet has none to choose'
+        " from. Make the layout with weights='masked', or learn without choose."
       )
     if search == 'taylor' and not jax.tree.leaves(valid):
       raise ValueError(
@@ -257,9 +265,9 @@ def efficient_packnet(
       found = float(evaluate(pruned, memory.model_state, *valid))
       if not found >= 0:
         raise ValueError(
-          f'evaluate returned {found} for task {index}. A share of it is to be'
-          ' kept, so that a performance must not be negative or NaN. Return'
-          ' the accuracy, and look whether training diverged.'
+          f'evaluate returned {found} for task {index}. A performance, of which'
+          ' pruning is to keep a share, must not be negative or NaN. Return the'
+          ' accuracy, and check whether training diverged.'
         )
       return found
 

@@ -1,14 +1,14 @@
 """Elastic weight consolidation: earlier tasks as springs on the weights.
 
-The baseline for continual learning by regularisation (section 4 of the paper
-names it). A task that is learned leaves its weights theta_t and how much it
-depends on each, the diagonal of its Fisher information F_t; later tasks add to
-their loss
+This is the baseline for continual learning by regularisation that section 4 of
+the paper names. A task that is learned leaves its weights theta_t and how much
+it depends on each, the diagonal of its Fisher information F_t; later tasks add
+to their loss
 
   sum_t strength / 2 sum_i F_ti (theta_i - theta_ti)^2.
 
-Quadratics add up to a quadratic: sum_t F_t and sum_t F_t theta_t are all its
-gradient takes, so that memory does not grow with the number of tasks.
+Quadratics add up to a quadratic, whose gradient takes no more than sum_t F_t
+and sum_t F_t theta_t, so that memory does not grow with the number of tasks.
 
 References:
   Kirkpatrick et al, `Overcoming catastrophic forgetting in neural networks
@@ -27,23 +27,23 @@ from powerprop_jax.types import Params
 
 
 class Anchor(NamedTuple):
-  """What all earlier tasks hold the weights to, as two trees like theta.
+  """The penalty of all earlier tasks, as two trees of the shapes of theta.
 
   Attributes:
     fisher: sum_t strength F_t.
     pull: sum_t strength F_t theta_t.
   """
 
-  # Any to a type checker, so that leaves can be reached by their names.
+  # They are Any to a type checker, so that leaves can be reached by name.
   fisher: Any
   pull: Any
 
 
 def no_anchor(theta: Params) -> Anchor:
-  """The anchor of no task, whose penalty is zero.
+  """The anchor before any task, whose penalty is zero.
 
   Args:
-    theta: the weights, of which the shapes count.
+    theta: the weights, of which only the shapes and dtypes matter.
 
   Returns:
     An `Anchor` of zeros.
@@ -69,24 +69,25 @@ def fisher(
 
   F is the mean of the squared gradient of log p(y | x, theta), with y drawn
   from the network's own prediction. With the labels of the data in place of y
-  it is the 'empirical' Fisher, which many codes take for it; that one goes to
-  zero as the training data are fitted. A few hundred examples will do: each
-  needs a gradient of its own.
+  it is the 'empirical' Fisher, which many implementations take for it, but
+  which goes to zero as the training data are fitted. A few hundred examples are
+  enough; each of them takes a gradient of its own.
 
   Args:
     logits: maps (theta, images) to logits [n, classes]. Examples must not
       influence each other, as they would through the statistics of a batch.
     theta: the weights, after training.
-    images: what `logits` takes, with one row per example.
-    key: a PRNG key from which y is drawn.
-    labels: int [n], in place of a key; examples of negative labels do not
+    images: what `logits` takes, of shape [n, ...], with one row per example.
+    key: a PRNG key with which y is drawn.
+    labels: int [n], in place of a key; examples with negative labels do not
       count.
 
   Returns:
-    A tree like theta, of numbers >= 0.
+    A tree of the structure and the shapes of theta, of numbers >= 0.
 
   Raises:
-    ValueError: if there is a key and labels, or neither, or no example.
+    ValueError: if both a key and labels are given, or neither, or if there are
+      no examples.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import ewc
@@ -132,21 +133,22 @@ def add_task(
   strength: float | jax.Array = 1.0,
   held: Any = None,
 ) -> Anchor:
-  """Holds later tasks to a task that was just learned.
+  """Adds a task that was just learned to the anchor of later tasks.
 
   Args:
     anchor: the anchor of the tasks before it, or `no_anchor`.
     fisher: the result of the function `fisher`.
     theta: the weights, after training.
-    strength: how hard to hold them, not negative.
+    strength: how strongly to hold the weights, finite and not negative.
     held: a pytree of bools: which leaves to hold; None holds all. A head that
-      every task has for itself is not to be held.
+      every task has for itself should not be held.
 
   Returns:
     The anchor of all tasks so far.
 
   Raises:
-    ValueError: if the strength is negative, infinite or NaN.
+    ValueError: if the strength is a number that is negative, infinite or NaN;
+      an array, which may be traced, is not checked.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import ewc
@@ -174,18 +176,19 @@ def penalty(fisher: Params, pull: Params) -> step_lib.Penalty:
   """The gradient of the penalty, for `training.make_train_step`.
 
   To compile once for all tasks, make the step inside of the compiled function,
-  of which the anchor is an argument:
+  and give it the anchor as an argument:
 
     def run(state, anchor, data, indices):
       step = training.make_train_step(..., penalty=ewc.penalty(*anchor))
       return training.make_run_steps(step)(state, data, indices)
 
   Args:
-    fisher: that of an `Anchor`.
-    pull: that of the same `Anchor`.
+    fisher: the `fisher` of an `Anchor`.
+    pull: the `pull` of the same `Anchor`.
 
   Returns:
-    A function of (theta, masks) to a tree like theta: fisher * theta - pull.
+    A function that maps (theta, masks) to fisher * theta - pull, a tree of the
+    structure and the shapes of theta.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import ewc

@@ -9,7 +9,7 @@ last layer belong to tasks too, and each leaf is of one of four kinds:
   * `frozen`: learnt with the first task, and fixed from then on;
   * `shared`: changes with every task, by which earlier tasks are forgotten.
 
-Leaves are known by their '/'-joined path, and groups of them are dictionaries
+Leaves are named by their '/'-joined path, and groups of them are dictionaries
 by path.
 """
 
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
   Attributes:
     kinds: 'masked', 'private', 'frozen' or 'shared', by the path of the leaf.
-    state: the kind of the statistics of normalisation: all but 'masked'.
+    state: the kind of the statistics of normalisation: any but 'masked'.
   """
 
   kinds: dict[str, str]
@@ -55,23 +55,26 @@ def make_layout(
   Args:
     params: a pytree of arrays, or of their shapes.
     weights: 'masked', 'private' or 'shared'.
-    heads: 'private', a last layer for every task, weights and all; or 'shared',
-      one last layer that is kept as the other layers are.
-    biases: 'private', 'frozen' or 'shared': the kind of the leaves beside a
-      weight.
+    heads: 'private', by which every task has a last layer of its own, weights
+      included; or 'shared', by which the one last layer is kept as the other
+      layers are.
+    biases: 'private', 'frozen' or 'shared': the kind of the other leaves of
+      layers that have a weight.
     norm: likewise, for the leaves of layers without a weight, and for the
       statistics. With 'frozen', `learn_task` puts the statistics of the first
       task back after the training of each later one.
-    head: a regular expression, searched in the '/'-joined path, that tells the
-      last layer.
-    is_weight: a function of (path, leaf).
+    head: a regular expression, searched in the '/'-joined path, that identifies
+      the last layer.
+    is_weight: a function of (path, leaf) that says whether the leaf is a
+      weight.
 
   Returns:
     A `Layout`.
 
   Raises:
-    ValueError: if a kind is impossible, or masked weights would be forgotten
-      through leaves that are shared, or no layer is the head.
+    ValueError: if a kind is impossible, if tasks would be forgotten through
+      shared leaves although their weights are masked, or if heads are private
+      and no layer matches `head`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual
@@ -91,8 +94,9 @@ def make_layout(
       raise ValueError(f'{name} must be among {_KINDS[name]}, got {value!r}.')
   if weights == 'masked' and 'shared' in (biases, norm):
     raise ValueError(
-      f'biases={biases!r} and norm={norm!r} beside masked weights: earlier'
-      " tasks would be forgotten through them. Use 'private' or 'frozen'."
+      f'biases={biases!r} and norm={norm!r} do not fit masked weights:'
+      ' earlier tasks would be forgotten through what is shared. Use'
+      " 'private' or 'frozen'."
     )
   rows = leaves.weight_rows(params, is_weight)
   weight_paths = {str(path) for path, _ in rows}

@@ -3,13 +3,13 @@
 PackNet (Mallya and Lazebnik 2018) and EfficientPackNet (section 4 of the paper,
 Algorithm 1) train a network on a task, prune it, and protect the weights that
 are left from all later training; what was pruned is free for the next task. A
-task is stored as one bit per weight. How the mask of a task is chosen is all in
-which the two differ: `packnet` gives each of T tasks 1/T of the weights, and
+task is stored as one bit per weight. The two differ only in how they choose the
+mask of a task: `packnet` gives each of T tasks 1/T of the weights, and
 `efficient_packnet` gives a task what it needs. `learn_task` is the frame of
 both: it takes a task through training, the choice of its mask, and retraining,
-and asks its caller for the training alone.
+and leaves the training itself to its caller.
 
-What else a network has besides weights belongs to tasks too; a `layouts.Layout`
+Whatever a network has besides weights belongs to tasks too; a `layouts.Layout`
 says how each leaf is kept. Baselines are layouts: finetuning shares everything,
 and networks that learn one task each are private throughout.
 
@@ -48,11 +48,12 @@ class Memory(NamedTuple):
   Attributes:
     phi: the parameters.
     model_state: the statistics of normalisation; {} if there are none.
-    owners: by the path of every masked leaf, an integer per weight: 0 is free,
-      and t + 1 belongs to task t. They are uint8, and uint16 past 255 tasks.
+    owners: by the path of every masked leaf, an array of its shape with one
+      integer per weight: 0 if it is free, and t + 1 if it belongs to task t.
+      The integers are uint8, and uint16 beyond 255 tasks.
   """
 
-  # Any to a type checker, so that leaves can be reached by their names.
+  # They are Any to a type checker, so that leaves can be reached by name.
   phi: Any
   model_state: Any
   owners: ByPath
@@ -110,7 +111,7 @@ def begin_task(
   """Re-initialises what is free or private (line 13 of Algorithm 1).
 
   Args:
-    memory: what earlier tasks left.
+    memory: the memory that earlier tasks left, or that of `init_memory`.
     fresh: (phi, model_state) of a network that was just initialised.
     layout: a `Layout`.
 
@@ -142,7 +143,7 @@ def begin_task(
 
 
 def _backward(memory: Memory, layout: Layout, owner: int, first: bool) -> Any:
-  """What training may move: weights of an owner, and what is not kept."""
+  """The mask of what may move: weights of an owner, and leaves not frozen."""
 
   def mask(path, x):
     if path in memory.owners:
@@ -157,7 +158,7 @@ def training_masks(
 ) -> masks.Masks:
   """The masks with which task `index` is trained (line 4 of Algorithm 1).
 
-  All weights are used, and free ones alone may move.
+  All weights are used, and of the masked ones only the free ones may move.
 
   Args:
     memory: the memory returned by `begin_task`.
@@ -197,10 +198,10 @@ def retraining_masks(
   the first to take may move.
 
   Args:
-    memory: the memory in which the task owns its new weights.
+    memory: the memory in which the task owns its new weights (see `claim`).
     layout: a `Layout`.
     index: the task, from 0.
-    mask: the mask of the task by path.
+    mask: the mask of the task, one boolean array per masked leaf by its path.
 
   Returns:
     `masks.Masks` of the shapes of the parameters.
@@ -227,8 +228,8 @@ def claim(owners: ByPath, mask: ByPath, index: int) -> ByPath:
   """Gives task `index` the free weights of its mask (line 12 of Algorithm 1).
 
   Args:
-    owners: who owns each weight, by path.
-    mask: the mask of the task by path.
+    owners: who owns each weight, by path, as in a `Memory`.
+    mask: the mask of the task by path, of the same shapes.
     index: the task, from 0.
 
   Returns:
@@ -244,7 +245,9 @@ def claim(owners: ByPath, mask: ByPath, index: int) -> ByPath:
   {'w': Array([2, 0, 1], dtype=uint8)}
   """
   if index + 1 > jnp.iinfo(jnp.uint16).max:
-    raise ValueError(f'There is no owner for task {index}: 65,535 at most.')
+    raise ValueError(
+      f'There is no owner for task {index}: a memory has 65,535 tasks at most.'
+    )
 
   def give(path, owner):
     if index + 1 > jnp.iinfo(owner.dtype).max:
@@ -259,7 +262,7 @@ def free_count(owners: ByPath) -> int:
   """How many weights belong to no task.
 
   Args:
-    owners: who owns each weight, by path.
+    owners: who owns each weight, by path, as in a `Memory`.
 
   Returns:
     A Python integer.
@@ -273,11 +276,11 @@ def free_count(owners: ByPath) -> int:
 
 
 def store(memory: Memory, mask: ByPath, layout: Layout) -> Task:
-  """What is kept of the task that the memory has just learnt.
+  """Makes what is stored of the task that the memory has just learnt.
 
   Args:
     memory: the memory after training.
-    mask: the mask of the task by path.
+    mask: the mask of the task, one boolean array per masked leaf by its path.
     layout: a `Layout`.
 
   Returns:
@@ -301,9 +304,10 @@ def store(memory: Memory, mask: ByPath, layout: Layout) -> Task:
 def recall(
   memory: Memory, task: Task, transform: power.PowerTransform
 ) -> tuple[Any, Any]:
-  """The network of a task, from its stored mask alone.
+  """The network of a task, made from the memory and what was stored of it.
 
-  Can be jit-compiled: all tasks of a network have the same structure.
+  The function can be jit-compiled: all tasks of a network have the same
+  structure.
 
   Args:
     memory: the memory after this or any later task.
@@ -352,7 +356,7 @@ def num_bytes(task: Task) -> int:
 
 
 def _check_choice(owners: ByPath, mask: ByPath, omit: Collection[str]) -> None:
-  """Raises ValueError if a mask is not one of these weights."""
+  """Raises ValueError if a mask does not fit, or takes what is omitted."""
   shapes = {path: jnp.shape(m) for path, m in mask.items()}
   expected = {path: owner.shape for path, owner in owners.items()}
   if shapes != expected:
@@ -385,35 +389,36 @@ def learn_task(
   """Learns a task: lines 4 to 14 of Algorithm 1, and the same for baselines.
 
   `train` is any training loop that uses and moves what its masks say, such as
-  one of `training.make_train_step`. The statistics of normalisation it may move
+  one of `training.make_train_step`. It may move the statistics of normalisation
   too: where the layout freezes them, they are put back after each call from the
-  second task on. (Such a task is trained best with the normalisation of a
-  network that is evaluated, since that is the network that will be kept.)
+  second task on. (Such a task is best trained with normalisation by the frozen
+  statistics, as in evaluation, since the network that is kept will use them.)
 
   Args:
-    memory: what earlier tasks left, or `init_memory`.
-    index: the task, from 0. How many will come need not be known.
+    memory: the memory that earlier tasks left, or that of `init_memory`.
+    index: the task, from 0. The number of tasks need not be known.
     fresh: (phi, model_state) of a network that was just initialised.
     layout: a `Layout`.
-    train: maps (memory, masks) to the memory with what was trained.
+    train: maps (memory, masks) to the memory after training under the masks.
     choose: chooses the mask of the task after training, such as `packnet(...)`
       or `efficient_packnet(...)`: maps (memory, index, *valid) to the mask, one
       boolean array per masked leaf by its path, and a record of the choice.
       None is for layouts without masked leaves.
     retrain: trains the new weights under the mask once more, as `train` does;
       None leaves it out.
-    valid: what `choose` is given besides, such as the validation images and
+    valid: further arguments of `choose`, such as the validation images and
       labels of the task.
     omit: paths of masked leaves whose weights of earlier tasks the new task
       does not use, as in `training_masks`; `choose` must leave them out too.
 
   Returns:
     (memory, task, record): the memory after the task, the task to be stored,
-    and what `choose` recorded, None without it.
+    and the record that `choose` returned, or None without it.
 
   Raises:
-    ValueError: if there is nothing to choose the mask of masked leaves, or it
-      returns a mask that does not fit.
+    ValueError: if there are masked leaves and no `choose`, if `choose` returns
+      a mask that does not fit or that takes weights that `omit` leaves out, or
+      if there are too many tasks for `claim`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual
@@ -438,7 +443,7 @@ def learn_task(
   frozen = layout.state == 'frozen' and index > 0
 
   def run(train, memory, chosen):
-    # A copy, as compiled steps overwrite the state they are given.
+    # This is a copy, as compiled steps overwrite the state they are given.
     kept = jax.tree.map(jnp.copy, memory.model_state) if frozen else None
     memory = train(memory, chosen)
     return memory._replace(model_state=kept) if frozen else memory

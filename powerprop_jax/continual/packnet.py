@@ -28,8 +28,8 @@ def packnet_counts(
 ) -> dict[str, int]:
   """How many weights PackNet gives task `index` in each layer.
 
-  1/T of all weights, which is 1 / (T - index) of those that are free; the parts
-  differ by at most one and add up to the layer.
+  A task gets 1/T of all weights, which is 1 / (T - index) of those that are
+  free; the shares differ by at most one weight and add up to the layer.
 
   Args:
     sizes: the number of weights of each masked leaf, by path.
@@ -37,7 +37,7 @@ def packnet_counts(
     num_tasks: T, known in advance.
 
   Returns:
-    A dict of ints.
+    The number of weights to take of each leaf, by path.
 
   Raises:
     ValueError: if there is no such task.
@@ -60,17 +60,17 @@ def packnet_counts(
 def packnet_mask(
   params: Params, owners: ByPath, counts: Mapping[str, Any]
 ) -> ByPath:
-  """PackNet's mask: the largest free weights of each layer, and all earlier.
+  """PackNet's mask: the largest free weights of each layer, and all owned ones.
 
   Args:
     params: the trained weights. Since magnitudes are compared within a layer
       only, theta and phi give the same mask.
-    owners: who owns each weight, by path.
+    owners: who owns each weight, by path, as in a `Memory`.
     counts: how many free weights to take of each leaf, as `packnet_counts`
-      returns them; integers or traced.
+      returns them; Python integers, or traced ones.
 
   Returns:
-    Boolean arrays by path.
+    Boolean arrays by path, of the shapes of the owners.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual
@@ -91,15 +91,15 @@ def packnet_mask(
 
 
 def packnet(num_tasks: int) -> memory_lib.Choose:
-  """PackNet's choice of the mask of a task, for `learn_task`.
+  """Makes the function by which PackNet chooses masks, for `learn_task`.
 
   Args:
     num_tasks: T, how many tasks will come.
 
   Returns:
     A function of (memory, index) that returns the mask of the task by path, and
-    None, as there is nothing to record. Validation data, which it is given if
-    `learn_task` has some, are not looked at.
+    None, as there is nothing to record. It ignores validation data, which it is
+    given if `learn_task` has some.
 
   Raises:
     ValueError: if num_tasks is below 1; and, when the function is called, if

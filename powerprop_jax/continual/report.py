@@ -1,10 +1,11 @@
-"""What a sequence of tasks did to accuracy and to a network, as plain dicts.
+"""Reports on accuracy, capacity and masks over a sequence of tasks, as dicts.
 
 Section 4 of the paper asks two things of continual learning: that nothing is
 forgotten, and that the weights of one network last for many tasks. Both are
 measured from what a run records: the accuracy on every task after every task,
-who owns each weight, and the masks of the tasks. Weights only are counted. All
-results go straight into a JSON file: what was not measured is None.
+who owns each weight, and the masks of the tasks. Only weights are counted. All
+results can be written to a JSON file as they are: what was not measured is
+None.
 
 References:
   Chaudhry et al, `Riemannian walk for incremental learning
@@ -24,13 +25,13 @@ _BLOCK = 1 << 20
 
 
 def _square(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-  """Rows of any length up to their number, filled up with NaN."""
+  """A square matrix of rows, of which shorter ones are filled up with NaN."""
   matrix = np.full((len(rows), len(rows)), np.nan)
   for i, row in enumerate(rows):
     if len(row) > len(rows):
       raise ValueError(
-        f'Row {i} of the accuracy matrix has {len(row)} tasks, of {len(rows)}'
-        ' that were learned. Give a row for each, and no others.'
+        f'Row {i} of the accuracy matrix has {len(row)} tasks, but {len(rows)}'
+        ' were learned. Give one row and one column per task that was learned.'
       )
     matrix[i, : len(row)] = np.asarray(row, float)
   return matrix
@@ -52,26 +53,28 @@ def accuracy_report(
   that are counted from 0:
 
     * *Forgetting* of task t (Chaudhry et al. 2018) is the best accuracy on it
-      before the last task less that after it, max_i R[i][t] - R[T - 1][t] over
-      t <= i < T - 1. It is negative if later tasks helped, and 0 for the last.
+      before the last task less that after the last task, max_i R[i][t] -
+      R[T - 1][t] over t <= i < T - 1. It is negative if later tasks helped, and
+      0 for the last task.
     * *Backward transfer* (Lopez-Paz and Ranzato 2017) is R[T - 1][t] - R[t][t]:
       what all later tasks did to task t. Its mean is over all but the last.
-    * *Forward transfer*, ours, is R[t][t] - a[t], where a[t] is the accuracy of
-      a network that learned task t alone: what all earlier tasks did to the
-      learning of task t.
+    * *Forward transfer*, as it is defined here, is R[t][t] - a[t], where a[t]
+      is the accuracy of a network that learned task t alone: what all earlier
+      tasks did to the learning of task t.
     * *Zero-shot transfer* is what Lopez-Paz and Ranzato, and the library
       Avalanche, call forward transfer: R[t - 1][t] - b[t], the accuracy on task
       t before it is learned, less that of the network at its initialisation.
-      Networks with a head for every task have none to speak of, since the head
-      is new.
+      It means nothing for networks with a head for every task, since the head
+      is still untrained.
 
   Args:
     rows: row i holds the accuracies in [0, 1] on all tasks after task i was
       learned. What was not measured, or not learned yet, may be None, NaN or
       missing at the end of the row; the last row is complete.
-    independent: the accuracies a of networks that learned a single task each.
-    initial: the accuracies b on every task of a network that was just
-      initialised. With them, row i must hold that on task i + 1.
+    independent: the accuracies a[t] of networks that learned a single task
+      each.
+    initial: the accuracies b[t] on every task of a network that was just
+      initialised. With them, row i must hold the accuracy on task i + 1.
 
   Returns:
     A dict of 'accuracy_matrix', lists with None where nothing was measured;
@@ -83,9 +86,10 @@ def accuracy_report(
     None, and 'mean_zero_shot_transfer'. A mean over no task is None.
 
   Raises:
-    ValueError: if the last row or the diagonal is incomplete, or `independent`
-      or `initial` is too short, or there is no accuracy before a task for
-      `initial` to be compared with.
+    ValueError: if there are no rows, if a row is longer than their number, if
+      the last row or the diagonal is incomplete, if `independent` or `initial`
+      is too short, or if `initial` is given and the accuracy on a task before
+      it was learned is missing.
 
   >>> from powerprop_jax.continual import report
   >>> rows = [[0.75, 0.25], [0.5, 1.0]]
@@ -121,8 +125,8 @@ def accuracy_report(
   if independent is not None:
     if len(independent) < len(matrix):
       raise ValueError(
-        f'independent has {len(independent)} accuracies, {len(matrix)} tasks'
-        ' were learned. Learn each of them alone.'
+        f'independent has {len(independent)} accuracies, but {len(matrix)}'
+        ' tasks were learned. Learn each of them alone.'
       )
     transfer = learned - np.asarray(independent, float)[: len(matrix)]
     report['forward_transfer'] = transfer.tolist()
@@ -130,7 +134,7 @@ def accuracy_report(
   if initial is not None:
     if len(initial) < len(matrix):
       raise ValueError(
-        f'initial has {len(initial)} accuracies, {len(matrix)} tasks were'
+        f'initial has {len(initial)} accuracies, but {len(matrix)} tasks were'
         ' learned. Evaluate a new network on each of them.'
       )
     before = np.diagonal(matrix, 1)
@@ -153,7 +157,7 @@ def _mean(values: np.ndarray) -> float | None:
 def capacity_report(
   owners: Mapping[str, Any], num_tasks: int
 ) -> dict[str, Any]:
-  """Who uses how many weights.
+  """How many weights each task was the first to use, and how many are free.
 
   Args:
     owners: an integer array for each layer's weights, by path: 0 where a weight
@@ -162,13 +166,14 @@ def capacity_report(
 
   Returns:
     A dict of 'layers', {path: {'size', 'used', 'free', 'new_weights'}}; of
-    'capacity_used', the share of all weights; and of lists with an entry for
-    each task: 'new_weights', how many it was the first to use; 'used', the
-    share of weights in use after it; and 'backward_masked', the share that no
-    update could move while it was trained.
+    'capacity_used', the share of all weights that are in use; and of lists with
+    an entry for each task: 'new_weights', how many it was the first to use;
+    'used', the share of weights in use after it; and 'backward_masked', the
+    share that no update could move while it was trained.
 
   Raises:
-    ValueError: if there are no weights, or other owners.
+    ValueError: if there are no weights, or if an owner is a task that was not
+      learned.
 
   >>> import numpy as np
   >>> from powerprop_jax.continual import report
@@ -205,14 +210,14 @@ def capacity_report(
 
 
 def _unpacked(packed: Any, size: int) -> np.ndarray:
-  """The boolean vector of which `masks.pack` made bytes."""
+  """The boolean vector from which `masks.pack` made bytes."""
   return np.unpackbits(np.asarray(packed), count=size).astype(bool)
 
 
 def _common(bits: np.ndarray) -> np.ndarray:
   """How many weights each pair of masks has in common: [tasks, tasks]."""
   total = np.zeros((len(bits), len(bits)), int)
-  # Counts in float32 are exact below 2^24, and its products fast.
+  # Counts are exact in float32 below 2^24, and products in float32 are fast.
   for start in range(0, bits.shape[1], _BLOCK):
     block = bits[:, start : start + _BLOCK].astype(np.float32)
     total += (block @ block.T).astype(int)
@@ -222,7 +227,7 @@ def _common(bits: np.ndarray) -> np.ndarray:
 def mask_report(
   packed: Sequence[Mapping[str, Any]], owners: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """What the masks of the tasks keep, and how far they are the same.
+  """What the masks of the tasks keep, and how much of it they share.
 
   Args:
     packed: the masks of the tasks in the order of learning, by path, as
@@ -263,19 +268,19 @@ def mask_report(
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-  """Methods side by side as text, in percent.
+  """A text table that compares methods, in percent.
 
   Args:
     runs: a dict for each run: 'method', 'alpha', 'average_accuracy' and
       'worst_accuracy', as `accuracy_report` returns them, and 'capacity_used',
       as `capacity_report` returns it, or None. Runs of one method and alpha are
-      seeds. They may have 'mean_forward_transfer'.
+      its seeds. A run may also have 'mean_forward_transfer'.
 
   Returns:
-    A line for each method and alpha, in the order in which they first occur:
-    the average accuracy ± its standard deviation over seeds, and the means over
-    seeds of the accuracy on the worst task, of the capacity used, and of the
-    forward transfer, if there is any.
+    A heading, and a line for each method and alpha, in the order in which they
+    first occur: the average accuracy ± its standard deviation over seeds, and
+    the means over seeds of the accuracy on the worst task, of the capacity
+    used, and of the forward transfer, if there is any.
 
   >>> from powerprop_jax.continual import report
   >>> run = {'method': 'epn', 'alpha': 2.0, 'capacity_used': 0.5}
@@ -314,7 +319,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     rows,
     headers,
     tablefmt='plain',
-    # The cells are texts, whose digits are as they should be.
+    # The cells are texts, in which numbers are rounded already.
     disable_numparse=True,
     colalign=['left', *['right'] * (len(headers) - 1)],
   )

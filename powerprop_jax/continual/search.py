@@ -1,13 +1,13 @@
-"""Searches for the density at which a network may be pruned.
+"""Searches for the density to which a network may be pruned.
 
 EfficientPackNet (section 4 of the paper, lines 6 to 11 of Algorithm 1) prunes a
 trained network to the lowest density at which its performance is still at least
 a target, gamma times that of the dense network. Candidates come from a sorted
 grid. The linear scan tries them from the largest down and stops at the first
-that misses; the binary search halves the grid; and the Taylor estimate predicts
-the loss of every candidate from one set of gradients, and evaluates the one it
-picks. The magnitudes are sorted once: the mask of a candidate is then a
-comparison of positions.
+that misses the target; the binary search halves the grid; and the Taylor
+estimate predicts the loss of every candidate from one set of gradients, and
+evaluates the one it picks. The magnitudes are sorted once: the mask of a
+candidate is then a comparison of positions.
 
 The estimate is the expansion of section 3 of the paper. Pruning moves theta by
 -theta where the mask is False, so that the loss rises by
@@ -17,8 +17,9 @@ The estimate is the expansion of section 3 of the paper. Pruning moves theta by
 over pruned weights. The gradient g of a trained network nearly vanishes, hence
 the second term, in which the Fisher information stands for the diagonal of the
 Hessian: h theta^2 = E[(g_x theta)^2], the importance of Molchanov et al.
-(2019); the first term is that of their 2017 paper. E is over batches of b
-examples, whose mean gradients vary b times less than gradients of one example.
+(2019); the first term is that of their 2017 paper. E is estimated from batches
+of b examples: the variance of their mean gradients is b times smaller than that
+of gradients of one example, so that the squares are multiplied by b.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -50,9 +51,10 @@ class Ranking(NamedTuple):
   """The places of weights when all are sorted by magnitude, largest first.
 
   Attributes:
-    place: among all weights, from 0, by the path of the leaf.
-    free_place: among free weights; -1 of a weight that an earlier task owns,
-      and beyond every limit of one that may not be chosen.
+    place: the place of each weight among all weights, from 0; arrays of the
+      shapes of the leaves, by their paths.
+    free_place: likewise, the place among free weights; -1 for a weight that an
+      earlier task owns, and beyond every limit for one that may not be chosen.
   """
 
   place: dict[str, jax.Array]
@@ -111,11 +113,11 @@ def select(
   Args:
     ranking: the result of `rank`.
     count: how many to keep of all weights, traced or not.
-    max_new: how many of them may be free ones: the largest of these are kept,
-      and the others leave their places empty.
+    max_new: how many of them may be free ones. The largest free ones are kept,
+      and no other weights are kept in place of the rest.
 
   Returns:
-    Boolean arrays by path.
+    Boolean arrays by path, of the shapes of the ranking.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import search
@@ -138,13 +140,14 @@ def check_densities(
   Args:
     densities: fractions of weights to keep, in (0, 1], rising.
     minimum: the least density that a task may have.
-    maximum: the largest.
+    maximum: the largest density that a task may have.
 
   Returns:
-    A list of floats.
+    The densities from minimum to maximum, as a list of floats.
 
   Raises:
-    ValueError: if a density is impossible, they do not rise, or none is left.
+    ValueError: if a density is not in (0, 1], if the densities do not rise, or
+      if none of them lies between the bounds.
 
   >>> from powerprop_jax.continual import search
   >>> search.check_densities([0.1, 0.2, 0.5, 1], minimum=0.2)
@@ -184,7 +187,7 @@ Evaluate = Callable[[float], float]
 
 
 def _found(densities, target, evaluated) -> Found:
-  """The lowest density that met the target in an unbroken row from the top."""
+  """The lowest evaluated density that met the target, else the largest one."""
   known = dict(evaluated)
   chosen = min((p for p in known if known[p] >= target), default=None)
   if chosen is None:
@@ -200,7 +203,7 @@ def linear(
   Args:
     evaluate: maps a density to the performance.
     densities: the candidates, rising, as `check_densities` returns them.
-    target: the performance to be met: reaching it is enough.
+    target: the performance to be met; an equal performance meets it.
 
   Returns:
     A `Found`.
@@ -224,18 +227,19 @@ def binary(
   target: float,
   num_steps: int,
 ) -> Found:
-  """Halves the grid a fixed number of times.
+  """Searches the densities by halving them a fixed number of times.
 
-  Finds what `linear` does if performance falls with density, and 2^num_steps is
-  at least the number of candidates; with fewer steps, a density above it. The
-  largest is evaluated last, if none of the others met the target.
+  It finds what `linear` finds if performance falls with density and 2^num_steps
+  is at least the number of candidates; with fewer steps it may find a larger
+  density. The largest density is evaluated last, if no other one met the
+  target.
 
   Args:
     evaluate: maps a density to the performance.
     densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met.
-    num_steps: how many times to halve, with one evaluation each; that of the
-      largest density may come on top.
+    num_steps: how many times to halve, with one evaluation each; the
+      evaluation of the largest density may come on top.
 
   Returns:
     A `Found`.
@@ -271,16 +275,16 @@ def taylor(
 ) -> Found:
   """The lowest density whose predicted rise of the loss is tolerable.
 
-  One evaluation confirms it. If it misses the target, the densities above are
-  tried one after another: a wrong prediction costs time, and no accuracy.
+  One evaluation confirms it. If it misses the target, the densities above it
+  are tried one after another: a wrong prediction costs time, but no accuracy.
 
   Args:
     evaluate: maps a density to the performance.
     densities: the candidates, rising, as `check_densities` returns them.
     target: the performance to be met.
     predicted: the rise of the loss at every density but the last, as
-      `predicted_rise` returns it; that of the last is not looked at.
-    tolerance: the largest rise to accept, such as `loss_tolerance`.
+      `predicted_rise` returns it; a rise at the last density is ignored.
+    tolerance: the largest rise to accept, such as `loss_tolerance` returns.
 
   Returns:
     A `Found`.
@@ -292,7 +296,7 @@ def taylor(
   [(0.5, 0.8)]
   """
   last = len(densities) - 1
-  # From the top: below the first that is intolerable nothing is trusted.
+  # Go down from the top: below the first intolerable rise none is trusted.
   start = last
   while start and predicted[start - 1] <= tolerance:
     start -= 1
@@ -305,7 +309,7 @@ def taylor(
 
 
 def loss_tolerance(gamma: float) -> float:
-  """The rise of the cross-entropy that stands for a loss of 1 - gamma.
+  """The rise of the cross-entropy at which gamma of the performance is left.
 
   exp(-loss) is the geometric mean of the probabilities of the right classes; it
   falls to gamma times itself when the loss rises by -log(gamma).
@@ -326,15 +330,18 @@ def loss_tolerance(gamma: float) -> float:
 def make_saliency(
   loss: Callable[..., jax.Array],
 ) -> Callable[[Params, Any, Any], Any]:
-  """The rise of the loss by pruning each weight, to second order.
+  """Makes a function for the rise of the loss when each weight is pruned.
+
+  The rise is estimated to second order (see the top of this module).
 
   Args:
     loss: maps (theta, args, batch) to the mean loss of a batch, a tuple of
       arrays with one row per example.
 
   Returns:
-    A pure function of (theta, args, batches), where the leading axis of batches
-    is that of the batches, that returns a tree of arrays like theta.
+    A pure function of (theta, args, batches) that returns a tree of the
+    structure and the shapes of theta. The arrays in batches have the shape
+    [number of batches, examples per batch, ...], and args are handed to `loss`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import search
@@ -370,11 +377,11 @@ def predicted_rise(
   Args:
     saliency: the result of a function made by `make_saliency`, by path.
     ranking: the result of `rank`.
-    counts: how many weights each candidate keeps, [n].
+    counts: how many weights each candidate keeps, integers [n].
     max_new: as in `select`.
 
   Returns:
-    Floats [n].
+    The rise at each candidate, floats [n].
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import search

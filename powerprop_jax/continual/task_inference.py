@@ -1,21 +1,21 @@
-"""Which task inputs belong to, when nobody says.
+"""Inference of the task that a batch of inputs belongs to.
 
 A network that holds many tasks, each under its mask, has to be told which mask
 to use. Without the task's number, the masks can be tried: the network of the
 right task is sure of its predictions. Three rules choose a task for a batch of
 images of one task, without labels:
 
-  * the lowest entropy of the predictions, a network evaluated for each task
+  * the lowest entropy of the predictions, with one network evaluated per task
     (Wortsman et al. 2020 compare with it);
   * the largest log-sum-exp of the logits, its negative free energy (Liu et al.
     2020), which also sees how large the logits are;
   * one evaluation for all tasks together, the 'one-shot' rule of SupSup
     (Wortsman et al. 2020): mix the tasks' networks in equal parts, and take the
-    one of which a little more lowers the entropy fastest.
+    task whose share, when it is raised, lowers the entropy fastest.
 
 The paper has a rule of its own (section 4, last paragraph). It is in the
 supplementary material, which was not available when this was written, so that
-none of these may be it.
+it may be none of these.
 
 References:
   Wortsman et al, `Supermasks in superposition
@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from powerprop_jax.types import ModelState
 from powerprop_jax.types import Params
 
-#: Maps (t, images) to the logits [n, classes] of the network of task t, an
-#: int32 scalar that may be traced, as one that indexes stacked masks can.
+#: Maps (t, images) to the logits [n, classes] of the network of task t, where t
+#: is an int32 scalar that may be traced, and can be an index of stacked masks.
 Logits = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -43,7 +43,7 @@ def entropy(logits: jax.Array) -> jax.Array:
   """The entropy of each prediction, in nats.
 
   Args:
-    logits: [..., classes].
+    logits: floats [..., classes].
 
   Returns:
     Floats [...].
@@ -78,7 +78,7 @@ def _search(
     part = images[start:stop]
     total += jax.lax.map(lambda t, x=part: jnp.sum(cost(logits(t, x))), tasks)
     keep = 1 if i == rounds - 1 else -(-len(tasks) // 2)
-    # Not argmin: NaN, of a network that diverged, would be the least.
+    # Not by argmin, which would choose the NaN of a network that diverged.
     best = jnp.argsort(total)[:keep]
     tasks, total = tasks[best], total[best]
   return tasks[0]
@@ -92,17 +92,17 @@ def lowest_entropy(
 ) -> jax.Array:
   """The task whose network is surest of a batch, by its mean entropy.
 
-  Can be jit-compiled, and vmapped over batches.
+  The function can be jit-compiled, and vmapped over batches.
 
   Args:
-    logits: maps (t, images) to the logits of task t.
+    logits: maps (t, images) to the logits [n, classes] of task t.
     num_tasks: how many tasks there are.
-    images: a batch, all of one task.
+    images: a batch [n, ...], all of one task.
     halving: whether to drop half of the tasks after each of log2(num_tasks)
-      parts of the batch, in place of evaluating all tasks on all of it. Sums
-      run over all parts so far. At 64 tasks this takes a third of the work. A
-      batch of fewer images has as many parts as images, of which the last
-      decides among all tasks that are left.
+      parts of the batch, in place of evaluating all tasks on all of it. The
+      entropies are summed over all parts so far. At 64 tasks this takes a third
+      of the work. A batch with fewer images than parts is divided into single
+      images, the last of which decides among all tasks that are left.
 
   Returns:
     The task, an int32 scalar; the first of those that tie.
@@ -128,8 +128,8 @@ def largest_logsumexp(
 ) -> jax.Array:
   """The task with the largest mean log-sum-exp of logits over a batch.
 
-  Compares the scale of the logits of different networks, so that it is for
-  tasks that were trained alike.
+  The rule compares the scales of the logits of different networks, so that it
+  suits tasks that were trained alike.
 
   Args:
     logits: as in `lowest_entropy`.
@@ -158,7 +158,7 @@ def _rescale(mixed: jax.Array, parts: jax.Array) -> jax.Array:
   """Gives a mixture the root mean square of what it is a mixture of."""
   size = lambda x: jnp.sqrt(jnp.mean(jnp.square(x)))
   factor = size(parts) / jnp.maximum(size(mixed), jnp.finfo(mixed.dtype).tiny)
-  # A constant: the gradient is that of mixing, not of the size.
+  # The factor is a constant: the gradient is that of mixing, not of the size.
   return mixed * jax.lax.stop_gradient(factor)
 
 
@@ -168,21 +168,21 @@ def one_shot(
   images: jax.Array,
   normalise: bool = False,
 ) -> jax.Array:
-  """The task that the entropy of a mixture of all tasks asks for, as in SupSup.
+  """The task whose share in a mixture lowers its entropy fastest (SupSup).
 
   The weights are sum_t c_t theta_t at c_t = 1 / T; the task is the one with the
   steepest descent of the mean entropy, argmax_t -dH/dc_t. It takes one forward
-  and one backward pass for any number of tasks. Made for random weights under
-  many masks of half of them; masks that share little mix to weights near zero,
-  which predict nothing.
+  and one backward pass for any number of tasks. The rule was made for random
+  weights under many masks that each keep half of them; masks that share little
+  mix to weights near zero, which predict nothing.
 
   Args:
     apply: maps (theta, images) to logits [n, classes].
     thetas: the weights of all tasks, zero outside of their masks, each leaf
       with a leading axis of tasks.
-    images: a batch, all of one task.
+    images: a batch [n, ...], all of one task.
     normalise: whether to scale every leaf of the mixture to the root mean
-      square of the leaves it is mixed from. (To hold the sum of c at 1 instead
+      square of the leaves it is mixed from. (Holding the sum of c at 1 instead
       would change nothing: it takes the same number off every derivative.)
 
   Returns:
@@ -268,9 +268,10 @@ def compare_rules(
     num_images: how many images of each task to try, at most.
 
   Returns:
-    By the name of the rule a dict of {batch size: share}, over all whole
-    batches of all tasks; the batch size is a string, as JSON has it. Batch
-    sizes of which there is no whole batch are left out.
+    By the name of each rule a dict of {batch size: share}: the share of whole
+    batches whose task the rule finds, averaged over the tasks. The batch size
+    is a string, as in JSON. Batch sizes of which there is no whole batch are
+    left out.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import task_inference
@@ -288,7 +289,7 @@ def compare_rules(
   @functools.partial(jax.jit, static_argnums=0)
   def found(name, networks, batches, t):
     choose = functools.partial(rules[name], networks)
-    # The gradients of so many batches are in memory together.
+    # This many batches, with their gradients, are in memory together.
     chosen = jax.lax.map(choose, batches, batch_size=20)
     return jnp.mean(chosen == t)
 

@@ -1,4 +1,4 @@
-"""Data sets, in memory and in streams, and what is done to images."""
+"""Data sets, in memory and in streams, and the preparation of images."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a module of this room when it is first used."""
+  """Imports a module of this package when it is first used."""
   if name in __all__:
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

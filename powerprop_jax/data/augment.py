@@ -1,10 +1,10 @@
-"""From bytes to what a network sees: scaling and augmentation on the device.
+"""The preparation of images on the device: scaling and augmentation.
 
 Data sets stay uint8 in memory, and every step turns its own batch into floats:
 a `Prepare` is a pure function that a loss calls on its images. The standard
 augmentation of small images (He et al. 2016, section 4.2) pads every image by
-four pixels, crops at random to the old size and mirrors every other image; an
-image is then new in every epoch and no copies are kept.
+four pixels, crops it at random to its old size and mirrors it with probability
+1/2; an image is then new in every epoch and no copies are kept.
 
 References:
   He et al, `Deep residual learning for image recognition
@@ -18,18 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-#: (key, images, is_training) -> images. uint8 [n, height, width, channels] in,
-#: float32 of the same shape out. The key may be None where is_training is
-#: False.
+#: (key, images, is_training) -> images, from uint8 [n, height, width, channels]
+#: to float32 of the same shape. The key may be None where is_training is False.
 Prepare: TypeAlias = Callable[[jax.Array | None, jax.Array, bool], jax.Array]
 
 #: (mean, std) of every channel, in units of the brightest pixel. For CIFAR they
 #: are those of all pixels of the training set together; the smaller deviations
 #: that are often copied (0.2023, 0.1994, 0.2010) are means over images.
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-#: Of CIFAR-100, as `CIFAR10`.
+#: (mean, std) of every channel of CIFAR-100, in the same way.
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
-#: The numbers that ImageNet models have been published with since torchvision.
+#: (mean, std) of every channel of ImageNet, the numbers with which its models
+#: have been published since torchvision.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STATISTICS = {
   'cifar10': CIFAR10,
@@ -41,7 +41,7 @@ _STATISTICS = {
 def scale(
   key: jax.Array | None, images: jax.Array, is_training: bool
 ) -> jax.Array:
-  """Bytes to floats in [0, 1]: the plainest `Prepare`.
+  """Scales bytes to floats in [0, 1]: the plainest `Prepare`.
 
   Args:
     key: not used.
@@ -60,7 +60,10 @@ def scale(
 
 
 def standardise(mean: Sequence[float], std: Sequence[float]) -> Prepare:
-  """Takes the mean off every channel and divides by its standard deviation.
+  """Makes a `Prepare` that standardises each channel by its mean and deviation.
+
+  It scales images to [0, 1], subtracts the mean and divides by the standard
+  deviation.
 
   Args:
     mean: the mean of each channel, where 1 is the brightest pixel.
@@ -70,8 +73,9 @@ def standardise(mean: Sequence[float], std: Sequence[float]) -> Prepare:
     A `Prepare`, such as `standardise(*CIFAR10)`.
 
   Raises:
-    ValueError: if the numbers are no means and deviations; and, when images are
-      prepared, if they have another number of channels.
+    ValueError: if there is not one finite mean and one finite and positive
+      deviation for every channel; and, when images are prepared, if they have
+      another number of channels.
 
   >>> import jax.numpy as jnp
   >>> prepare = standardise([0.5], [0.25])
@@ -91,7 +95,7 @@ def standardise(mean: Sequence[float], std: Sequence[float]) -> Prepare:
   def prepare(key, images, is_training):
     if images.shape[-1] != len(means):
       raise ValueError(
-        f'mean={mean} is for images of {len(means)} channels, these have '
+        f'mean={mean} is for images of {len(means)} channels, but these have '
         f'{images.shape[-1]}; give one number for every channel'
       )
     return (scale(key, images, is_training) - means) / stds
@@ -117,7 +121,7 @@ def crop_and_flip(
 
   Args:
     pad: by how many pixels an image is moved at most.
-    flip: whether to mirror; digits and letters should not be.
+    flip: whether to mirror images; digits and letters should not be mirrored.
     then: what to do with the images afterwards.
     axis_name: the axis of the pmap that the step runs under, whose devices hold
       consecutive parts of the batch.
@@ -149,7 +153,10 @@ def crop_and_flip(
   def prepare(key, images, is_training):
     if is_training:
       if key is None:
-        raise ValueError('crop_and_flip draws at random in training: key=None')
+        raise ValueError(
+          'crop_and_flip draws at random in training and needs a key, got'
+          ' key=None'
+        )
       index = jnp.arange(len(images))
       if axis_name is not None:
         index += len(images) * jax.lax.axis_index(axis_name)
@@ -161,13 +168,13 @@ def crop_and_flip(
 
 
 def usual(dataset: str, axis_name: str | None = None) -> Prepare:
-  """What the literature does to the images of a data set.
+  """The `Prepare` that is usual in the literature for a data set.
 
   CIFAR is augmented by `crop_and_flip` and standardised. ImageNet, whose images
-  the stream has augmented, is standardised. The others are scaled.
+  the stream has augmented, is standardised. The others are only scaled.
 
   Args:
-    dataset: the name of the set, as TFDS has it.
+    dataset: the name of the data set, as TFDS has it.
     axis_name: the axis of the pmap that the step runs under, if any, as for
       `crop_and_flip`.
 

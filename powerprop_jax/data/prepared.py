@@ -1,4 +1,4 @@
-"""Where TFDS keeps prepared data sets, and what to do where there is none.
+"""The data sets that TFDS has prepared: where they are, and how to make them.
 
 A set that was prepared as array_record is read without TensorFlow. Sets are
 found here and not by TFDS, whose search insists on the version that its code
@@ -72,14 +72,15 @@ def find(
     name: the name of the set, such as 'mnist' or 'imagenette/320px-v2'.
     data_dir: where to look (default: $TFDS_DATA_DIR, else
       ~/tensorflow_datasets).
-    instead: what to do instead where the set is missing, and the flags for it.
+    instead: what else can be done if the set is missing, and the flags for it,
+      which the error names.
 
   Returns:
     The folder that holds its dataset_info.json.
 
   Raises:
     ValueError: if there is none, with the commands that would fix it, or if
-      data_dir is the address of a bucket, which array_record cannot read.
+      data_dir is the address of a bucket, from which array_record cannot read.
 
   >>> try:
   ...   find('mnist', '/nowhere', {'use a small set': '--dataset=mnist_5k'})
@@ -102,7 +103,7 @@ def find(
 
 @contextlib.contextmanager
 def calls(directory: str | os.PathLike[str]) -> Iterator[None]:
-  """Silences the log of TFDS, and makes one kind of error of all it raises.
+  """Silences the log of TFDS, and makes a ValueError of whatever it raises.
 
   Args:
     directory: the folder of the set, for the error.
@@ -151,7 +152,7 @@ def open_builder(
     A `tfds.core.DatasetBuilder`, and the number of classes.
 
   Raises:
-    ValueError: if the set is damaged, or of another kind.
+    ValueError: if the set is damaged, or has no uint8 images with labels.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as empty:

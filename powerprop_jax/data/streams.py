@@ -1,14 +1,14 @@
 """Image streams for sets that do not fit in memory, such as ImageNet.
 
 All examples form one endless stream, epoch after epoch, each in an order of its
-own. Its batches are dealt out to the hosts in turn, and every host deals its
-own to worker processes, which is what grain does. Order, crops and mirroring
-depend on the seed and the place in the stream alone: the batches of all hosts
-side by side are the same for any number of hosts and workers, and a stream can
-start at any batch. Training sees Inception crops (Szegedy et al. 2015): 8 to
-100 % of the area at an aspect of 3/4 to 4/3, mirrored with probability 1/2.
-Evaluation sees the central 7/8 of the shorter side: 224 pixels of an image
-resized to 256.
+own. Its batches are dealt out to the hosts in turn, and grain deals those of a
+host out to its worker processes. Order, crops and mirroring depend on the seed
+and the place in the stream alone: the batches of all hosts side by side are the
+same for any number of hosts and workers, and a stream can start at any batch.
+Training sees Inception crops (Szegedy et al. 2015): 8 to 100 % of the area at
+an aspect of 3/4 to 4/3, mirrored with probability 1/2. Evaluation sees the
+central square of 7/8 of the shorter side: 224 pixels of an image resized to
+256.
 
 References:
   Szegedy et al, `Going deeper with convolutions
@@ -45,10 +45,10 @@ _LOG = logging.getLogger(__name__)
 _SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.webp')
 _MODES = {1: 'L', 3: 'RGB'}
 _LOOKED_AT = 500
-# Where else images come from, if a TFDS set is missing.
+# What else can be done if a TFDS set is missing, and the flags for it.
 _INSTEAD = {'read a folder': '--dataset=folder --data_dir=...'}
 
-#: left, top, right, bottom; the last two are excluded.
+#: The left, top, right and bottom of a crop; the last two are excluded.
 Box: TypeAlias = tuple[int, int, int, int]
 
 
@@ -56,9 +56,9 @@ class Example(NamedTuple):
   """An image as it is stored.
 
   Attributes:
-    data: the bytes of the file: JPEG, PNG or what else PIL reads.
+    data: the bytes of the file: JPEG, PNG or whatever else PIL reads.
     label: the class.
-    name: where it came from, for messages.
+    name: where the image came from, for messages.
 
   >>> from PIL import Image
   >>> Image.new('RGB', (9, 9)).save(file := io.BytesIO(), 'png')
@@ -76,7 +76,7 @@ class Source(NamedTuple):
   """A set of encoded images with random access.
 
   Attributes:
-    read: gives the example of an index; it is pickled and sent to the workers.
+    read: maps an index to its example; it is pickled and sent to the workers.
     size: the number of examples.
     num_classes: the number of classes.
     identity: what is known of all examples without reading them, such as their
@@ -130,7 +130,7 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
   before anything trains.
 
   Pixels are taken as they are stored. An orientation in the EXIF data is not
-  applied, as in most pipelines for ImageNet: rotate such photographs before.
+  applied, as in most pipelines for ImageNet: rotate such photographs yourself.
 
   Args:
     root: the folder that holds `train`, whose folders, by name, are the classes
@@ -179,7 +179,7 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
     skipped += [f'{name}/{f}' for f in others]
   if skipped:
     _LOG.warning(
-      '%s: skipped %d beside %d images, which are hidden, folders or no %s: %s',
+      '%s: skipped %d beside %d images (hidden, folders or no %s): %s',
       folder / split,
       len(skipped),
       len(files),
@@ -197,7 +197,7 @@ def folder_source(root: str | os.PathLike[str], split: str) -> Source:
 
 
 def _is_image(name: str) -> bool:
-  # macOS writes a hidden `._x.jpg` beside x.jpg, which is no image.
+  # Beside x.jpg, macOS writes a hidden `._x.jpg`, which is no image.
   return name.lower().endswith(_SUFFIXES) and not name.startswith('.')
 
 
@@ -274,17 +274,17 @@ def _read_row(rows, title, index):
 
 
 def hold_out(source: Source, count: int) -> tuple[Source, Source]:
-  """Takes examples out of a source, to choose by them and not to train on them.
+  """Takes validation examples out of a source of training examples.
 
-  They are spread evenly over the source. Of a folder, whose images are in the
-  order of their classes, they have as many of each class as is its share.
+  They are spread evenly over the source. In a folder, whose images are in the
+  order of their classes, every class gives its share of them.
 
   Args:
     source: the training images.
     count: how many to take, at least 1 and fewer than there are.
 
   Returns:
-    What is left, and what was taken.
+    Two sources: what is left, and what was taken.
 
   Raises:
     ValueError: if the count is out of range.
@@ -351,7 +351,7 @@ def centre_box(width: int, height: int) -> Box:
     height: the height of the image.
 
   Returns:
-    The square; at least one pixel.
+    The box of the square, whose side is at least one pixel.
 
   >>> centre_box(256, 256)
   (16, 16, 240, 240)
@@ -385,9 +385,9 @@ def _pixels(
     if shrink == 1 or not image.draft(None, smaller):
       shrink = 1
     if image.mode[0] in 'IF':
-      raise ValueError(f'expected 8 bits a channel, found mode {image.mode}')
+      raise ValueError(f'expected 8 bits per channel, found mode {image.mode}')
     if image.mode == 'P' and 'transparency' in image.info:
-      image = image.convert('RGBA')  # PIL warns where this step is left out.
+      image = image.convert('RGBA')  # PIL warns if this step is left out.
     image = image.convert(_MODES[channels])
     box = (left / shrink, top / shrink, right / shrink, bottom / shrink)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box)
@@ -416,9 +416,9 @@ def _eval_example(read, num_examples, size, channels, index):
 class Stream(Iterator[tuple[np.ndarray, np.ndarray]]):
   """Batches of (images, labels), and the processes that make them.
 
-  It adds three things to an iterator of grain: it closes itself where its
+  It adds three things to an iterator of grain: it closes itself when its
   batches or the program end, it gives back the memory that it shares with its
-  workers, and it says so where a worker was killed.
+  workers, and it raises an error that says so when a worker was killed.
 
   >>> dataset = grain.MapDataset.source([3, 5]).to_iter_dataset()
   >>> list(Stream(iter(dataset)))
@@ -426,7 +426,7 @@ class Stream(Iterator[tuple[np.ndarray, np.ndarray]]):
   """
 
   def __init__(self, batches: grain.DatasetIterator):
-    """Takes an iterator over."""
+    """Takes over an iterator of grain."""
     self._batches: grain.DatasetIterator | None = batches
     _OPEN.add(self)
 
@@ -453,11 +453,25 @@ class Stream(Iterator[tuple[np.ndarray, np.ndarray]]):
     return self._batches
 
   def get_state(self) -> dict[str, Any]:
-    """The place in the stream, as a dictionary for JSON or Orbax."""
+    """The place in the stream, for `set_state`.
+
+    Returns:
+      A dictionary that JSON and Orbax can hold.
+
+    Raises:
+      ValueError: if the stream is closed.
+    """
     return self._opened().get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a place that `get_state` gave, in a stream of the same kind."""
+    """Goes to a place in the stream.
+
+    Args:
+      state: what `get_state` of a stream with the same arguments returned.
+
+    Raises:
+      ValueError: if the stream is closed.
+    """
     self._opened().set_state(state)
 
   def close(self) -> None:
@@ -488,7 +502,7 @@ class Batches:
   """
 
   def __init__(self, dataset: grain.IterDataset):
-    """Takes the batches as grain makes them."""
+    """Takes the data set of grain that makes the batches."""
     self._dataset = dataset
 
   def __iter__(self) -> Stream:
@@ -509,19 +523,21 @@ def train_stream(
 ) -> Stream:
   """An endless stream of training batches.
 
-  A run goes on with the very next batch if what `get_state` gave is set by
-  `set_state` on a stream with the very same arguments. With `start` it does so
-  for other numbers of workers too.
+  A run goes on with the very next batch if what `get_state` returned is given
+  to `set_state` of a stream with the very same arguments. With `start` a run
+  can do so with another number of workers too.
 
   Args:
     source: where the images come from.
-    batch_size: the examples in a batch of this host.
-    image_size: the height and the width of the images.
-    seed: an integer in [0, 2^32).
+    batch_size: the number of examples in a batch of this host.
+    image_size: the height and the width of the images in pixels.
+    seed: an integer in [0, 2^32), which decides the order, the crops and the
+      mirroring.
     start: how many batches to leave out, which takes no time.
-    num_workers: how many processes decode; 0 decodes in threads of this one.
-      Each holds about three batches in memory. They start afresh and import
-      the main module, so a script needs `if __name__ == '__main__'`.
+    num_workers: how many processes decode images; 0 decodes them in threads of
+      this process. Each holds about three batches in memory. They start afresh
+      and import the main module, so a script needs
+      `if __name__ == '__main__'`.
     shard_index: which host this is, as `jax.process_index()` gives it.
     shard_count: how many hosts there are.
     channels: 3 for colour, 1 for grey; images of the other kind are converted.
@@ -546,7 +562,9 @@ def train_stream(
   """
   _check(source, batch_size, image_size, channels)
   if not 0 <= seed < 2**32 or start < 0:
-    raise ValueError(f'expected seed={seed} in [0, 2^32), start={start} >= 0')
+    raise ValueError(
+      f'expected seed={seed} in [0, 2^32) and start={start} >= 0'
+    )
   example = functools.partial(_train_example, source.read, image_size, channels)
   examples = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
   # An endless length overflows in grain where batches may be short.
@@ -565,17 +583,18 @@ def eval_batches(
   shard_count: int = 1,
   channels: int = 3,
 ) -> Batches:
-  """Every example exactly once, in order, over all hosts together.
+  """Batches that have every example exactly once, over all hosts together.
 
-  All hosts get the same number of batches of the same size. What is missing at
-  the end is filled with black images of label -1, which no prediction equals:
-  count correct predictions and divide by `source.size`.
+  The examples come in order. All hosts get the same number of batches of the
+  same size. What is missing at the end is filled with black images of label -1,
+  which no prediction equals: count correct predictions and divide by
+  `source.size`.
 
   Args:
     source: where the images come from.
-    batch_size: the examples in a batch of this host.
-    image_size: the height and the width of the images.
-    num_workers: how many processes decode, as for `train_stream`.
+    batch_size: the number of examples in a batch of this host.
+    image_size: the height and the width of the images in pixels.
+    num_workers: how many processes decode images, as for `train_stream`.
     shard_index: which host this is, as `jax.process_index()` gives it.
     shard_count: how many hosts there are.
     channels: 3 for colour, 1 for grey; images of the other kind are converted.
@@ -610,7 +629,8 @@ def _check(source, batch_size, image_size, channels):
   if min(source.size, batch_size, image_size) < 1 or channels not in _MODES:
     raise ValueError(
       f'batch_size={batch_size}, image_size={image_size} and the number of '
-      f'examples, {source.size}, must be positive, channels={channels} 1 or 3'
+      f'examples, {source.size}, must be positive, and channels={channels} '
+      'must be 1 or 3'
     )
 
 
@@ -619,17 +639,17 @@ def _deal(batches, start, num_workers, index, count):
   if not 0 <= index < count or num_workers < 0:
     raise ValueError(
       f'shard_index={index} must be in [0, shard_count={count}) and '
-      f'num_workers={num_workers} not negative'
+      f'num_workers={num_workers} must not be negative'
     )
   if num_workers and not flags.FLAGS.is_parsed():
-    # Grain reads flags where it starts workers, in programs without them too.
+    # Grain reads flags when it starts workers, even if a program has none.
     flags.FLAGS.mark_as_parsed()
-  # What is read ahead are whole batches, of which grain's default is 500. A
-  # worker has its own queue; here two threads keep ahead of the training.
+  # Whole batches are read ahead, 500 of them by default in grain. A worker has
+  # its own queue; without workers, two threads keep ahead of the training.
   ahead = 0 if num_workers else 2
   threads = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   processes = grain.MultiprocessingOptions(num_workers=num_workers)
-  # Batches are dealt, not examples, hence they do not depend on the workers.
+  # Whole batches are dealt, so that they do not depend on the workers.
   mine = batches.slice(slice(index + start * count, None, count))
   return mine.to_iter_dataset(threads).mp_prefetch(processes, _start_worker)
 

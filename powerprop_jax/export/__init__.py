@@ -1,4 +1,4 @@
-"""Pruned networks to take away: files, dictionaries and sparse matrices."""
+"""Export of pruned networks: files, dictionaries and sparse matrices."""
 
 from powerprop_jax.export.model import Model
 from powerprop_jax.export.model import from_dict

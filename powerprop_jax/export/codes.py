@@ -1,17 +1,17 @@
-r"""Codes of the positions of a mask, a little longer than they have to be.
+r"""Codes of the positions in a mask, close to the shortest that are possible.
 
 A mask with k of n entries kept takes at least log2 C(n, k) bits, if nothing is
-known of it but k: eight bits for each weight that is kept at a density of 1 %.
-The gaps between the kept entries are nearly geometric, and for those a Rice
-code is short: a gap g is written as its r lowest bits and, in unary, as
-g >> r zeros and a one. At r = 0 this is the mask itself, bit by bit, which is
-the shortest for densities around a half; the encoder tries every r. Whatever
-the mask, there are at most n >> r zeros, so that clustered weights cost less
-than two bits each above the bound. Above a density of one half the pruned
-entries are coded in place of the kept ones.
+known of it but k: eight bits per kept weight at a density of 1 %. The gaps
+between the kept entries are nearly geometric, and for those a Rice code is
+short: a gap g is written as its r lowest bits and, in unary, as g >> r zeros
+and a one. At r = 0 this is the mask itself, bit by bit, which is the shortest
+code for densities around a half; the encoder tries every r. Whatever the mask,
+there are at most n >> r zeros, so that clustered weights cost less than two
+bits each above the bound. Above a density of one half the pruned entries are
+coded in place of the kept ones.
 
-All low bits come first, plane by plane, and then the unary part: without
-mixing, both directions are a few operations on whole arrays.
+All low bits come first, plane by plane, and then the unary part: as these are
+not mixed, encoding and decoding are a few operations on whole arrays.
 
 References:
   Rice and Plaunt, `Adaptive variable-length coding for efficient compression of
@@ -25,7 +25,7 @@ import numpy as np
 
 
 def entropy_bits(size: int, count: int) -> float:
-  """log2 C(size, count): the bits that tell which entries are kept.
+  """log2 C(size, count): the bits it takes to tell which entries are kept.
 
   Args:
     size: the number of entries.
@@ -47,13 +47,13 @@ def _inverted(size: int, count: int) -> bool:
 
 
 def encode(mask: np.ndarray) -> tuple[int, np.ndarray]:
-  """The shortest code of a mask.
+  """Encodes a mask by the shortest of its Rice codes.
 
   Args:
     mask: a boolean array of any shape.
 
   Returns:
-    The parameter r of the Rice code, and the code, a vector of bytes.
+    The parameter r of the Rice code, and the code, a uint8 vector.
 
   >>> import numpy as np
   >>> rice, code = encode(np.array([False, False, True, False, False, True]))
@@ -74,19 +74,19 @@ def encode(mask: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def decode(code: np.ndarray, size: int, count: int, rice: int) -> np.ndarray:
-  """The mask of a code.
+  """Decodes a mask.
 
   Args:
-    code: the bytes that `encode` returned.
+    code: the uint8 vector that `encode` returned.
     size: the number of entries of the mask.
     count: how many of them are kept.
-    rice: the parameter of the code.
+    rice: the parameter r of the code.
 
   Returns:
     A boolean vector of shape [size].
 
   Raises:
-    ValueError: if it is the code of no such mask.
+    ValueError: if the code is not that of such a mask.
 
   >>> import numpy as np
   >>> decode(np.array([36], np.uint8), size=6, count=2, rice=0).tolist()

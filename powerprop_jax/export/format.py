@@ -2,17 +2,17 @@
 
 A section is a set of leaves that are written together: a whole network, or what
 a task of a sequence has for itself. The values of its leaves follow each other
-in one tensor for every dtype, which has the dtype's name, and the codes of its
-masks in the tensor `masks`; each name has the prefix of the section. A tensor
-of its own for every leaf would cost more than the masks do in a network of the
-size of LeNet.
+in one tensor per dtype, which has the name of the dtype, and the codes of its
+masks in the tensor `masks`; the name of each tensor starts with the prefix of
+the section. A tensor of its own for every leaf would cost more bytes than the
+masks do in a network of the size of LeNet.
 
 The metadata of the container hold one JSON text, `powerprop_jax`: the version
 of the format, alpha, the dtype that values were rounded to, the CRC-32 of every
 tensor, and for each section a list of leaves: path, dtype and shape, followed,
 if the leaf is pruned, by the number of weights kept, the density, and the Rice
-parameter and the bytes of the code of its mask. Last comes the CRC-32 of the
-text itself.
+parameter and the length in bytes of the code of its mask. Last comes the CRC-32
+of the text before it.
 
 Reading a file executes nothing, and takes no more memory than the caller
 allows. Whatever is damaged is refused: each checksum of what is read must be
@@ -47,7 +47,7 @@ _LOG = logging.getLogger(__name__)
 _VERSION = 2
 _KEY = 'powerprop_jax'
 _ROUNDED = ('float16', 'bfloat16')
-# What safetensors both writes from numpy arrays and reads into them.
+# The dtypes that safetensors both writes from numpy arrays and reads into them.
 _DTYPES = (
   'bool',
   'int8',
@@ -66,13 +66,13 @@ _DTYPES = (
 
 
 class Sizes(NamedTuple):
-  """The bytes of a file, and what to compare them with.
+  """The size of a file, and the sizes to compare it with, in bytes.
 
   Attributes:
     file: the size of the file.
-    bound: the values that are kept, other leaves included, and the entropy of
-      the positions of kept weights.
-    dense: all leaves without pruning.
+    bound: the least size: the values that are kept, other leaves included, and
+      the entropy of the positions of kept weights.
+    dense: the size of all leaves without pruning.
   """
 
   file: int
@@ -88,9 +88,9 @@ class Leaf(NamedTuple):
     dtype: the name of its dtype; None for positions without values.
     shape: its shape.
     kept: the number of weights kept; None if it is not pruned.
-    density: the part of the weights kept; None if it is not pruned.
+    density: the fraction of the weights kept; None if it is not pruned.
     rice: the parameter of the code of its mask; None if it is not pruned.
-    code_bytes: the length of the code of its mask.
+    code_bytes: the length of the code of its mask in bytes.
   """
 
   path: str
@@ -103,12 +103,12 @@ class Leaf(NamedTuple):
 
 
 class Section(NamedTuple):
-  """What is written together: the network, or what a task has for itself.
+  """Leaves that are written together: a network, or what one task has alone.
 
   Attributes:
     rows: the leaves, in order.
-    tensors: the parts of every tensor by its name.
-    bound_bits: the bits that values and positions take at least.
+    tensors: the parts of every tensor, by the name of the tensor.
+    bound_bits: the least number of bits that values and positions take.
   """
 
   rows: list[Leaf]
@@ -134,13 +134,14 @@ def _local(path: str | os.PathLike[str]) -> pathlib.Path:
   found = os.fspath(paths.resolve(path))
   if '://' in found:
     raise ValueError(
-      f'{found!r}: these files are written and read in local folders. Copy it.'
+      f'{found!r}: these files are written and read in local folders only. Copy'
+      ' it from one or to one.'
     )
   return pathlib.Path(found)
 
 
 def check_alpha(alpha: Any) -> float | dict[str, float] | None:
-  """The power or the powers by path of a file, if they are possible.
+  """Checks the power, or the powers by path, that a file holds.
 
   Args:
     alpha: a number, a mapping of numbers by path, or None.
@@ -168,7 +169,7 @@ def _check_power(alpha: Any) -> float:
 
 
 def check_values(values: Any) -> str | None:
-  """The name of the dtype that values are rounded to, if it is possible.
+  """Checks the dtype that values are rounded to, and returns its name.
 
   Args:
     values: float16 or bfloat16, or None for no rounding.
@@ -205,12 +206,14 @@ def _kept_values(path: str, x: np.ndarray, values: str | None) -> np.ndarray:
 def section(
   entries: Sequence[tuple[str, Any, Any]], values: str | None
 ) -> Section:
-  """Codes leaves for `write`.
+  """Encodes leaves for `write`.
 
   Args:
-    entries: (path, leaf, mask) for each leaf. The mask is None where a leaf is
-      not pruned, the leaf is None where only positions are to be written.
-    values: the name of the dtype to round the values of pruned leaves to.
+    entries: (path, leaf, mask) for each leaf: numpy arrays of one shape. The
+      mask is None where a leaf is not pruned, and the leaf is None where only
+      positions are to be written.
+    values: the name of the dtype to round the values of pruned leaves to; None
+      does not round them.
 
   Returns:
     A `Section`.
@@ -271,7 +274,7 @@ def write(
   values: str | None,
   dense: int,
 ) -> Sizes:
-  """Writes a file at once or not at all.
+  """Writes a file as a whole or not at all.
 
   Args:
     path: the file; one that exists is replaced.
@@ -281,7 +284,7 @@ def write(
     dense: the bytes of all leaves without pruning, for the result.
 
   Returns:
-    The sizes.
+    The `Sizes` of the file.
 
   Raises:
     ValueError: if the path is not local.
@@ -309,7 +312,7 @@ def write(
     'leaves': {k: _columns(section) for k, section in sections.items()},
   }
   metadata['crc32'] = zlib.crc32(_as_text(metadata).encode())
-  # Not by save_file, whose files nobody but their owner may read.
+  # This is not save_file, whose files nobody but their owner may read.
   content = safetensors.numpy.save(tensors, {_KEY: _as_text(metadata)})
   # Threads and processes that write to one path must not share this name.
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
@@ -380,7 +383,7 @@ def _read_tensors(
 def _unpack(
   leaves: Sequence[Leaf], tensors: dict[str, np.ndarray], values: str | None
 ) -> dict[str, Found]:
-  """The leaves of a section by path; uses its tensors up."""
+  """The leaves of a section by path, which have to use its tensors up."""
   done = dict.fromkeys(tensors, 0)
 
   def take(name, count):
@@ -439,7 +442,7 @@ def read(
   Args:
     path: the file.
     task: which task, from 0; None for a file of one network.
-    limit: the bytes that the leaves may take in memory.
+    limit: how many bytes of memory the leaves may take.
 
   Returns:
     The power or the powers by path, the shared leaves by path, and those of the

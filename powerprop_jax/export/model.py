@@ -1,18 +1,18 @@
-"""Pruned models to take away: files, dictionaries and sparse matrices.
+"""Export of pruned networks to files, dictionaries and sparse matrices.
 
 Powerpropagation makes networks that can be pruned hard (section 3 of the
 paper); a file of the pruned network should then be as small as what is left.
 `save_compressed` writes the values of kept weights only, the positions of the
 kept weights in a code that is close to their entropy (`codes`), and every other
 leaf as it is. `save_tasks` writes the networks of a sequence of tasks (section
-4), which share their weights: these once, one mask per task, and what each task
-has for itself.
+4), which share their weights: it writes the weights once, one mask per task,
+and what each task has for itself.
 
 A file is a safetensors container (`format`): reading it executes nothing.
 
-Other libraries take weights as dictionaries of numpy arrays by path, which
-`to_dict` and `from_dict` make of trees and back. `to_sparse` makes matrices
-that compute with the kept weights only.
+Other libraries take weights as dictionaries of numpy arrays by path: `to_dict`
+makes these from trees, and `from_dict` makes trees from them. `to_sparse` makes
+matrices that compute with the kept weights only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ _LIMIT = 2**32
 
 
 class Model(NamedTuple):
-  """A network that was read from a file; `from_dict` makes trees of the dicts.
+  """A network that was read from a file; `from_dict` makes trees of its dicts.
 
   Attributes:
     theta: the leaves by path; pruned weights are zero.
@@ -66,8 +66,8 @@ def to_dict(tree: Params, mask: Mask | None = None) -> Arrays:
 
   Args:
     tree: a pytree of arrays: parameters, masks, or the state of BatchNorm.
-    mask: a pytree of boolean arrays with the same paths, or some of them; what
-      it cuts is zero in the result.
+    mask: a pytree of boolean arrays with the same paths, or some of them; the
+      entries that it cuts are zero in the result. None cuts none.
 
   Returns:
     numpy arrays by '/'-joined path, in the order of the tree.
@@ -96,7 +96,7 @@ def to_dict(tree: Params, mask: Mask | None = None) -> Arrays:
 
 
 def from_dict(arrays: Mapping[str, Any], like: Params) -> Params:
-  """The tree of which `to_dict` made a dictionary.
+  """The tree from which `to_dict` made a dictionary.
 
   Args:
     arrays: arrays by path.
@@ -158,21 +158,24 @@ def save_compressed(
 
   Args:
     path: the file; one that exists is replaced.
-    theta: the weights, not phi; a pytree of arrays of any dtype. For a network
-      with statistics, {'theta': theta, 'state': state}.
-    masks: a pytree of boolean arrays with the same paths, or some of them, as
-      of `pruning.prune`. Leaves without a mask, or with ones, are kept whole.
-    alpha: the power the network was trained with, or powers by path; written
-      into the metadata.
-    values: float16 or bfloat16, in which to round the values of pruned leaves.
-      None keeps every bit.
+    theta: the weights, not phi; a pytree of arrays of any dtype. A network with
+      statistics is given as {'theta': theta, 'state': state}.
+    masks: a pytree of boolean arrays with the same paths, or some of them, such
+      as `pruning.prune` returns. Leaves without a mask, or with a mask of ones,
+      are kept whole.
+    alpha: the power the network was trained with, or powers by path; it is
+      written into the metadata.
+    values: float16 or bfloat16, to which the values of pruned leaves are
+      rounded. None keeps every bit.
 
   Returns:
-    The sizes.
+    The `format.Sizes` of the file.
 
   Raises:
-    ValueError: if the masks do not fit, alpha or values are impossible, or a
-      value is too large for float16.
+    ValueError: if the masks do not fit, alpha or values are impossible, a dtype
+      cannot be stored, a value is too large for float16, or the path is not
+      local.
+    OSError: if the file cannot be written.
 
   >>> import tempfile
   >>> import numpy as np
@@ -209,26 +212,28 @@ def save_tasks(
 ) -> export_format.Sizes:
   """Writes the networks of a sequence of tasks, which share their weights.
 
-  Weights that any task uses are written once, with their positions; then, for
-  each task, which of those it uses, and its own leaves.
+  Weights that any task uses are written once, with their positions; then follow
+  for each task which of those it uses, and its own leaves.
 
   Args:
     path: the file; one that exists is replaced.
     theta: the weights after the last task.
     masks: for each task the masks of the weights it uses, of all leaves or of
-      some by path, as `masks.unpack` gives them.
+      some by path, as `masks.unpack` returns them.
     private: for each task a pytree of the leaves that are its own: head,
       biases, normalisation and its state. A leaf whose path is one of theta's
-      takes the place of that leaf, and its mask.
+      takes the place of that leaf in the task, and takes over its mask.
     alpha: as in `save_compressed`.
     values: as in `save_compressed`.
 
   Returns:
-    The sizes; `dense` has theta once and all that is private.
+    The `format.Sizes` of the file; `dense` counts theta once, and all private
+    leaves.
 
   Raises:
-    ValueError: as `save_compressed`, or if there is not one mask and one tree
-      of private leaves for each of at least one task.
+    ValueError: as `save_compressed`, or if there is no task, or if there are
+      not as many trees of private leaves as masks.
+    OSError: if the file cannot be written.
 
   >>> import tempfile
   >>> import numpy as np
@@ -289,8 +294,8 @@ def load_compressed(path: str | os.PathLike[str], limit: int = _LIMIT) -> Model:
 
   Args:
     path: the file.
-    limit: the bytes of memory that the network may take. Of what is pruned
-      nearly nothing is stored, so that a small file can announce a network that
+    limit: how many bytes of memory the network may take. Nearly nothing is
+      stored of what is pruned, so that a small file can announce a network that
       no machine can hold.
 
   Returns:
@@ -325,7 +330,7 @@ def load_task(
   Args:
     path: the file.
     task: which task, from 0.
-    limit: the bytes of memory that the network may take, as for
+    limit: how many bytes of memory the network may take, as for
       `load_compressed`.
 
   Returns:
@@ -381,8 +386,8 @@ def _bcoo(x: np.ndarray, mask: np.ndarray) -> sparse.BCOO:
 def to_sparse(theta: Params, masks: Mask, kind: str = 'csr') -> Params:
   """The network with a sparse matrix in place of every pruned matrix.
 
-  `x @ w + b` goes on to work. The matrices store all weights that the mask
-  keeps, also those that are zero by chance.
+  `x @ w + b` still works. The matrices store all weights that the mask keeps,
+  also those that are zero by chance.
 
   Args:
     theta: a pytree of arrays.
@@ -392,9 +397,9 @@ def to_sparse(theta: Params, masks: Mask, kind: str = 'csr') -> Params:
       device and under jit.
 
   Returns:
-    A tree of the structure of theta. Leaves that are not pruned or have other
-    than two dimensions, such as the kernels of convolutions, are arrays, with
-    zeros where they are pruned: of numpy beside 'csr', of jax beside 'bcoo'.
+    A tree of the structure of theta. Leaves that are not pruned, or that do not
+    have two dimensions, such as the kernels of convolutions, are arrays with
+    zeros where they are pruned: of numpy for 'csr', and of jax for 'bcoo'.
 
   Raises:
     ValueError: if there is no such kind, or the masks do not fit.

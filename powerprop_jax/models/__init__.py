@@ -1,4 +1,4 @@
-"""The networks of the experiments, in Haiku, and what they are made of."""
+"""The networks of the experiments, in Haiku, and their fast convolutions."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ __all__ = ('convolutions', 'networks')
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a module of this room when it is first used."""
+  """Imports a module of this package when it is first used."""
   if name in __all__:
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

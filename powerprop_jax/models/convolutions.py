@@ -4,7 +4,7 @@ A step of training is compiled into a loop over steps, and there XLA for CPUs
 has a fast convolution for one layout only: images [n, h, w, c], a kernel
 [h, w, in, out] and an output like the images. The gradients that JAX derives
 are convolutions of other layouts, which XLA rewrites outside of loops but not
-inside (jax issue 12868), where they take ten times as long and more.
+inside (jax issue 12868), where they take ten times as long or more.
 
 A convolution is linear in its images and in its kernel, and a gradient is the
 transpose of a linear map. `conv2d` therefore has two tangents of its own. Each
@@ -19,14 +19,14 @@ of `jax.lax.conv_general_dilated`. The cases are:
   row of the kernel, of images next to their neighbours (im2col along the
   width). The transposed convolution would compute as many outputs as there are
   pixels, which is 2.25 times as many in LeNet-5;
-- a stride s above 1, for the images: a convolution of stride 1 with s^2 times
-  the channels, which are interleaved;
+- a stride s above 1, for the gradient of the images: a convolution of stride 1
+  with s^2 times the channels, which are interleaved;
 - all others: plain convolutions.
 
 The gradient of a maximum, on CPUs, is taken by comparison rather than by XLA's
 select-and-scatter, which handles one number at a time.
 
-On other backends both functions are those of Haiku. LOG.md has the times.
+On other backends both functions compute as Haiku does. LOG.md has the times.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,11 +39,11 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-#: 'SAME', 'VALID', or (before, after) of rows and of columns.
+#: 'SAME', 'VALID', or the zeros (before, after) the rows and the columns.
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
 
-# Where a layout has batch (or outputs), channels (or inputs), height and width:
-# images [n, h, w, c] and a kernel [h, w, in, out].
+# The dimensions at which a layout has batch (or outputs), channels (or inputs),
+# height and width: those of images [n, h, w, c] and a kernel [h, w, in, out].
 _IMAGES = (0, 3, 1, 2)
 _KERNEL = (3, 2, 0, 1)
 
@@ -57,7 +57,7 @@ def _plain(images, kernel, strides, padding):
 
 
 def _trimmed(images, kernel, strides, padding):
-  """Images without rows and columns that no window reaches, and the padding."""
+  """Images without rows and columns that no window reaches, and new padding."""
   rest = []
   for axis, (low, high) in enumerate(padding):
     size, stride = images.shape[1 + axis], strides[axis]
@@ -74,7 +74,7 @@ def _every(x, axis, start, count, stride):
 
 
 def _by_rows(images, kernel, strides, padding):
-  """Matrix products without padding, one for each row of the kernel."""
+  """A convolution without padding by one matrix product per kernel row."""
   del padding
   rows, columns, inputs, outputs = kernel.shape
   height, width = (
@@ -102,12 +102,12 @@ def _blocks(x, sizes):
 
 
 def _of_images(images, kernel, strides, padding):
-  """Is fast to transpose with respect to the images."""
+  """A convolution that is fast to transpose with respect to the images."""
   if strides != (1, 1):
     images, padding = _trimmed(images, kernel, strides, padding)
     taps = [-(-k // s) * s for k, s in zip(kernel.shape, strides)]
     grown = [(0, t - k) for t, k in zip(taps, kernel.shape)]
-    # Windows of `taps` pixels need some more of them at the end.
+    # Windows of `taps` pixels need some more pixels at the end.
     padding = [(low, high + g) for (low, high), (_, g) in zip(padding, grown)]
     images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
     images = _blocks(images, strides)
@@ -123,7 +123,7 @@ def _of_images(images, kernel, strides, padding):
 
 
 def _of_kernel(images, kernel, strides, padding):
-  """Is fast to transpose with respect to the kernel.
+  """A convolution that is fast to transpose with respect to the kernel.
 
   The transpose sees channels as a batch of images, whose channels are the
   examples, and the gradient of the output as a kernel.
@@ -172,9 +172,9 @@ def conv2d(
   Args:
     images: floats of shape [n, h, w, inputs].
     kernel: floats of shape [rows, columns, inputs, outputs].
-    stride: of both dimensions, or of each.
+    stride: the stride of both dimensions, or one for each.
     padding: 'SAME', 'VALID', or numbers of zeros (before, after) the rows and
-      the columns.
+      (before, after) the columns.
 
   Returns:
     Floats of shape [n, h', w', outputs]: to the last bit what
@@ -233,7 +233,7 @@ def _max_on_cpu_jvp(side, primals, tangents):
 
 
 def _windows(images, side):
-  """Images in windows, [n, h', side, w', side, c], without a rest."""
+  """Images cut into windows, [n, h', side, w', side, c], without the rest."""
   n, h, w, c = images.shape
   h, w = h // side, w // side
   images = images[:, : h * side, : w * side]
@@ -279,7 +279,7 @@ def _intercept(
   kwargs: dict[str, Any],
   context: hk.MethodContext,
 ) -> Any:
-  """Takes the convolution of an `hk.Conv2D` by `conv2d`."""
+  """Computes an `hk.Conv2D` by `conv2d`, if it is one that `conv2d` can do."""
   module = context.module
   if (
     type(module) is not hk.Conv2D
@@ -307,8 +307,8 @@ def in_haiku() -> contextlib.AbstractContextManager[None]:
   """A context in which `hk.Conv2D` computes by `conv2d`.
 
   Names, shapes and initial values of parameters are made by Haiku and do not
-  change. Modules that are dilated, masked or grouped, that have channels first
-  or that see a single image are left alone.
+  change. Modules that are dilated, masked or grouped, that have channels first,
+  or that see a single image without a batch dimension are left alone.
 
   Returns:
     A context manager, for use inside of a function that Haiku transforms.

@@ -11,15 +11,16 @@ All networks take `images`, floats of shape [n, h, w, c]; `is_training`, whether
 BatchNorm normalises by the batch and updates its statistics; `num_classes`; and
 `cross_replica_axis`, the mapped axis over which the statistics of a batch are
 averaged, if any. They return logits of shape [n, num_classes], and raise
-ValueError for images that they cannot take: too small ones are those for which
-a layer would have nothing, or a single pixel to stride over, left.
+ValueError for images that they cannot take. Images are too small if a layer
+would be left with nothing, or with a single pixel to stride over.
 
-`build` runs the convolutions of a network by `convolutions`, whose gradients
-are fast on CPUs in a loop of steps; parameters are those of `hk.Conv2D`.
+`build` computes the convolutions of a network by `convolutions`, whose
+gradients are fast on CPUs in a loop of steps; parameters are those of
+`hk.Conv2D`.
 
 Every weight starts at random. A layer that starts at zero, as the last one of
-`hk.nets.ResNet` does by default, would never leave it for alpha > 1, where zero
-is a critical point of the dynamics.
+`hk.nets.ResNet` does by default, would never leave zero for alpha > 1, where
+zero is a critical point of the dynamics.
 
 References:
   LeCun et al, `Gradient-based learning applied to document recognition
@@ -74,7 +75,7 @@ def lenet_300_100(
   num_classes: int,
   cross_replica_axis: str | None = None,
 ) -> jax.Array:
-  """LeNet-300-100: two hidden layers, ReLU; 266,200 weights on MNIST.
+  """LeNet-300-100: two hidden layers with ReLU; 266,200 weights on MNIST.
 
   Weights start from a truncated normal distribution of variance 1 / fan-in and
   biases at zero, which are the settings of the paper's MNIST experiment.
@@ -116,9 +117,9 @@ def lenet_5(
 ) -> jax.Array:
   """LeNet-5 in the variant of Caffe that is usual in pruning; 430,500 weights.
 
-  Two convolutions (20 and 50 filters of 5 x 5, no padding), each followed by
-  ReLU and a 2 x 2 maximum, a hidden layer of 500, and the outputs: 431,080
-  parameters on MNIST. It is initialised as `lenet_300_100`.
+  It has two convolutions (20 and 50 filters of 5 x 5, no padding), each
+  followed by ReLU and a 2 x 2 maximum, a hidden layer of 500 units, and the
+  outputs: 431,080 parameters on MNIST. It is initialised as `lenet_300_100` is.
 
   Args:
     images: floats of shape [n, h, w, c], with sides of at least 16 pixels.
@@ -174,8 +175,8 @@ def alexnet_s(
 ) -> jax.Array:
   """AlexNet for 32 x 32 images, as in SNIP (there AlexNet-s); 5.1 M weights.
 
-  Five convolutions of stride 2 instead of pooling, two hidden layers of 1024,
-  BatchNorm and ReLU after each.
+  It has five convolutions of stride 2 instead of pooling, and two hidden layers
+  of 1024 units, with BatchNorm and ReLU after each.
 
   Args:
     images: floats of shape [n, h, w, c], with sides of at least 17 pixels.
@@ -241,14 +242,14 @@ def wide_resnet(
     is_training: whether BatchNorm normalises by the batch.
     num_classes: the number of outputs.
     cross_replica_axis: the mapped axis that BatchNorm averages over, if any.
-    depth: 6 n + 4 layers, in three groups of n blocks.
-    width: multiplies the 16, 32 and 64 channels of the groups.
+    depth: the number of layers, 6 n + 4 for three groups of n blocks.
+    width: the factor of the 16, 32 and 64 channels of the groups.
 
   Returns:
     Logits of shape [n, num_classes].
 
   Raises:
-    ValueError: if depth is not 6 n + 4, or the images do not fit.
+    ValueError: if depth is not 6 n + 4 with n >= 1, or the images do not fit.
 
   >>> import jax
   >>> network = build('wrn_22_2', num_classes=10)
@@ -287,7 +288,7 @@ def _scales_of_last_norms(last: str, value: float) -> Any:
   return creator
 
 
-# Haiku's network, and the last BatchNorm of its blocks.
+# Haiku's network and the name of the last BatchNorm of its blocks, by depth.
 _RESNETS = {
   18: (hk.nets.ResNet18, 'batchnorm_1'),
   50: (hk.nets.ResNet50, 'batchnorm_2'),
@@ -384,7 +385,7 @@ def _activations_in(dtype):
 
 
 def _options(network: Network) -> set[str]:
-  """Names of the arguments that a network of `NETWORKS` leaves open."""
+  """The names of the arguments that a network of `NETWORKS` leaves open."""
   fixed = getattr(network, 'keywords', {})
   parameters = inspect.signature(network).parameters.values()
   return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - set(fixed)
@@ -398,7 +399,7 @@ def build(
   cross_replica_axis: str | None = None,
   **options,
 ) -> hk.TransformedWithState:
-  """Returns the network of a name, as a pair of pure functions.
+  """Builds a network by its name, as a pair of pure functions.
 
   `init(rng, images, is_training)` gives parameters (theta) and state, and
   `apply(params, state, rng, images, is_training)` gives (logits, state), with
@@ -411,8 +412,8 @@ def build(
     dtype: the dtype of the activations: float32, bfloat16 or float16.
       Parameters are always float32, as is the arithmetic of BatchNorm.
     cross_replica_axis: the mapped axis over which BatchNorm averages its batch
-      statistics, or None for statistics of each replica's own. `init` runs
-      outside of the map all the same.
+      statistics, or None, by which every replica has statistics of its own.
+      `init` runs outside of the map in either case.
     **options: keyword arguments of the network, such as `zero_init`.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Figures of the dictionaries that `analysis` and the reports make."""
+"""Figures of the dictionaries that `analysis` and the reports return."""
 
 from powerprop_jax.plots.continual import accuracy_by_task
 from powerprop_jax.plots.continual import accuracy_matrix

@@ -1,7 +1,7 @@
-"""Figures of the numbers that `continual.report` makes of a sequence of tasks.
+"""Figures of the numbers that `continual.report` returns for a run of tasks.
 
 Tasks are counted from 1 here, as in tables and in the files of programs; in
-Python the first of a sequence has the index 0.
+Python the first task of a sequence has the index 0.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -26,7 +26,7 @@ Figure = style_lib.Figure
 
 
 def _task_ticks(axis: Axis, num_tasks: int) -> None:
-  """Marks the first task and round ones, twelve at most, and no others."""
+  """Marks the first task and round numbers, twelve at most, and no others."""
   steps = (m * 10**e for e in range(9) for m in (1, 2, 5))
   step = next(step for step in steps if num_tasks <= 11 * step)
   axis.set_ticks(sorted({1, *range(step, num_tasks + 1, step)}))
@@ -151,7 +151,7 @@ def accuracy_matrix(matrix: npt.ArrayLike) -> Figure:
     A figure. Nothing was forgotten if every column has one colour.
   """
   values = 100 * np.asarray(matrix, float)
-  # A tenth of a point must not look like all the difference there is.
+  # A tenth of a point must not span the whole range of colours.
   low = min(np.nanmin(values), np.nanmax(values) - 5)
   names = 'Task evaluated', 'Last task learned', 'Test accuracy (%)'
   return _matrix(values, low, 'Accuracy over the sequence', *names)

@@ -1,4 +1,4 @@
-"""Figures of the numbers that `analysis` and sparse training make.
+"""Figures of the results of `analysis` and of sparse training.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -47,7 +47,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _finish(axes: Axes, title: str, ylabel: str) -> None:
-  """Adds titles and a legend; the axis runs from all weights kept to few."""
+  """Adds titles and a legend; the x axis runs from all weights kept to few."""
   axes.set_xscale('log')
   axes.invert_xaxis()
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -166,7 +166,7 @@ def _scatter(axes: Axes, distribution: Mapping[str, Any]) -> None:
 
 
 def _margins(top: Axes, right: Axes, kde: Mapping[str, Any]) -> None:
-  """Draws the densities of initial values above, of trained ones beside."""
+  """Draws the densities of initial values on top and of trained ones beside."""
   for name, colour in _GROUPS.items():
     x, y = kde[name]['x'], kde[name]['density']
     top.plot(x, y, color=colour, linewidth=1.4)
@@ -265,7 +265,7 @@ def one_weight(paths: Mapping[Any, npt.ArrayLike], target: float) -> Figure:
 
   Args:
     paths: the weights after each step, of shape [steps, starts], by alpha.
-    target: where they are pulled to.
+    target: the value to which they are pulled.
 
   Returns:
     A figure with a panel for each alpha; a start has one colour in all panels.
@@ -291,7 +291,7 @@ def _sparse_line(
   x, y, std = (100 * np.asarray(result[k]) for k in ('sparsity', 'mean', 'std'))
   name = style_lib.name(label.split()[0], baseline=False)
   if not x.any():
-    # A dense network is a level across the panel.
+    # A dense network is a level line across the panel.
     axes.axhline(y[0], linewidth=1, label=f'{name}, dense', **style)
     return
   style['markerfacecolor'] = (
@@ -313,9 +313,9 @@ def accuracy_against_sparsity(
   ['RigL']
 
   Args:
-    results: for each label, alpha and method as in '2.0 RigL', a dict of lists
-      'sparsity', 'mean' and 'std', all in [0, 1]. A method that is given at
-      sparsity 0 alone is a level across every panel.
+    results: for each label, which has alpha and the method as in '2.0 RigL', a
+      dict of lists 'sparsity', 'mean' and 'std', all in [0, 1]. A method that
+      is given at sparsity 0 alone is a level line across every panel.
 
   Returns:
     A figure with a colour and a line style for each alpha, in all panels, and
@@ -350,8 +350,8 @@ def accuracy_against_sparsity(
   for i, (row, start) in enumerate(zip(grid, range(0, len(names), columns))):
     style_lib.scale_errors(row[0])
     shown = names[start : start + columns]
-    # By the means: the bar of a run that collapsed would leave no room for
-    # more.
+    # The limits follow the means: the bar of a run that collapsed would leave
+    # no room for anything else.
     errors = [
       100 * (1 - y)
       for label, r in results.items()
@@ -425,7 +425,7 @@ def accuracy_against_steps(
     style_lib.scale_errors(axes)
     lowest = 100 * min(y for line in lines.values() for y in line['mean'])
     highest = 100 * max(y for line in lines.values() for y in line['mean'])
-    # A factor in the error, of which the scale is the logarithm.
+    # The margin is a factor of the error, as the scale is its logarithm.
     axes.set_ylim(100 - 1.25 * (100 - lowest), 100 - 0.8 * (100 - highest))
     axes.set(xscale='log', xlabel='', ylabel='')
     axes.set_xticks(steps, [f'{n:,}' for n in steps], rotation=45)
@@ -452,8 +452,8 @@ def sign_changes(results: Mapping[str, Mapping[str, float]]) -> Figure:
   [50.0, 40.0]
 
   Args:
-    results: for each label, an alpha as in '2.0', the shares by method, as
-      `analysis.sign_changes` returns them.
+    results: for each label, which is an alpha as in '2.0', a share by method,
+      as `analysis.sign_changes` returns it.
 
   Returns:
     A figure with a group of bars for each method, and a bar for each label.

@@ -147,8 +147,7 @@ def line(
   std: npt.ArrayLike,
   **style: Any,
 ) -> None:
-  """Draws a line in percent, in a band of one standard deviation to either
-  side.
+  """Draws a line in percent, in a band of ± one standard deviation.
 
   >>> axes = Figure().subplots()
   >>> line(axes, [1, 2], [0.9, 0.8], [0.0, 0.0], color='black')
@@ -181,14 +180,14 @@ def _accuracy_ticks(low: float, high: float) -> list[float]:
   low, high = low - 1e-6, high + 1e-6  # The scale rounds its own limits.
   ticks = [100.0 - error for error in _ERRORS if low <= 100 - error <= high]
   if len(ticks) < 4:
-    # Between so close values the scale is as good as linear.
+    # Between values so close the scale is nearly linear.
     even = ticker.MaxNLocator(nbins=7, steps=[1, 2, 5, 10])
     ticks = [round(float(x), 6) for x in even.tick_values(low, high)]
   return [x for x in ticks if low <= x <= high]
 
 
 class _AccuracyLocator(ticker.Locator):
-  """Puts the ticks of `_accuracy_ticks` in what is seen of the axis."""
+  """Puts the ticks of `_accuracy_ticks` on the visible part of the axis."""
 
   def __call__(self) -> list[float]:
     assert self.axis is not None
@@ -199,7 +198,7 @@ class _AccuracyLocator(ticker.Locator):
 
 
 def scale_errors(axes: Axes, lowest: float | None = None) -> None:
-  """Makes an axis of accuracy on which each halving of the error is as far.
+  """Makes a y axis of accuracy that is logarithmic in the error.
 
   >>> axes = Figure().subplots()
   >>> scale_errors(axes, lowest=84.0)

@@ -1,4 +1,4 @@
-"""The train step of a masked, reparameterised network, and what runs it."""
+"""The train step of a masked, reparameterised network, and its loop."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-  """Imports a module of this room when it is first used."""
+  """Imports a module of this package when it is first used."""
   if name in __all__:
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

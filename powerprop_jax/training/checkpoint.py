@@ -1,21 +1,21 @@
-"""Checkpoints, by which training that is killed goes on as if it had not been.
+"""Checkpoints, from which a killed run goes on as if it had not been killed.
 
-Orbax writes them: in the background, under another name until a checkpoint is
-whole, and the newest few are kept, with the best one beside them if there is a
-metric that tells which it is. This module adds what Orbax lacks.
+Orbax writes them in the background, under another name until a checkpoint is
+whole. The newest few are kept, and the best one as well if there is a metric
+that tells which it is. This module adds what Orbax lacks.
 
 *   A state is stored as a flat dictionary of arrays by path, with a record
     beside it: the configuration of the run, the type of every leaf, and extras
     such as the position in the data. So a checkpoint can be read without the
-    tree that it was made from, on any number of devices, and to restore it
-    under another configuration or into another tree is an error that lists the
+    tree that it was made from, on any number of devices, and restoring it under
+    another configuration or into another tree is an error that lists the
     differences.
-*   A checksum tells a damaged checkpoint from a whole one, and the checkpoint
-    before it is used.
-*   What is still being written when a program ends is finished.
+*   A checksum tells a damaged checkpoint from a whole one, and the newest whole
+    one is used.
+*   A checkpoint that is still being written when a program ends is finished.
 
 In a program of several processes every process calls every function. The first
-process writes, all of them read, and the first decides from which step they go
+process writes, all of them read, and the first decides from which step all go
 on. The folder must therefore lie on a file system that they share.
 """
 
@@ -49,8 +49,8 @@ _LOG = logging.getLogger(__name__)
 _STEP = re.compile(r'0|[1-9][0-9]*')
 # What Orbax puts into a checkpoint of ours.
 _ITEMS = {'state', 'record', '_CHECKPOINT_METADATA'}
-# Under which a state that is one array is stored, as Orbax before 0.12.4 cannot
-# store an array whose path is empty.
+# The path under which a state that is a single array is stored, as Orbax before
+# 0.12.4 cannot store an array whose path is empty.
 _ROOT = 'root'
 # Where Orbax writes the metrics of a checkpoint, in its folder.
 _METRICS = ('metrics', 'metrics')
@@ -94,7 +94,7 @@ class Checkpoint(NamedTuple):
   """A checkpoint that was read without knowledge of its tree.
 
   Attributes:
-    step: the step it was saved at.
+    step: the step at which it was saved.
     config: the configuration of the run that wrote it.
     extra: what was saved beside the state.
     types: the type and shape of every leaf by path, such as 'float32[784, 300]'
@@ -146,9 +146,10 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rank(metrics: Mapping[str, float] | None, best: str) -> float:
-  """By what the best checkpoint is found; those without the metric come last.
+  """The number that is largest for the best checkpoint.
 
-  Orbax writes a warning where there are no metrics, and none if they are empty.
+  Checkpoints without the metric come last. They have empty metrics, and not
+  none at all, for which Orbax would write a warning.
   """
   return (metrics or {}).get(best, -math.inf)
 
@@ -162,21 +163,22 @@ def open_manager(
   """Opens a folder of checkpoints, and makes it where there is none.
 
   Args:
-    directory: the folder, of its own; local, or an address that starts with
-      gs://.
+    directory: a folder for these checkpoints only; a local one, or an address
+      that starts with gs://.
     config: what must be equal for a run to go on from a checkpoint, such as the
-      program, the network, the method and alpha; of values that JSON holds.
-    keep: how many checkpoints to keep, the newest ones.
+      program, the network, the method and alpha. JSON must hold its values.
+    keep: how many of the newest checkpoints to keep, at least 1.
     best: a name among the metrics that `save` is given. The checkpoint with the
-      largest value, the newest of several, is kept as well.
+      largest value, the newest of several, is kept as well. None keeps the
+      newest ones only.
 
   Returns:
     A `Manager`, to be used in a `with` statement or closed by `close`.
 
   Raises:
     ValueError: if keep < 1, if the configuration cannot be stored or compared,
-      if the directory is an address of another kind, or if a folder in it has a
-      number for a name and is no checkpoint.
+      if the directory is an address of another kind, or if something in it has
+      a number for a name and is no checkpoint.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -194,7 +196,7 @@ def open_manager(
   if '://' not in os.fspath(directory):
     directory = directory.absolute()  # Orbax takes no other.
   elif not os.fspath(directory).startswith('gs://'):
-    # Orbax would say so at the first checkpoint, when hours may be lost.
+    # Orbax would say so only at the first checkpoint, when hours may be lost.
     raise ValueError(
       f'{directory}: checkpoints can be written to local folders and to'
       ' addresses that start with gs://, and to no others.'
@@ -203,8 +205,8 @@ def open_manager(
   for path in directory.glob('*'):
     if _STEP.fullmatch(path.name) and not _is_step(path):
       raise ValueError(
-        f'{path} is no checkpoint. Orbax would count it among them, and delete'
-        ' it in time: use a folder that is for checkpoints only.'
+        f'{path} is no checkpoint. Orbax would take it for one, and delete it'
+        ' in time: use a folder that is for checkpoints only.'
       )
   writer = None
   if jax.process_index() == 0:
@@ -221,8 +223,8 @@ def open_manager(
         policies
       ),
       multiprocessing_options=_alone(),
-      # Where it makes folders in the background, Orbax tells saves apart by one
-      # counter of the process, and mixes up threads that save together.
+      # If it makes folders in the background, Orbax tells saves apart by one
+      # counter per process, and mixes up threads that save at the same time.
       async_options=ocp.options.AsyncOptions(
         create_directories_asynchronously=False
       ),
@@ -275,8 +277,9 @@ def save(
     step: the step, an integer of 0 or more.
     state: a pytree of arrays, typed keys and numbers, as one device holds it.
     extra: what JSON can hold, and bytes, such as the state of a data iterator.
-    metrics: numbers by name, among them that by which a manager finds the best
-      checkpoint. Other managers do not store them.
+    metrics: numbers by name, among them the one by which the manager finds the
+      best checkpoint. A manager that was opened without `best` does not store
+      them.
 
   Raises:
     ValueError: if the step is no such integer, or if there is a checkpoint of a
@@ -322,7 +325,7 @@ def save(
     'extra': json.loads(json.dumps(extra, default=_encode)),
     'types': {k: _type(v) for k, v in leaves.items()},
     'keys': keys,
-    # Orbax refuses arrays without elements: their types are all there is.
+    # Orbax refuses arrays without elements: they are stored as their types.
     'empty': {
       k: [v.dtype.name, v.shape] for k, v in arrays.items() if not v.size
     },
@@ -338,7 +341,7 @@ def save(
 
 @contextlib.contextmanager
 def _writing(manager: Manager) -> Iterator[None]:
-  """Makes one type of the many that Orbax has for what cannot be written."""
+  """Makes an OSError of each error by which Orbax says that it cannot write."""
   try:
     yield
   except OSError:
@@ -351,13 +354,13 @@ def _writing(manager: Manager) -> Iterator[None]:
 
 
 def close(manager: Manager) -> None:
-  """Waits for the last checkpoint to be whole.
+  """Waits until the last checkpoint is whole, and closes the manager.
 
   Args:
     manager: a `Manager`; closing it again does nothing.
 
   Raises:
-    OSError: if the checkpoint cannot be written, as on a full disk.
+    OSError: if that checkpoint cannot be written, as on a full disk.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -375,7 +378,7 @@ def close(manager: Manager) -> None:
 
 
 def _read(path: paths.Path) -> Checkpoint:
-  """Reads one checkpoint; raises some error if it is damaged."""
+  """Reads one checkpoint; raises an error of some type if it is damaged."""
   args = ocp.args.Composite(
     state=ocp.args.PyTreeRestore(), record=ocp.args.JsonRestore()
   )
@@ -435,15 +438,16 @@ def _last_whole(
 def load(
   directory: str | os.PathLike[str], best: str | None = None
 ) -> Checkpoint:
-  """Reads the newest whole checkpoint of any run, and changes nothing.
+  """Reads the newest whole checkpoint of a run, and changes nothing.
 
   Args:
     directory: the folder that was given to `open_manager`.
     best: the name of a metric by which `open_manager` was told to keep the best
-      checkpoint. The one that has most of it is read, not the newest.
+      checkpoint. If given, the whole checkpoint with the largest value is read,
+      and not the newest.
 
   Returns:
-    A `Checkpoint`, of which `fill` makes trees.
+    A `Checkpoint`, from which `fill` makes trees.
 
   Raises:
     FileNotFoundError: if there is no whole checkpoint, or none with the metric.
@@ -496,8 +500,9 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
 
   Args:
     like: a tree of arrays or of `jax.ShapeDtypeStruct`. Its paths count and not
-      its containers: the key 'phi' of a dictionary takes the field of a state.
-    found: a checkpoint.
+      its containers: the key 'phi' of a dictionary takes the field `phi` of a
+      state.
+    found: a `Checkpoint`, as `load` returns it.
     partial: whether the checkpoint may hold more than the tree asks for.
 
   Returns:
@@ -505,7 +510,7 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
     has them, and arrays on the default device elsewhere.
 
   Raises:
-    ValueError: if the trees differ; it lists the paths that do.
+    ValueError: if the trees differ; the error lists the paths that do.
 
   >>> import numpy as np
   >>> found = Checkpoint(7, {}, None, {'w': 'int64[2]'}, {'w': np.arange(2)})
@@ -528,7 +533,8 @@ def fill(like: Any, found: Checkpoint, partial: bool = False) -> Any:
 def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
   """Restores the newest whole checkpoint.
 
-  Damaged ones are reported by a warning and renamed to '<step>.damaged'.
+  Newer ones that are damaged are reported by a warning, and renamed to
+  '<step>.damaged' if there is a whole one.
 
   Args:
     manager: a `Manager`.
@@ -540,6 +546,8 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
   Raises:
     ValueError: if the configuration or the tree differs from what was saved.
     FileNotFoundError: if there are checkpoints, and all of them are damaged.
+    OSError: if a checkpoint that this manager is still writing cannot be
+      written.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -569,7 +577,8 @@ def restore_latest(manager: Manager, like: Any) -> tuple[int, Any, Any] | None:
     if not _steps(manager.directory):
       return None
     raise FileNotFoundError(
-      f'Nothing in {manager.directory} is whole. Move it away to start anew.'
+      f'No checkpoint in {manager.directory} is whole. Move it away to start'
+      ' anew.'
     )
   if found is None:
     found = _read(manager.directory / str(step))

@@ -1,11 +1,11 @@
 """The loss and the accuracy of networks that classify images.
 
 The experiments of section 4 of the paper minimise the softmax cross-entropy of
-a classifier and report its accuracy. Both functions here check what they are
-given as far as it can be seen: labels whose shape does not fit the logits would
-broadcast into a loss that trains a wrong network without a word, so they are an
-error when the function is traced; labels that name no class are only known when
-the program runs, and give NaN, as they do in optax.
+a classifier and report its accuracy. The functions here check their arguments
+as far as they can: labels whose shape does not fit the logits would broadcast
+into a loss that trains a wrong network without a word, so they are an error
+when the function is traced; labels that name no class are only known when the
+program runs, and give NaN, as they do in optax.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from powerprop_jax import types
 from powerprop_jax.data import augment
 from powerprop_jax.training import step as step_lib
 
-#: The label of examples that only fill up a batch. `make_accuracy` leaves them
-#: out; for a loss it is a label out of range.
+#: The label of examples that only fill up a batch. `make_accuracy` and
+#: `make_evaluation` leave them out; for a loss it is a label out of range.
 PADDING = -1
 _TOP_5_ABOVE = 100  # With fewer classes, five guesses tell little.
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array) -> None:
-  """Raises ValueError where labels do not belong to the logits."""
+  """Raises ValueError if labels do not fit the logits."""
   shape = jnp.shape(labels)
   if shape != logits.shape[:-1]:
     raise ValueError(
@@ -96,16 +96,19 @@ def make_loss(
 
 
 def counted(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-  """What of a batch can be added up, to evaluate many batches.
+  """Counts of a batch that are added up to evaluate many batches.
 
   Args:
-    logits: [batch, classes].
-    labels: integers [batch]; examples of the label `PADDING` do not count.
+    logits: floats [batch, classes].
+    labels: integers [batch]; examples with the label `PADDING` do not count.
 
   Returns:
-    How many predictions are correct as `accuracy` and, if there are more than
-    100 classes, how many labels are among the five largest logits as `top5`;
-    and the sum of the cross-entropies as `loss`.
+    A dict of scalars: how many predictions are correct as `accuracy`; the sum
+    of the cross-entropies as `loss`; and, if there are more than 100 classes,
+    how many labels are among the five largest logits as `top5`.
+
+  Raises:
+    ValueError: if the labels have another shape or are not integers.
 
   >>> import jax.numpy as jnp
   >>> found = counted(jnp.zeros([3, 2]), jnp.array([0, 1, PADDING]))
@@ -131,7 +134,7 @@ def counted(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
 
 
 def _make_evaluate(apply, prepare, batch_size, count):
-  """Evaluation by what `count(logits, labels)` gives for each batch."""
+  """Makes an evaluation from what `count(logits, labels)` gives per batch."""
 
   def evaluate(theta, model_state, images, labels):
     if jnp.shape(labels) != jnp.shape(images)[:1]:
@@ -169,9 +172,9 @@ def _make_evaluate(apply, prepare, batch_size, count):
     found = jax.tree.map(jnp.sum, jax.lax.map(measure, batches))
     (known, outside), counts = found
 
-    # In two quotients, the second of which is exactly 1 without padding: XLA
-    # rounds a quotient by a constant another way than one by a variable, and
-    # recorded accuracies would differ in their last bit.
+    # There are two quotients, the second of which is exactly 1 without padding:
+    # XLA rounds a quotient by a constant another way than one by a variable,
+    # and recorded accuracies would differ in their last bit.
     def mean(total):
       fraction = total / size * (size / known)
       return jnp.where(outside > 0, jnp.nan, fraction)
@@ -201,7 +204,7 @@ def make_evaluation(
     batch_size: how many examples go through the network at once.
 
   Returns:
-    What `make_accuracy` returns, of a dict of float32 scalars in place of one:
+    A function as `make_accuracy` returns it, but of a dict of float32 scalars:
     `accuracy`, `loss`, which is the mean cross-entropy without smoothing, and,
     if there are more than 100 classes, `top5`.
   """
@@ -216,7 +219,7 @@ def make_accuracy(
   """The accuracy of a network over a data set on the device.
 
   Every example counts exactly once, also when the last batch is short. Examples
-  of the label `PADDING` do not count at all, so that data sets of different
+  with the label `PADDING` do not count at all, so that data sets of different
   sizes can be filled up to one shape and share a compiled function.
 
   >>> import jax.numpy as jnp

@@ -44,7 +44,7 @@ def on_devices(
     step: a pure function, made with the same axis name.
     axis: the name of the axis, as `axis_name` returns it. None compiles for one
       device; otherwise every argument has a leading axis of local devices.
-    donate: which arguments may be overwritten.
+    donate: the positions of the arguments that may be overwritten.
 
   Returns:
     The compiled function.
@@ -74,8 +74,8 @@ def replicate(tree: Any, axis: str | None) -> Any:
   """
   if axis is None:
     return jax.tree.map(jnp.asarray, tree)
-  # Compiled, so that each device holds its own copy and none holds all: what
-  # lies on another device is moved by every call, and can not be donated.
+  # The copy is compiled, so that each device holds its own and none holds all:
+  # what lies on another device is moved by every call, and cannot be donated.
   copy = jax.pmap(lambda _, x: x, axis_name=axis, in_axes=(0, None))
   return copy(np.arange(jax.local_device_count()), tree)
 
@@ -96,7 +96,8 @@ def unreplicate(tree: Any, axis: str | None) -> Any:
   if axis is None:
     return tree
   # x[0] would be a program of all local devices, with an all-reduce for every
-  # leaf; such programs, not waited for, made two hosts wait for one another.
+  # leaf; such programs, when nothing waited for them, made two hosts wait for
+  # one another.
   return jax.tree.map(
     lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree
   )
@@ -120,13 +121,13 @@ def any_host(flag: bool) -> bool:
 
 
 def check_batch_size(batch_size: int) -> None:
-  """Checks that a global batch divides among all devices.
+  """Checks that a global batch can be divided among all devices.
 
   Args:
     batch_size: the examples in a batch of all devices together.
 
   Raises:
-    ValueError: if it does not; it names the nearest sizes that do.
+    ValueError: if it cannot; the error names the nearest sizes that can.
 
   >>> check_batch_size(8 * jax.device_count())
   """
@@ -149,7 +150,8 @@ def shard(batch: Any, axis: str | None, dim: int = 0) -> Any:
     dim: the axis of the arrays that counts examples.
 
   Returns:
-    Arrays with a leading axis of local devices.
+    numpy arrays with a leading axis of local devices; the batch itself if axis
+    is None.
 
   >>> import numpy as np
   >>> count = jax.local_device_count()

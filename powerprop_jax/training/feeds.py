@@ -1,8 +1,8 @@
-"""Where the batches of the loop come from: memory, or a stream.
+"""Feeds of batches for the training loop, from memory or from a stream.
 
 What a step sees depends on the seed and on the number of the step alone, so a
-feed goes on from any step; and on several devices or hosts every step sees the
-same examples as on one.
+feed can go on from any step; and on several devices or hosts every step sees
+the same examples as on one.
 """
 
 import collections
@@ -25,30 +25,32 @@ State = step_lib.TrainState
 #: (state, data, indices [steps, batch]) -> (state, metrics [steps] on the
 #: host).
 RunSteps = Callable[[State, Any, Any], tuple[State, loop.Metrics]]
-#: Called with the number of examples that were read.
+#: Called with the number of examples that have been evaluated so far.
 Seen = Callable[[int], object]
 
-# To put an epoch in order takes as long as some thirty steps of LeNet-300-100,
-# so that the order is not drawn anew for every chunk.
+# For how many steps the order is drawn at once: to put an epoch in order takes
+# as long as some thirty steps of LeNet-300-100, too long for every chunk.
 _ORDERED = 1000
 
 
 def _unseen(count: int) -> None:
-  """Is told of evaluated examples, and says nothing."""
+  """Ignores how many examples have been evaluated."""
 
 
 class Feed(NamedTuple):
-  """A data set on the devices.
+  """A data set, by the functions that train and evaluate networks on it.
 
   Attributes:
     advance: (state, start, stop) -> (state, metrics): takes the steps [start,
       stop) with a state on the devices. Metrics are those of every step.
-    batches: (step, n) -> n batches on the devices, for scoring masks.
+    batches: (step, n) -> n batches for scoring masks at a step, along an axis
+      of their own, with a part for each device.
     sizes: the numbers of examples of the splits to evaluate on: `test` and, if
       there is one, `valid`.
-    evaluate: (theta, model_state, split, seen) -> `accuracy`, `loss` and, with
-      more than 100 classes, `top5`; of a network as one device holds it. `seen`
-      is told of every batch how many examples were evaluated until then.
+    evaluate: (theta, model_state, split, seen) -> a dict of `accuracy`, `loss`
+      and, with more than 100 classes, `top5`. The network is given as one
+      device holds it. `seen` is called with the number of examples that have
+      been evaluated so far.
     close: ends what runs in the background.
 
   >>> feed = Feed(
@@ -69,7 +71,15 @@ class Feed(NamedTuple):
   close: Callable[[], None]
 
   def accuracy(self, theta: Any, model_state: Any) -> dict[str, float]:
-    """The accuracies of a network on all splits."""
+    """The accuracies of a network on all splits.
+
+    Args:
+      theta: the weights, as one device holds them.
+      model_state: the statistics of the network, likewise.
+
+    Returns:
+      The accuracies in [0, 1] by names such as 'test_accuracy'.
+    """
     return {
       f'{split}_accuracy': self.evaluate(theta, model_state, split, _unseen)[
         'accuracy'
@@ -120,7 +130,7 @@ def metrics_on_host(
 def compile_steps(step: step_lib.TrainStep, axis: str | None) -> RunSteps:
   """Compiles a chunk of steps over data on the devices, into one loop.
 
-  On CPUs, inside of loops, XLA takes the gradient of a convolution several
+  On CPUs, inside of loops, XLA computes the gradient of a convolution several
   times more slowly than outside. The networks of `models` have gradients that
   avoid it; for other networks see `models.convolutions`.
 
@@ -151,7 +161,7 @@ def compile_steps(step: step_lib.TrainStep, axis: str | None) -> RunSteps:
 def _ordered(
   key: jax.Array, batch_size: int, size: int
 ) -> Callable[[int, int], np.ndarray]:
-  """The examples of the steps [start, stop), drawn for many steps at once."""
+  """Makes a function that gives the examples of the steps [start, stop)."""
   first, rows = 0, np.zeros([0, batch_size], np.int32)
 
   def indices(start, stop):
@@ -174,12 +184,12 @@ def make_advance(
   size: int,
   axis: str | None = None,
 ) -> loop.Advance[State]:
-  """Takes steps over data that every device holds as a whole.
+  """Makes a function that takes steps over data that each device holds whole.
 
   Args:
     run_steps: made by `compile_steps` or `metrics_on_host`.
     data: what `run_steps` takes, on the devices.
-    key: decides the order of the examples.
+    key: the PRNG key that decides the order of the examples.
     batch_size: examples per step, over all devices and hosts.
     size: how many examples there are; rows of the data after them are unused.
     axis: the name of the axis returned by `devices.axis_name`.
@@ -224,10 +234,10 @@ def in_memory(
     data: the data set.
     step: the train step, made for the same axis.
     apply: the network, made by `networks.build`.
-    prepare: from bytes to what the network sees.
+    prepare: maps bytes to what the network sees, as `augment.scale` does.
     batch_size: examples per step, over all devices and hosts; a multiple of the
       number of devices.
-    key: decides the order of the examples.
+    key: the PRNG key that decides the order of the examples.
     axis: the name of the axis returned by `devices.axis_name`.
 
   Returns:
@@ -264,7 +274,8 @@ def in_memory(
   )
 
   def batches(step, n):
-    # An order of its own: masks are not scored by the batch that follows.
+    # The order is another one, so that masks are not scored by the batch on
+    # which the next step trains.
     order = step_lib.batch_indices(
       jax.random.fold_in(key, 1), step * n, n, batch_size, size
     )
@@ -286,10 +297,10 @@ def in_memory(
 def _batches_of(
   source: streams.Source, axis: str | None, seed: int, hosts: dict[str, Any]
 ) -> Callable[[int, int], Any]:
-  """`Feed.batches` of a stream of its own."""
+  """Makes `Feed.batches`, which reads a stream of its own."""
 
   def batches(step, n):
-    # Few batches are worth no worker processes.
+    # For a few batches it is not worth starting worker processes.
     stream = streams.train_stream(
       source, seed=seed, start=step * n, **(hosts | {'num_workers': 0})
     )
@@ -328,7 +339,7 @@ def _evaluation_on(
       count(theta, model_state, devices.put(batch, axis))
       for batch in streams.eval_batches(source, **hosts)
     )
-    # Each is waited for when the next is under way.
+    # Each result is waited for when the next one is under way.
     for found, _ in itertools.pairwise(itertools.chain(counts, [None])):
       found = jax.device_get(devices.unreplicate(found, axis))
       totals.update({name: x.item() for name, x in found.items()})
@@ -353,21 +364,21 @@ def streamed(
   num_workers: int,
   axis: str | None,
 ) -> Feed:
-  """A feed of a set too large for memory.
+  """A feed of a data set that is too large for memory.
 
   While a step runs, the next batch is decoded and moved to the devices.
 
   Args:
     train: encoded training images.
-    valid: encoded validation images, if there are any; `streams.hold_out` takes
-      them from the training images.
+    valid: encoded validation images, or None; `streams.hold_out` can take them
+      from the training images.
     test: encoded test images.
     step: the train step, made for the same axis.
     apply: the network, made by `networks.build`.
-    prepare: from bytes to what the network sees.
+    prepare: maps bytes to what the network sees, as `augment.scale` does.
     batch_size: examples per step, over all devices and hosts; a multiple of the
       number of devices.
-    image_size: height and width after cropping.
+    image_size: height and width after cropping, in pixels.
     seed: decides the order of the examples and their crops.
     num_workers: how many processes of this host decode images.
     axis: the name of the axis returned by `devices.axis_name`.
@@ -431,14 +442,15 @@ def streamed(
       state, result = step(state, ahead)
       ahead = devices.put(next(stream), axis)
       metrics.append(result)
-      # The host is one step ahead, as every one more keeps a batch in memory.
+      # The host is one step ahead: each further step keeps a batch in memory.
       jax.block_until_ready(metrics[-2:-1])
     at = stop
     return state, _stacked_on_host(metrics, axis)
 
   return Feed(
     advance=advance,
-    # Masks are not scored by the batch that follows.
+    # The seed is another one, so that masks are not scored by the batch on
+    # which the next step trains.
     batches=_batches_of(train, axis, seed + 1, hosts),
     sizes=sizes,
     evaluate=lambda theta, model_state, split, seen: evaluations[split](

@@ -1,4 +1,4 @@
-"""The loop of training: compiled chunks of steps between boundaries.
+"""The training loop: compiled chunks of steps between boundaries.
 
 Between two boundaries only compiled code runs; at a boundary Python looks at
 the loss, reports, and calls what is due there: an update of the masks, an
@@ -31,7 +31,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Diverged(Exception):
-  """The loss became NaN or infinite."""
+  """Training failed: the loss is not finite, or a layer has no weights left."""
 
 
 class Interrupted(Exception):
@@ -43,8 +43,8 @@ class Hook(NamedTuple):
 
   Attributes:
     due: maps a step to whether the hook is called at it.
-    act: maps (step, state) to a state. What a hook returns that comes after
-      the steps is not used.
+    act: maps (step, state) to a state. `run` ignores the state that a hook in
+      `after` returns.
 
   >>> halve = Hook(due=every(100), act=lambda step, state: state / 2)
   >>> halve.act(100, 8.0) if halve.due(100) else 8.0
@@ -56,10 +56,10 @@ class Hook(NamedTuple):
 
 
 def every(n: int) -> Callable[[int], bool]:
-  """Is true at the multiples of n.
+  """A condition that holds at the multiples of n.
 
   Args:
-    n: the number of steps from one to the next.
+    n: the number of steps from one multiple to the next, at least 1.
 
   Returns:
     A function of a step that returns a bool, for `Hook.due`.
@@ -110,11 +110,12 @@ def check_loss(loss: np.ndarray, start: int, recipe: Mapping[str, Any]) -> None:
   Args:
     loss: the loss of every step, [steps].
     start: the first of these steps.
-    recipe: what the error tells of the run, such as alpha and the learning
-      rate.
+    recipe: settings of the run by name that the error reports, such as alpha
+      and the learning rate.
 
   Raises:
-    Diverged: with the step, the recipe and a remedy.
+    Diverged: if a loss is NaN or infinite; the error has the step, the recipe
+      and a remedy.
 
   >>> import numpy as np
   >>> from powerprop_jax.training import loop
@@ -160,7 +161,7 @@ def run(
   At a boundary the hooks `after` come first, which look at what the steps have
   made of the state, and then the hooks `before`, which change the state for
   the steps that follow. So a checkpoint that is written by a hook `after` holds
-  the state before the update of masks at the same step, and whoever goes on
+  the state before the update of masks at the same step, and a run that goes on
   from it makes that update.
 
   Args:
@@ -172,11 +173,11 @@ def run(
       looked at, and how soon training stops if it is asked to.
     before: hooks that are called before the step at which they are due, also
       at `start` and never at `stop`.
-    after: hooks that are called when that many steps have been taken, also at
-      `stop` and never at `start`.
+    after: hooks that are called when as many steps have been taken as the step
+      at which they are due, also at `stop` and never at `start`.
     report: called at every boundary after `start` with the step and the mean
-      metrics since the one before.
-    recipe: what an error tells of the run.
+      metrics since the boundary before.
+    recipe: settings of the run by name that an error reports.
     stopped: asked at every boundary whether to stop there.
 
   Returns:
@@ -212,12 +213,12 @@ def run(
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-  """Hears Ctrl-C and SIGTERM, by which batch systems end a job.
+  """Catches Ctrl-C, and SIGTERM, by which batch systems end a job.
 
-  To be entered in the main thread, which alone hears signals; the event is for
-  all of them. Python sees a signal between two steps of its own: while XLA
-  compiles, it is kept for later. After the first signal Ctrl-C has its plain
-  meaning and ends the process at once.
+  Enter the context in the main thread, the only one that receives signals; all
+  threads may use the event. Python sees a signal between two instructions of
+  its own: one that comes while XLA compiles is seen afterwards. After the first
+  signal Ctrl-C has its usual meaning and ends the process at once.
 
   Yields:
     An event that is set when a signal has come.

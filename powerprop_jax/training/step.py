@@ -1,16 +1,16 @@
-"""The train step of a reparameterised, masked network, and loops of it.
+"""The train step of a reparameterised, masked network, and chunks of steps.
 
-One step is the line of section 2 of the paper, with masks:
+One step is that of section 2 of the paper, with masks:
 
   phi -> theta -> mask -> loss -> gradient at theta -> optimiser -> mask -> phi
 
 The gradient is taken at theta, outside the power map, so that optimisers see an
-ordinary network and masks are scored by the same gradient. How an optimiser
-works under masks is said in `sparse.masking`; `sparse.sparsify` has the same
-parts as an optax transformation, for training loops of another make.
+ordinary network and masks are scored by the same gradient. `sparse.masking`
+says how an optimiser works under masks; `sparse.sparsify` has the same parts as
+an optax transformation, for other training loops.
 
-Data sets that fit on the device are trained on in compiled chunks of many
-steps, without any Python in between.
+On data sets that fit on the device, networks are trained in compiled chunks of
+many steps, without any Python in between.
 """
 
 from collections.abc import Callable
@@ -43,9 +43,9 @@ class TrainState(NamedTuple):
   """Everything that training changes, and all that a checkpoint has to hold.
 
   Attributes:
-    phi: the parameters, dense ones. What the masks cut keeps its value here,
+    phi: the dense parameters. Those that the masks cut keep their values here,
       and `to_theta(phi)` is therefore *not* the sparse network: `masked_theta`
-      is, and is what has to be evaluated, exported and reported.
+      returns that, which is what has to be evaluated, exported and reported.
     model_state: statistics of the network, such as those of BatchNorm; {} if it
       has none.
     opt_state: the state of the optimiser.
@@ -80,8 +80,8 @@ def init_state(
 ) -> TrainState:
   """The state of a dense network at step 0, from ordinary parameters theta.
 
-  The arrays are copies, because compiled steps donate the state, and those of
-  the caller would go with it.
+  The arrays are copies, because compiled steps donate the state, and the arrays
+  of the caller would be donated with it.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from powerprop_jax import power
@@ -170,7 +170,7 @@ def make_train_step(
   penalty: Penalty | None = None,
   norms: bool = False,
 ) -> TrainStep:
-  """One step of training, a pure function to be compiled by its caller.
+  """Makes one step of training, a pure function for its caller to compile.
 
   The optimiser sees the gradient and the parameters where the backward mask is
   True and zero elsewhere, and its update is masked again, so that it trains the
@@ -202,16 +202,16 @@ def make_train_step(
     transform: a `power.power_transform`.
     axis_name: the axis of a pmap over which to average gradients, statistics
       and metrics.
-    penalty: maps all weights theta and the masks to a gradient to be added.
-      Unlike a term of the loss it reaches weights that the forward mask cuts,
-      as that of Top-KAST must.
+    penalty: maps (theta, masks), where theta has all weights, to a gradient
+      that is added. Unlike a term of the loss it reaches weights that the
+      forward mask cuts, as that of Top-KAST must.
     norms: whether metrics also have the Euclidean norms of the gradient at
       theta, as `gradient_norm`, and of the update of phi, as `update_norm`;
-      both of what may move.
+      both count only what may move.
 
   Returns:
-    A function of (state, batch) that returns (state, metrics), `metrics` with
-    the loss added under 'loss'.
+    A function of (state, batch) that returns (state, metrics), where metrics
+    are those of `loss_fn`, and the loss under 'loss'.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
@@ -276,10 +276,11 @@ def make_mask_updates(
   transform: power.PowerTransform,
   axis_name: str | None = None,
 ) -> tuple[MaskStep, MaskStep]:
-  """The first choice of masks and their updates, apart from the train step.
+  """Makes the functions that choose the first masks and that update them.
 
-  They are functions of their own, which the host calls every so many steps: in
-  the train step, under `lax.cond`, they would double its compilation time.
+  They are apart from the train step, and the host calls them every so many
+  steps: in the train step, under `lax.cond`, they would double its compilation
+  time.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from powerprop_jax import power, transforms
@@ -304,14 +305,14 @@ def make_mask_updates(
     transform: a `power.power_transform`.
     axis_name: the axis of a pmap over which to average gradients. Masks are
       scored by the average, with one key on every device, so that all devices
-      choose the same.
+      choose the same masks.
 
   Returns:
     Two pure functions of (state, batches) that return a state: one makes the
-    masks at the start, the other updates them. The leading axis of batches is
-    that of the batches over which the gradient is averaged. Both raise
-    ValueError when they are traced if the state of tx cannot follow masks (see
-    `masking.check_resettable`).
+    masks at the start, the other updates them. The arrays in batches have the
+    shape [number of batches, examples per batch, ...]; the gradient is averaged
+    over all batches. Both functions raise ValueError when they are traced if
+    the state of tx cannot follow masks (see `masking.check_resettable`).
   """
 
   def inputs(state, batches):
@@ -322,7 +323,7 @@ def make_mask_updates(
     grads = _mean_gradient(loss_fn, masked, state, batches)
     if axis_name is not None:
       grads = jax.lax.pmean(grads, axis_name)
-    # The train step folds the step number alone into the key, hence 2^31.
+    # The train step folds in a number below 2^31, so that its keys are others.
     key = jax.random.fold_in(jax.random.fold_in(state.key, 2**31), state.step)
     return key, theta, grads
 
@@ -378,7 +379,7 @@ def batch_indices(
     size: the number of examples of the data set.
 
   Returns:
-    An int32 array [num_steps, batch_size] of indices below size.
+    An int32 array [num_steps, batch_size] of indices in [0, size).
 
   Raises:
     ValueError: if the data set has no examples.
@@ -407,7 +408,7 @@ def _stream(key, epochs, offset, size):
 def make_run_steps(
   train_step: TrainStep,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-  """A chunk of training steps over data that lie on the device.
+  """Makes a function that takes a chunk of steps over data on the device.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from powerprop_jax import power
@@ -428,7 +429,7 @@ def make_run_steps(
   Returns:
     A pure function of (state, data, indices), where data is a pytree of arrays
     with one row per example and indices is an int array [steps, batch]. It
-    returns the state and the metrics of every step, stacked.
+    returns the state, and the metrics of all steps, of shape [steps].
   """
 
   def run_steps(state, data, indices):

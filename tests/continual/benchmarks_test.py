@@ -161,7 +161,7 @@ def test_split_by_more_classes(classes, each, num_tasks):
 @pytest.mark.parametrize('t', [-1, 5])
 def test_there_is_no_such_task(kind, t):
   benchmark = _benchmarks(_data())[kind]
-  with pytest.raises(ValueError, match=f'tasks 0 to 4, there is no task {t}'):
+  with pytest.raises(ValueError, match=f'tasks 0 to 4; there is no task {t}'):
     benchmark.task(t)
   with pytest.raises(ValueError, match="one of .* got 'all'"):
     benchmark.part(0, 'all')

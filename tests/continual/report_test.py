@@ -76,7 +76,7 @@ def test_transfer_of_lopez_paz_and_ranzato_by_hand():
 @pytest.mark.parametrize(
   ('rows', 'initial', 'message'),
   [
-    ([[0.9, 0.1], [0.9, 0.8]], [0.1], 'initial has 1 accuracies, 2 tasks'),
+    ([[0.9, 0.1], [0.9, 0.8]], [0.1], 'initial has 1 accuracies, but 2 tasks'),
     (_ROWS, [0.1] * 3, r'Tasks \[1, 2\] must be evaluated before they'),
   ],
 )
@@ -109,7 +109,7 @@ def test_accuracy_report_of_a_single_task():
     ([], 'No task'),
     ([[0.9], [0.9]], r'Tasks \[1\] must be evaluated after the last task'),
     ([[None], [0.9, 0.8]], r'Tasks \[0\] must be evaluated when learned'),
-    ([[0.9, 0.9]], 'Row 0 .* has 2 tasks, of 1'),
+    ([[0.9, 0.9]], 'Row 0 .* has 2 tasks, but 1'),
   ],
 )
 def test_accuracy_report_needs_its_numbers(rows, message):
@@ -118,7 +118,7 @@ def test_accuracy_report_needs_its_numbers(rows, message):
 
 
 def test_independent_networks_for_all_tasks():
-  with pytest.raises(ValueError, match='has 2 accuracies, 3 tasks'):
+  with pytest.raises(ValueError, match='has 2 accuracies, but 3 tasks'):
     continual_report.accuracy_report(_ROWS, [0.9, 0.9])
 
 

@@ -84,7 +84,7 @@ def test_impossible_statistics_stop_at_once(mean, std, message):
 
 def test_statistics_of_another_number_of_channels_are_an_error():
   images = jnp.zeros([1, 4, 4, 1], jnp.uint8)
-  with pytest.raises(ValueError, match='3 channels, these have 1'):
+  with pytest.raises(ValueError, match='3 channels, but these have 1'):
     augment.standardise(*augment.CIFAR10)(None, images, False)
 
 

@@ -707,10 +707,10 @@ def test_evaluation_sees_every_example_once(
   [
     ({'batch_size': 0}, 'batch_size=0,'),
     ({'image_size': -1}, 'image_size=-1 and'),
-    ({'num_workers': -1}, 'num_workers=-1 not'),
+    ({'num_workers': -1}, 'num_workers=-1 must not'),
     ({'shard_index': 2, 'shard_count': 2}, 'shard_index=2 .*shard_count=2'),
     ({'shard_index': -1}, 'shard_index=-1 '),
-    ({'channels': 4}, 'channels=4 1 or 3'),
+    ({'channels': 4}, 'channels=4 must be 1 or 3'),
     ({'seed': -1}, 'seed=-1 '),
     ({'seed': 2**32}, 'seed=4294967296 '),
     ({'start': -1}, 'start=-1 '),
