@@ -68,7 +68,14 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
 
 
 def make_jobs(settings: Settings) -> list[tasks_lib.Job]:
-  """The runs that are asked for, all methods and powers of a seed together."""
+  """The runs of the settings, all methods and powers of a seed together.
+
+  Args:
+    settings: those of the binary.
+
+  Returns:
+    The runs, each of them once.
+  """
   return [
     tasks_lib.Job(method, alpha, seed)
     for seed in range(settings.seeds)
@@ -143,7 +150,7 @@ def summarise(results: dict[str, comparison.Run], out_dir: epath.Path) -> None:
 
 
 def main(settings: Settings) -> None:
-  """Makes the runs that are not finished yet, and summarises all of them."""
+  """Makes the runs that are not finished yet, and summarises finished ones."""
   jobs = make_jobs(settings)
   if not settings.data_parallel:
     runs.use_cores(len(jobs))

@@ -1,7 +1,8 @@
 """Accuracy against sparsity of LeNet-300-100: Figure 1 of the paper.
 
-Trains a network for every alpha and seed, prunes it once by magnitude to a
-range of densities, without retraining, and evaluates each of them:
+The program trains a network for every alpha and seed, prunes it once by
+magnitude to each of several densities, without retraining, and evaluates what
+is left:
 
   python -m experiments.mnist_pruning --alphas=1,2,3 --seeds=5
 
@@ -44,7 +45,7 @@ from powerprop_jax.training import classification
 from powerprop_jax.training import feeds
 from powerprop_jax.training import loop
 
-_CHUNK = 500  # Steps between two looks at the loss.
+_CHUNK = 500  # The number of steps between two checks of the loss.
 # Less than this keeps next to none of the 266,200 weights of the network.
 _LEAST_KEPT = 1e-5
 # One-shot pruning costs little from about 15 nats on in long runs, and from 7
@@ -132,7 +133,15 @@ class Job(NamedTuple):
 
 
 class Functions(NamedTuple):
-  """The jitted functions that the runs of one alpha and update rule share."""
+  """The jitted functions that the runs of one alpha and update rule share.
+
+  Attributes:
+    init: maps (init_key, run_key, images) to the state to start from.
+    run_steps: takes training steps.
+    to_theta: maps phi to theta.
+    sweeps: for each scope, maps (theta, model_state, images, labels) to the
+      accuracies at all densities.
+  """
 
   init: Callable[..., training.TrainState]
   run_steps: feeds.RunSteps
@@ -141,7 +150,14 @@ class Functions(NamedTuple):
 
 
 def make_jobs(settings: Settings) -> list[Job]:
-  """The runs of the settings, the seeds of an alpha one after another."""
+  """The runs of the settings, the seeds of an alpha one after another.
+
+  Args:
+    settings: those of the binary.
+
+  Returns:
+    The runs. At alpha = 1 there are those of the first update rule only.
+  """
   rules = tuple(dict.fromkeys(settings.update_rule))
   return [
     Job(alpha, rule, seed)
@@ -339,7 +355,11 @@ def summarise(
 
 
 def warn_of_little_decay(settings: Settings) -> None:
-  """Warns of powers whose decay is too little for one-shot pruning."""
+  """Warns of powers whose decay is too little for one-shot pruning.
+
+  Args:
+    settings: those of the binary.
+  """
   few = []
   for alpha in dict.fromkeys(settings.alphas):
     nats = optimisers.nats(settings, alpha, settings.steps)
@@ -356,7 +376,7 @@ def warn_of_little_decay(settings: Settings) -> None:
 
 
 def main(settings: Settings) -> None:
-  """Makes the runs that are not finished yet, and summarises all of them."""
+  """Makes the runs that are not finished yet, and summarises finished ones."""
   jobs = make_jobs(settings)
   # This comes before `announce`, which has JAX make its devices.
   runs.use_cores(len(jobs))

@@ -57,7 +57,8 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
   )
   on_collapse: str = config.flag(
     'error',
-    'What to do if an update of the masks leaves a layer without weights.',
+    'What to do if an update of the masks leaves a layer without weights: error'
+    ' stops the run, and warn lets it go on.',
     choices=('error', 'warn'),
     decides=False,
   )
@@ -356,7 +357,14 @@ def train(
 
 
 def fingerprint(state: training.TrainState) -> str:
-  """The SHA-256 of phi and the masks, by which equal runs are recognised."""
+  """The SHA-256 of phi and the masks, by which equal runs are recognised.
+
+  Args:
+    state: the training state, as one device holds it.
+
+  Returns:
+    The digits, in hexadecimal.
+  """
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(jax.device_get((state.phi, state.masks))):
     digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -422,7 +430,14 @@ def summarise(
 
 
 def table(summary: dict[str, Any]) -> str:
-  """The summary as text for a person to read."""
+  """The summary as text for a person to read.
+
+  Args:
+    summary: returned by `summarise`.
+
+  Returns:
+    Text of several lines.
+  """
   rows = [(k, f'{v:.4f}') for k, v in summary['sparsity'].items()]
   lines = [output.table(rows, ('layer', 'sparsity')), '']
   rows = []

@@ -5,7 +5,8 @@ out, prune it once by magnitude, and do not retrain it. The tables show test
 accuracies in percent, the mean and standard deviation of five seeds. They and
 the times were measured on two cores of an AMD EPYC with jax 0.10.2, with other
 work beside; the accuracies at all fractions are in
-experiments/results/mnist_pruning-*.json. DIR is the folder of the TFDS sets.
+experiments/results/mnist_pruning-*.json. DIR is the folder of the TFDS data
+sets.
 
 `paper` has the settings of the notebook that was published with the paper:
 plain SGD with a learning rate of 0.1, 50,000 steps of 60 images, pruned layer

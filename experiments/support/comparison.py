@@ -48,7 +48,14 @@ def with_transfer(run: Run, runs: Iterable[Run]) -> Run:
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """Groups the runs by power and method, under labels such as '2.0 epn'."""
+  """Groups runs that differ in their seeds alone.
+
+  Args:
+    runs: what `continual_learning` wrote of each run.
+
+  Returns:
+    The runs of every power and method, by labels such as '2.0 epn'.
+  """
   groups: dict[str, list[Run]] = {}
   for run in runs:
     groups.setdefault(f'{run["alpha"]} {run["method"]}', []).append(run)

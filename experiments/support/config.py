@@ -98,7 +98,7 @@ def like(
   more: str = '',
   decides: bool = True,
 ) -> Any:
-  """Makes the same field as another class has, with another default or help.
+  """Makes the field that another class has, possibly with another default.
 
   Args:
     cls: the settings class that has the field.
@@ -133,7 +133,7 @@ def _shown(value: Any) -> str:
 
 
 class _Kind(typing.NamedTuple):
-  """The type of an item of a field, and whether that is a list or optional."""
+  """The type of a field: its items, and whether it is a list or optional."""
 
   item: type
   is_list: bool
@@ -421,7 +421,7 @@ def _parsed(
 
 
 def _heading(cls: type, name: str) -> type:
-  """The class that introduces a field, the last in the MRO that has it."""
+  """The class that introduces a field: the most basic class that has it."""
   return [c for c in cls.__mro__ if name in inspect.get_annotations(c)][-1]
 
 
@@ -545,7 +545,14 @@ def run(
 
 
 def check_pattern(text: str) -> None:
-  """Raises ValueError if a text is not a regular expression."""
+  """Raises ValueError if a text is not a regular expression.
+
+  Args:
+    text: an item of a list flag.
+
+  Raises:
+    ValueError: with the reason.
+  """
   try:
     re.compile(text)
   except re.error as e:
@@ -553,7 +560,14 @@ def check_pattern(text: str) -> None:
 
 
 def check_factor(text: str) -> None:
-  """Raises ValueError if a text is not `pattern=factor`."""
+  """Raises ValueError if a text is not `pattern=factor`.
+
+  Args:
+    text: an item of a list flag.
+
+  Raises:
+    ValueError: with the form that is wanted.
+  """
   factors([text])
 
 

@@ -131,7 +131,7 @@ class Writer:
     scalars: Mapping[str, float],
     histograms: Mapping[str, np.ndarray],
   ) -> None:
-    """Writes what belongs to a step.
+    """Writes the events of a step.
 
     Args:
       step: the step.

@@ -152,7 +152,15 @@ class Powers(config.Settings):
 
 
 def last_alpha(settings: Powers, alpha: float) -> float:
-  """The power at the end of a run that begins with alpha."""
+  """The power at the end of a run.
+
+  Args:
+    settings: the powers that follow the first.
+    alpha: the first power.
+
+  Returns:
+    The last power.
+  """
   if not settings.alpha_steps:
     return alpha
   return _read_alpha_step(settings.alpha_steps[-1])[0]
@@ -428,8 +436,8 @@ def _power_by_step(
 ) -> optax.GradientTransformation:
   """The last link of a chain, whose power changes at known steps.
 
-  It does the same as `powerprop` with a schedule, with powers that the compiler
-  knows: their products and roots take a third of the time of other powers.
+  It does the same as `powerprop` with a schedule, but the compiler knows the
+  powers and makes products and roots of them, which take a third of the time.
 
   Args:
     powers: by the steps from which they hold; one from step 0.

@@ -32,7 +32,7 @@ from experiments.support import events
 from powerprop_jax import paths
 from powerprop_jax.training import devices
 
-_LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
+_LINE_EVERY = 30.0  # Seconds between two lines if there is no terminal.
 
 
 def environment() -> dict[str, Any]:
@@ -46,7 +46,11 @@ def environment() -> dict[str, Any]:
 
 
 def announce(binary: str) -> None:
-  """Prints the first line of a binary: its name, devices and versions."""
+  """Prints the first line of a binary: its name, devices and versions.
+
+  Args:
+    binary: the name of the binary.
+  """
   if jax.process_index():
     return
   found = environment()
@@ -103,7 +107,12 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-  """Writes a file of JSON at once or not at all."""
+  """Writes a file of JSON at once or not at all.
+
+  Args:
+    path: the path of the file; its folder must exist.
+    content: what JSON can hold.
+  """
   write_text(path, json.dumps(content, indent=1) + '\n')
 
 
@@ -387,11 +396,11 @@ class Progress:
       )
 
   def at(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Says at which step the program is, with metrics to show."""
+    """Shows at which step the program is, with some metrics."""
     self.add(step - self._step, metrics)
 
   def add(self, steps: int, metrics: Mapping[str, float]) -> None:
-    """Says that steps were taken, with metrics to show."""
+    """Shows that steps were taken, with some metrics."""
     with self._turn:
       self._step += steps
       self._text = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())

@@ -235,7 +235,14 @@ def load(settings: Settings) -> Data:
 
 
 def fingerprint(data: Data) -> str:
-  """A short text that tells one data set from another."""
+  """A short text that tells one data set from another.
+
+  Args:
+    data: returned by `load`.
+
+  Returns:
+    The text, which is part of what must be equal for a run to go on.
+  """
   if isinstance(data, in_memory.Dataset):
     return in_memory.fingerprint(data)
   return '-'.join(streams.fingerprint(source) for source in data if source)

@@ -37,7 +37,15 @@ class Progress(NamedTuple):
 
 
 def start(memory: continual.Memory, anchors: Any) -> Progress:
-  """The progress before the first task."""
+  """The progress before the first task.
+
+  Args:
+    memory: the network before the first task.
+    anchors: what EWC pulls its weights to; None for other methods.
+
+  Returns:
+    A `Progress` without tasks.
+  """
   return Progress(memory, anchors, [], [], [], [])
 
 
@@ -105,7 +113,7 @@ def _progress(state: dict[str, Any], extra: Any, count: int) -> Progress:
 def restore(
   manager: checkpoint.Manager, first: Progress, layout: continual.Layout
 ) -> Progress:
-  """Restores the progress of the newest whole checkpoint, or begins.
+  """Restores the progress of the newest whole checkpoint, if there is one.
 
   Args:
     manager: that of the run.

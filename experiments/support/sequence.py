@@ -59,7 +59,7 @@ class _Run(NamedTuple):
   def accuracies(
     self, progress: progress_lib.Progress, which: str, every: bool = True
   ) -> list[float | None]:
-    """The accuracies of all learnt tasks, or None for all but the last."""
+    """The accuracies of learnt tasks; if not `every`, None but for the last."""
     last = len(progress.tasks) - 1
     return [
       self.accuracy(progress.memory, task, t, which)
@@ -295,7 +295,7 @@ def _reports(run: _Run, progress: progress_lib.Progress) -> dict[str, Any]:
 def _infer(
   run: _Run, progress: progress_lib.Progress, count: int
 ) -> dict[str, dict[str, float]]:
-  """How often each rule infers the task of test images, among the first."""
+  """How often each rule finds the task of test images among the first ones."""
 
   def images_of(t):
     images = run.benchmark.part(t, 'test').images

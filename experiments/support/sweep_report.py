@@ -89,7 +89,14 @@ def _distribution(r: Row) -> str:
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-  """Test accuracy in percent, with the deviation over several seeds."""
+  """Test accuracy in percent, with the deviation over several seeds.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+
+  Returns:
+    A line for each method, distribution and alpha, a column for each sparsity.
+  """
 
   def cell(r):
     deviation = (
@@ -106,7 +113,14 @@ def accuracy_table(rows: Sequence[Row]) -> str:
 
 
 def flops_table(rows: Sequence[Row]) -> str:
-  """Operations at inference / of training, relative to a dense network."""
+  """Operations at inference / of training, relative to a dense network.
+
+  Args:
+    rows: returned by `summarise`; those of the alpha of the first are shown.
+
+  Returns:
+    A line for each method and distribution, a column for each sparsity.
+  """
   alpha = rows[0]['recipe']['alpha']
   return _table(
     [r for r in rows if r['recipe']['alpha'] == alpha],
@@ -117,7 +131,14 @@ def flops_table(rows: Sequence[Row]) -> str:
 
 
 def sign_table(rows: Sequence[Row]) -> str:
-  """Weights in use whose sign is not that of the initialisation, in percent."""
+  """Weights in use whose sign is not that of the initialisation, in percent.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+
+  Returns:
+    A line for each method, distribution and alpha, a column for each sparsity.
+  """
   return _table(
     rows,
     ['method', 'distribution', 'alpha'],
@@ -129,7 +150,16 @@ def sign_table(rows: Sequence[Row]) -> str:
 def curves(
   rows: Sequence[Row], distribution: str
 ) -> dict[str, dict[str, list[float]]]:
-  """The lines of `plots.accuracy_against_sparsity` for one distribution."""
+  """The lines of `plots.accuracy_against_sparsity` for one distribution.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+    distribution: the name of the distribution.
+
+  Returns:
+    {label: {'sparsity': list, 'mean': list, 'std': list}}, with dense networks
+    and SNIP, which have no distribution.
+  """
   lines: dict[str, dict[str, list[float]]] = {}
   for r in sorted(rows, key=lambda r: r['sparsity']):
     if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:

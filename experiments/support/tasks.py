@@ -35,8 +35,8 @@ from powerprop_jax.training import feeds
 from powerprop_jax.training import loop
 
 METHODS = ('epn', 'packnet', 'finetune', 'independent', 'ewc')
-_CHUNK = 500  # Steps between two looks at the loss.
-_FISHER_EXAMPLES = 500
+_CHUNK = 500  # The number of steps between two checks of the loss.
+_FISHER_EXAMPLES = 500  # EWC estimates the Fisher information from these.
 _MAX_TASKS = 65_535  # The owner of a weight is an integer of 16 bits.
 
 
@@ -183,7 +183,8 @@ class Settings(
   retrain_steps: int = config.flag(
     500,
     'The number of steps for which each task is retrained under its mask; 0'
-    ' leaves them out. Methods that do not prune add them to --steps_per_task.',
+    ' leaves retraining out. Methods that do not prune add these steps to'
+    ' --steps_per_task.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )

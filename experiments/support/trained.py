@@ -203,7 +203,7 @@ def folder(path: str) -> pathlib.Path:
 def load(
   path: str, data_dir: str | None, best: bool = False
 ) -> Network | Tasks:
-  """Reads what one of the binaries has trained.
+  """Loads a network, or a sequence of tasks, that a binary has trained.
 
   Args:
     path: a file `runs/<name>.safetensors` of `mnist_pruning`; the folder of a
