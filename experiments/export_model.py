@@ -69,7 +69,7 @@ class Settings(config.Settings):
   density: float | None = config.flag(
     None,
     'The density: the fraction of the weights to keep, which are those of'
-    ' largest magnitude. If it is not given, all weights in use are kept.',
+    ' largest magnitude. By default all weights in use are kept.',
     check=masks_lib.check_density,
   )
   scope: str = config.flag(

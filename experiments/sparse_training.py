@@ -72,8 +72,8 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
   evaluate_every: int | None = config.flag(
     None,
     'The number of steps from one evaluation on validation data to the next.'
-    ' Each evaluation writes a checkpoint. If it is not given, there is only'
-    ' one evaluation, at the end.',
+    ' Each evaluation writes a checkpoint. By default there is only one'
+    ' evaluation, at the end.',
     low=1,
     high=settings_lib.MAX_STEPS,
     decides=False,

@@ -92,8 +92,8 @@ class Method(config.Settings):
   )
   backward_sparsity: float | None = config.flag(
     None,
-    'Top-KAST: the sparsity of the set of weights that is updated. If it is not'
-    ' given, it is --sparsity less 0.1.',
+    'Top-KAST: the sparsity of the set of weights that is updated. The default'
+    ' is --sparsity less 0.1.',
     low=0.0,
     high=1.0,
   )
@@ -124,15 +124,14 @@ class Method(config.Settings):
   )
   update_start: int | None = config.flag(
     None,
-    'The step of the first update of the masks. If it is not given, it is'
-    ' --update_every.',
+    'The step of the first update of the masks. The default is --update_every.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   update_stop: int | None = config.flag(
     None,
-    'The step after which masks are not updated any more. If it is not given,'
-    ' it is at three quarters of the steps, and at the end for Top-KAST.',
+    'The step after which masks are not updated any more. The default is three'
+    ' quarters of the steps, and all of them for Top-KAST.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
@@ -152,8 +151,7 @@ class Method(config.Settings):
     None,
     'SET, RigL and AC/DC: the values of weights that come into use. init draws'
     ' them as at initialisation, keep leaves them as they were, and zero needs'
-    ' alpha = 1 or --floor. If it is not given, it is init, but keep for'
-    ' AC/DC.',
+    ' alpha = 1 or --floor. The default is init, but keep for AC/DC.',
     choices=('init', 'keep', 'zero'),
   )
   regrow_dropped: bool = config.flag(

@@ -494,7 +494,7 @@ def make(
   steps: int,
   update_rule: str = 'target_propagation',
 ) -> tuple[power.PowerTransform, optax.GradientTransformation]:
-  """Makes the map from the parameters to theta, and what trains them.
+  """Makes the map from parameters to theta, and the optimiser of parameters.
 
   The parameters are those of `make_transform`. Where they are theta, decay of
   phi is decay of theta by alpha times as much.

@@ -119,14 +119,14 @@ class Settings(
   validation_images: int | None = config.flag(
     None,
     'The number of training images of a stream that are held out as validation'
-    ' images; 0 holds none out. If it is not given, one in a hundred is held'
-    ' out. Data sets in memory have a validation split of their own.',
+    ' images; 0 holds none out. By default one in a hundred is held out. Data'
+    ' sets in memory have a validation split of their own.',
     low=0,
   )
   num_workers: int | None = config.flag(
     None,
     'The number of processes that decode streamed images; 0 decodes them in'
-    ' threads of the program. If it is not given, it is the number of cores.',
+    ' threads of the program. The default is the number of cores.',
     low=0,
     high=4096,
     decides=False,

@@ -150,7 +150,8 @@ def _learn(
     if choice is not None:
       record['search_seconds'] = seconds['search']
     if settings.retrain_steps:
-      # The accuracy that pruning leaves by itself decides nothing.
+      # The accuracy that pruning leaves by itself is reported; it decides
+      # nothing.
       pruned = continual.store(memory, mask, problem.layout)
       record['pruned_test_accuracy'] = run.accuracy(memory, pruned, t, 'test')
     return mask, choice

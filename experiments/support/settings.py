@@ -28,8 +28,8 @@ class Data(config.Settings):
   )
   data_dir: str | None = config.flag(
     None,
-    'The folder of the TFDS data sets, of the idx files or of the images. If it'
-    ' is not given, TFDS looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
+    'The folder of the TFDS data sets, of the idx files or of the images. By'
+    ' default TFDS looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
     decides=False,
   )
 

@@ -125,8 +125,8 @@ class Pruning(config.Settings):
   cap: float | None = config.flag(
     None,
     'The largest fraction of all weights that a task may be the first to use.'
-    ' If it is not given, a task may use all that are free. This limit is not'
-    ' in the paper.',
+    ' By default a task may use all that are free. This limit is not in the'
+    ' paper.',
     low=0.0,
     high=1.0,
   )
@@ -190,8 +190,8 @@ class Settings(
   )
   retrain_learning_rate: float | None = config.flag(
     None,
-    'The largest learning rate of the training under the mask. If it is not'
-    ' given, it is --learning_rate.',
+    'The largest learning rate of the training under the mask. The default is'
+    ' --learning_rate.',
     low=0.0,
   )
   batch_size: int = config.flag(
