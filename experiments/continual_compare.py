@@ -1,12 +1,12 @@
-"""Runs of continual learning with other settings each, in one table.
+"""Compares runs of continual learning that have different settings.
 
   python -m experiments.continual_compare --runs=results/epn,results/packnet
 
-takes folders that `continual_learning` wrote, and writes accuracy.png and
-capacity.png to --out_dir: methods with a learning rate of their own are
-compared so. The table has a row for each folder, under its name; figures name
-the methods. Forward transfer is that against the folder of `independent`, where
-there is one.
+takes folders that `continual_learning` wrote, prints a table, and writes
+accuracy.png and capacity.png to --out_dir. Methods that need different learning
+rates can be compared in this way. The table has a row for each folder and
+power, under the name of the folder; figures name the methods. Forward transfer
+is measured against the runs of `independent`, if there are any.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from experiments.support import settings as settings_lib
 from powerprop_jax import plots
 from powerprop_jax.continual import report as continual_report
 
-# What a run must tell to be compared.
+# The entries that a run must have to be compared.
 _NEEDED = ('method', 'alpha', 'seed', 'num_tasks', 'accuracy_matrix')
 
 
@@ -31,7 +31,7 @@ class Settings(settings_lib.Output):
   """The runs."""
 
   runs: tuple[str, ...] = config.flag(
-    (), 'The folders that continual_learning has written, one or more.'
+    (), 'The folders that continual_learning has written; at least one.'
   )
   out_dir: str = config.flag(
     'results/continual_compare', 'The folder to which the figures are written.'
@@ -52,13 +52,14 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
   """The finished runs of the folders, under the names of the folders.
 
   Args:
-    folders: what `continual_learning` has written.
+    folders: paths of folders that `continual_learning` has written.
 
   Returns:
-    The runs, with forward transfer where it can be told.
+    The runs. Their 'method' is the name of the folder, and 'learnt_by' is the
+    method. They have the forward transfer if there are runs of `independent`.
 
   Raises:
-    ValueError: if a folder holds none.
+    ValueError: if a folder holds no finished run of `continual_learning`.
   """
   found = {}
   for path in map(output.folder, folders):
@@ -79,8 +80,8 @@ def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
   """Writes the figures, and prints the table.
 
   Args:
-    runs: what `load` returned.
-    out_dir: the folder of the figures, which is made.
+    runs: returned by `load`.
+    out_dir: the folder of the figures, which is made if there is none.
   """
   out_dir.mkdir(parents=True, exist_ok=True)
   figures = comparison.figures(runs)
@@ -92,7 +93,7 @@ def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
 
 
 def main(settings: Settings) -> None:
-  """Compares the runs."""
+  """Loads the runs, prints their table, and draws their figures."""
   output.announce('continual_compare')
   with config.refusing():
     runs = load(settings.runs)

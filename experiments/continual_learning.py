@@ -10,10 +10,10 @@ paper). Lists of methods and powers, and several seeds, make a table:
 
 The default data set, mnist_5k, comes with an installed package. --out_dir gets
 config.json, metrics.jsonl, one file per run in runs/, summary.json, figures,
-and the network with the masks of its tasks in checkpoints/. It may be killed at
-any moment: the same command goes on at the task where it was, and ends with the
-same result. Every choice is made on validation data; test data are only
-reported.
+and the network with the masks of its tasks in checkpoints/. The program may be
+killed at any moment: the same command goes on with the task that was being
+learnt, and ends with the same result. Every choice is made on validation data;
+accuracies on test data are only reported.
 """
 
 import dataclasses
@@ -42,14 +42,16 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
 
   method: tuple[str, ...] = config.flag(
     ('epn',),
-    'The methods. finetune does nothing against forgetting, and independent'
-    ' trains a network for each task.',
+    'The methods: epn is EfficientPackNet, packnet is PackNet, ewc is elastic'
+    ' weight consolidation, finetune does nothing against forgetting, and'
+    ' independent trains a network for each task.',
     choices=tasks_lib.METHODS,
     decides=False,
   )
   alpha: tuple[float, ...] = config.flag(
     (2.0,),
-    'The powers, each at least 1; 1 is the baseline.',
+    'The powers alpha, each at least 1; 1 is the baseline without'
+    ' Powerpropagation.',
     check=power.check_alpha,
     decides=False,
   )
@@ -66,7 +68,14 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
 
 
 def make_jobs(settings: Settings) -> list[tasks_lib.Job]:
-  """The runs that are asked for, all methods and powers of a seed together."""
+  """The runs of the settings, all methods and powers of a seed together.
+
+  Args:
+    settings: those of the binary.
+
+  Returns:
+    The runs, each of them once.
+  """
   return [
     tasks_lib.Job(method, alpha, seed)
     for seed in range(settings.seeds)
@@ -76,7 +85,7 @@ def make_jobs(settings: Settings) -> list[tasks_lib.Job]:
 
 
 def _details(run: comparison.Run) -> str:
-  """What the table has no room for, of one run."""
+  """The details of one run for which the table has no room."""
   seconds = {k: round(v, 1) for k, v in run['seconds'].items() if v >= 0.05}
   lines = [
     f'forgotten (%): {100 * max([0.0, *run["forgetting"]]):.2f} at most',
@@ -109,8 +118,8 @@ def summarise(results: dict[str, comparison.Run], out_dir: epath.Path) -> None:
   """Writes summary.json and the figures, and prints the table.
 
   Args:
-    results: the runs that are finished by name, as `sequence.learn_all`
-      returned them.
+    results: what `sequence.learn_all` returned of each finished run, by the
+      name of the run.
     out_dir: the folder of results.
   """
   everything = results.values()
@@ -141,7 +150,7 @@ def summarise(results: dict[str, comparison.Run], out_dir: epath.Path) -> None:
 
 
 def main(settings: Settings) -> None:
-  """Runs what is not finished, and summarises what is."""
+  """Makes the runs that are not finished yet, and summarises finished ones."""
   jobs = make_jobs(settings)
   if not settings.data_parallel:
     runs.use_cores(len(jobs))
@@ -174,7 +183,7 @@ def main(settings: Settings) -> None:
       (data.train, data.valid, data.test),
       settings.tasks * (settings.steps_per_task + settings.retrain_steps),
       out_dir,
-      # On all devices together, runs go one after another.
+      # Runs that use all devices together go one after another.
       workers=1 if settings.data_parallel else None,
       fields=tasks_lib.Job._fields,
     )

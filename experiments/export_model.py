@@ -3,26 +3,29 @@ r"""Prunes a trained network and writes it to a small file.
   python -m experiments.export_model --density=0.02 --density_scale=logits=2 \
     --checkpoint=results/mnist_pruning/runs/NAME.safetensors
 
-takes a run of `mnist_pruning`, and
+prunes a network that `mnist_pruning` has trained, and
 
   python -m experiments.export_model --checkpoint=results/sparse_training
 
-the newest checkpoint of `sparse_training` (--which=best takes the best one),
-with the masks it was trained with if there is no --density. A checkpoint of
-`continual_learning` becomes a file of all its tasks, which share their weights:
+writes the newest checkpoint of `sparse_training` (the best one with
+--which=best), with the masks of its training if there is no --density. A
+checkpoint of `continual_learning` becomes a file of all its tasks, which share
+their weights:
 
   python -m experiments.export_model \
     --checkpoint=results/continual_learning/checkpoints/epn-alpha=2.0-seed=0
 
-The network is evaluated before it is written and after it was read back.
-`export.load_compressed` reads the file, whose leaves are `theta/...` and, of
-networks with BatchNorm, `state/...`; of tasks, `export.load_task` reads one.
+The network is evaluated before it is written and after it is read back.
+`export.load_compressed` reads the file, whose leaves are `theta/...` and, for
+networks with BatchNorm, `state/...`. From a file of tasks, `export.load_task`
+reads the network of one task.
 
 With jax 0.10.2, a network of the preset `best` of `mnist_pruning` that keeps
 2.07 % (--density=0.0207 --density_scale=logits=2) takes 29,186 bytes in place
-of 1,066,440, which is 2.0 % above the bound. Ten tasks of the preset `epn-2` of
-`continual_learning` take 620,825 bytes, 1.3 % above theirs, where one dense
-network with ten heads takes 1,122,840.
+of 1,066,440, which is 2.0 % above the bound: the kept values and the entropy of
+their positions. Ten tasks of the preset `epn-2` of `continual_learning` take
+620,825 bytes, 1.3 % above their bound, where one dense network with ten heads
+takes 1,122,840.
 """
 
 from collections.abc import Callable
@@ -43,30 +46,30 @@ from powerprop_jax.export import format as export_format
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import pruning
 
-# The sizes of a file; and for each network in it its accuracies by name.
+# The sizes of a file, and the accuracies of each network in it by name.
 Result = tuple[export_format.Sizes, dict[str, dict[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(config.Settings):
-  """The network, and the file."""
+  """The network and the file."""
 
   checkpoint: str | None = config.flag(
     None,
-    'What was trained: a file in runs/ of mnist_pruning, or the folder of a run'
-    ' of sparse_training or of its checkpoints, or that of one run in the'
-    ' checkpoints of continual_learning.',
+    'The trained network: a file in runs/ of mnist_pruning, the folder of a run'
+    ' of sparse_training or of its checkpoints, or the folder of one run in'
+    ' checkpoints/ of continual_learning.',
   )
   which: str = config.flag(
     'newest',
-    'Which checkpoint to take: the newest one or, of a run of sparse_training'
-    ' that was evaluated, the one of the best validation accuracy.',
+    'Which checkpoint to take: the newest one or, from a run of sparse_training'
+    ' with --evaluate_every, the one with the best validation accuracy.',
     choices=('newest', 'best'),
   )
   density: float | None = config.flag(
     None,
-    'The density: the fraction of the weights to keep, those of largest'
-    ' magnitude; all that are in use if not given.',
+    'The density: the fraction of the weights to keep, which are those of'
+    ' largest magnitude. By default all weights in use are kept.',
     check=masks_lib.check_density,
   )
   scope: str = config.flag(
@@ -76,9 +79,9 @@ class Settings(config.Settings):
   )
   density_scale: tuple[str, ...] = config.flag(
     (),
-    'Factors of --density by layer, as pattern=factor,...: each is for the'
-    ' layers in whose path the regular expression has a match, and the first'
-    ' one that matches counts.',
+    'Factors by which --density is multiplied in some layers, as'
+    ' pattern=factor,...: a factor applies to the layers in whose path its'
+    ' regular expression has a match, and the first that matches counts.',
     check=config.check_factor,
   )
   values: str = config.flag(
@@ -95,23 +98,25 @@ class Settings(config.Settings):
       raise ValueError('--checkpoint must be given.')
     if self.density_scale and self.density is None:
       raise ValueError(
-        f'--density_scale={",".join(self.density_scale)} needs the --density of'
-        ' which it gives factors.'
+        f'--density_scale={",".join(self.density_scale)} needs the --density'
+        ' that it scales.'
       )
 
 
 def choose_masks(network: trained_lib.Network, settings: Settings) -> Any:
-  """The masks to write: those of largest magnitude, or those of the network.
+  """Chooses the masks to write: those of --density, or those of training.
 
   Args:
-    network: what was trained.
+    network: the trained network.
     settings: how it is pruned.
 
   Returns:
-    Boolean arrays like theta; {} keeps all.
+    Boolean arrays with the structure and the shapes of theta, true for the
+    weights to keep; {} keeps all.
 
   Raises:
-    ValueError: if the network cannot be pruned so.
+    ValueError: if a weight is not finite, or if the density, the scope or a
+      factor is impossible for this network.
   """
   if settings.density is None:
     return network.masks
@@ -124,7 +129,7 @@ def choose_masks(network: trained_lib.Network, settings: Settings) -> Any:
   )
   if not network.masks:
     return chosen
-  # What training has pruned stays so, however much may be kept.
+  # What training has pruned stays pruned, even if more weights may be kept.
   return jax.tree.map(jnp.logical_and, chosen, network.masks)
 
 
@@ -137,14 +142,15 @@ def write_network(
   """Writes a network, reads it again, and evaluates it three times.
 
   Args:
-    network: what was trained.
-    masks: those of the weights to keep; {} keeps all.
+    network: the trained network.
+    masks: boolean arrays like theta, true for the weights to keep; {} keeps
+      all.
     path: the file to write.
-    values: what kept weights are rounded to; None keeps their type.
+    values: the type to which kept weights are rounded; None keeps their type.
 
   Returns:
-    The sizes; and for the network as it was trained, pruned, and reloaded, its
-    accuracies.
+    The sizes of the file; and the accuracies of the network as it was
+    'trained', 'pruned' and 'reloaded'.
   """
   tree = {'theta': network.theta, 'state': network.state}
   masks = {'theta': masks}
@@ -165,16 +171,16 @@ def write_network(
 def write_tasks(
   tasks: trained_lib.Tasks, path: pathlib.Path, values: str | None
 ) -> Result:
-  """Writes all tasks, reads each of them again, and evaluates both.
+  """Writes all tasks, reads each again, and evaluates it before and after.
 
   Args:
-    tasks: what was trained.
+    tasks: the tasks of a trained network.
     path: the file to write.
-    values: what kept weights are rounded to; None keeps their type.
+    values: the type to which kept weights are rounded; None keeps their type.
 
   Returns:
-    The sizes; and by name of the task the accuracies of its network as it was
-    trained, and reloaded.
+    The sizes of the file; and by the name of each task the accuracies of its
+    network as it was 'trained' and 'reloaded'.
   """
   sizes = export.save_tasks(
     path,
@@ -198,17 +204,19 @@ def write_tasks(
 
 
 def prepare(settings: Settings) -> Callable[..., Result]:
-  """Loads and prunes the network.
+  """Loads the network and chooses its masks; nothing is written yet.
 
   Args:
     settings: those of the binary.
 
   Returns:
-    What writes it, given the path and the type of the values.
+    A function that writes the network, given the path of the file and the type
+    to which kept weights are rounded.
 
   Raises:
-    ValueError: if it cannot be loaded or pruned so.
-    FileNotFoundError: if it is not there.
+    ValueError: if the network cannot be loaded, or not be pruned as the
+      settings say, or if the file would lie beside what was trained.
+    FileNotFoundError: if there is no such network.
   """
   assert settings.checkpoint  # Checked where the settings are made.
   trained = trained_lib.load(
@@ -232,17 +240,17 @@ def _check_out(checkpoint: str, out: str) -> None:
   networks = trained_lib.folder(checkpoint).resolve()
   if path.is_dir() or networks in (path, *path.parents):
     raise ValueError(
-      f'--out={out} is a folder, or lies in {networks} with the networks that'
-      ' were trained. Name a file elsewhere.'
+      f'--out={out} is a folder, or lies in {networks} beside the trained'
+      ' networks. Name a file elsewhere.'
     )
 
 
 def table(sizes: export_format.Sizes, accuracies: Any) -> str:
-  """The result as a person reads it, one line per number.
+  """The result as text for a person to read.
 
   Args:
-    sizes: those of the file.
-    accuracies: what was measured, by the name of the network.
+    sizes: the sizes of the file.
+    accuracies: the accuracies of each network, by its name.
 
   Returns:
     Text of several lines.
@@ -263,7 +271,7 @@ def table(sizes: export_format.Sizes, accuracies: Any) -> str:
 
 
 def main(settings: Settings) -> None:
-  """Writes the file."""
+  """Writes the file, and prints its sizes and the accuracies."""
   path = pathlib.Path(settings.out).expanduser()
   rounded = None if settings.values == 'float32' else settings.values
   output.announce('export_model')

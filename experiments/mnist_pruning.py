@@ -1,14 +1,16 @@
 """Accuracy against sparsity of LeNet-300-100: Figure 1 of the paper.
 
-Trains a network for every alpha and seed, prunes it once by magnitude to a
-range of densities, without retraining, and evaluates each of them:
+The program trains a network for every alpha and seed, prunes it once by
+magnitude to each of several densities, without retraining, and evaluates what
+is left:
 
   python -m experiments.mnist_pruning --alphas=1,2,3 --seeds=5
 
 The default data set, mnist_5k, comes with an installed package. The results are
-written to --out_dir: config.json, metrics.jsonl, one file per run in runs/,
-summary.json and three figures. A command that was interrupted continues when it
-is given again; what is finished is not computed a second time.
+written to --out_dir: config.json, metrics.jsonl, the results and the weights of
+every run in runs/, summary.json and three figures. A command that was
+interrupted continues when it is given again; finished runs are not made a
+second time.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,10 +45,11 @@ from powerprop_jax.training import classification
 from powerprop_jax.training import feeds
 from powerprop_jax.training import loop
 
-_CHUNK = 500  # Steps between two looks at the loss.
-# Less than this keeps none of the 266,200 weights of the network.
+_CHUNK = 500  # The number of steps between two checks of the loss.
+# Less than this keeps next to none of the 266,200 weights of the network.
 _LEAST_KEPT = 1e-5
-# One-shot pruning is free from about 15 on (`power.nats`).
+# One-shot pruning costs little from about 15 nats on in long runs, and from 7
+# in short ones (`power.nats`).
 _ENOUGH_NATS = 10
 
 
@@ -60,7 +63,8 @@ class Settings(
 
   alphas: tuple[float, ...] = config.flag(
     (1.0, 2.0, 3.0, 4.0),
-    'The powers, each at least 1; 1 is the baseline.',
+    'The powers alpha, each at least 1; 1 is the baseline without'
+    ' Powerpropagation.',
     check=power.check_alpha,
     decides=False,
   )
@@ -79,7 +83,10 @@ class Settings(
   )
   batch_size: int = config.flag(60, 'The number of examples per step.', low=1)
   max_shift: int = config.flag(
-    0, 'By how many pixels training images are moved at most.', low=0
+    0,
+    'The largest number of pixels by which training images are shifted at'
+    ' random.',
+    low=0,
   )
   update_rule: tuple[str, ...] = config.flag(
     ('target_propagation',),
@@ -107,7 +114,7 @@ class Settings(
     super().__post_init__()
     if min(self.kept) < _LEAST_KEPT:
       raise ValueError(
-        f'--kept={min(self.kept):g} keeps no weight at all. Keep at least'
+        f'--kept={min(self.kept):g} keeps next to no weight. Keep at least'
         f' {_LEAST_KEPT:g}.'
       )
 
@@ -126,7 +133,15 @@ class Job(NamedTuple):
 
 
 class Functions(NamedTuple):
-  """What the runs of one alpha and update rule share, compiled."""
+  """The jitted functions that the runs of one alpha and update rule share.
+
+  Attributes:
+    init: maps (init_key, run_key, images) to the state to start from.
+    run_steps: takes training steps.
+    to_theta: maps phi to theta.
+    sweeps: for each scope, maps (theta, model_state, images, labels) to the
+      accuracies at all densities.
+  """
 
   init: Callable[..., training.TrainState]
   run_steps: feeds.RunSteps
@@ -135,20 +150,27 @@ class Functions(NamedTuple):
 
 
 def make_jobs(settings: Settings) -> list[Job]:
-  """The runs that are asked for, the seeds of an alpha one after another."""
+  """The runs of the settings, the seeds of an alpha one after another.
+
+  Args:
+    settings: those of the binary.
+
+  Returns:
+    The runs. At alpha = 1 there are those of the first update rule only.
+  """
   rules = tuple(dict.fromkeys(settings.update_rule))
   return [
     Job(alpha, rule, seed)
     for alpha in dict.fromkeys(settings.alphas)
-    # At alpha = 1 the rules are one.
+    # At alpha = 1 both rules do the same.
     for rule in (rules if alpha > 1 else rules[:1])
     for seed in range(settings.seeds)
   ]
 
 
 def _prune_options(scope: str) -> dict[str, Any]:
-  """How networks are pruned, for `pruning.prune`."""
-  # The paper's MNIST experiment halves the sparsity of the output layer.
+  """The options of `pruning.prune` for a scope."""
+  # In the paper's MNIST experiment the output layer keeps twice the fraction.
   scale = {'logits': 2.0} if scope == 'layer' else None
   return {'scope': scope, 'density_scale': scale}
 
@@ -162,7 +184,7 @@ def make_functions(
   """Builds the functions of a run; nothing is compiled yet.
 
   Args:
-    settings: of the binary.
+    settings: those of the binary.
     alpha: the power.
     update_rule: one of `optimisers.UPDATE_RULES`.
     data: the data set.
@@ -221,19 +243,19 @@ def run(
   """Trains and prunes one network.
 
   Args:
-    job: which one.
+    job: which run it is.
     functions: made by `make_functions`.
-    settings: of the binary.
+    settings: those of the binary.
     weights_path: the file to write the trained weights to, for `export_model`.
-    data: train, valid and test split, on the device.
+    data: the train, valid and test splits, on the device.
     watch: follows the run and stops it.
 
   Returns:
-    What the summary needs of it.
+    The result of the run, a dict that JSON can hold.
 
   Raises:
-    loop.Diverged: if the loss becomes NaN.
-    loop.Interrupted: if it is stopped.
+    loop.Diverged: if the loss becomes NaN or infinite.
+    loop.Interrupted: if the run is stopped.
   """
   begin = time.time()
   train_split, valid_split, test_split = data
@@ -275,7 +297,7 @@ def run(
     'valid_accuracy': sweep(valid_split),
     'test_accuracy': sweep(test_split),
     'overlap': analysis.mask_overlap(initial, theta, kept, **options),
-    # Figures 1c and 1d prune to 90 %.
+    # Figures 1c and 1d are at a sparsity of 90 %.
     'weights': analysis.weight_distribution(initial, theta, 0.1, **options),
     'seconds': seconds,
   }
@@ -287,8 +309,8 @@ def summarise(
   """Writes summary.json and the figures, and prints the table.
 
   Args:
-    results: what `run` returned, of the runs that are finished.
-    settings: of the binary.
+    results: what `run` returned of each finished run.
+    settings: those of the binary.
     out_dir: the folder of results.
   """
   rules = {r['update_rule'] for r in results}
@@ -333,7 +355,11 @@ def summarise(
 
 
 def warn_of_little_decay(settings: Settings) -> None:
-  """Says where a power has made weights shrink too little to be cut."""
+  """Warns of powers whose decay is too little for one-shot pruning.
+
+  Args:
+    settings: those of the binary.
+  """
   few = []
   for alpha in dict.fromkeys(settings.alphas):
     nats = optimisers.nats(settings, alpha, settings.steps)
@@ -342,16 +368,17 @@ def warn_of_little_decay(settings: Settings) -> None:
       few.append(f'{nats:.1f} nats at alpha = {alpha:g}')
   if few:
     print(
-      f'Idle weights shrink by {", ".join(few)}. To be pruned once and hard,'
-      f' they need {_ENOUGH_NATS} nats or more: raise --phi_decay or --steps.',
+      f'Idle weights shrink by {", ".join(few)}. To be pruned once to a high'
+      f' sparsity, a network needs {_ENOUGH_NATS} nats or more: raise'
+      ' --phi_decay or --steps.',
       file=sys.stderr,
     )
 
 
 def main(settings: Settings) -> None:
-  """Runs what is not finished, and summarises what is."""
+  """Makes the runs that are not finished yet, and summarises finished ones."""
   jobs = make_jobs(settings)
-  # Before JAX makes its devices, which `announce` does.
+  # This comes before `announce`, which has JAX make its devices.
   runs.use_cores(len(jobs))
   output.announce('mnist_pruning')
   with config.refusing():

@@ -3,16 +3,15 @@
   python -m experiments.render
 
 replaces what stands between `<!-- table: NAME -->` and `<!-- end of table -->`
-in README.md and docs/, and draws the figures of docs/ of which the numbers are
-kept. With --check it changes nothing, and fails where a table differs from its
-numbers.
+in README.md and docs/, and draws the figures of docs/ whose numbers are kept.
+With --check it changes nothing, and fails if a table differs from its numbers.
 
-A file of experiments/results/ holds what one command gave: the 'source' (the
-commands, the machine, the minutes) and the numbers as the binary writes them to
-its summary.json, as fractions in [0, 1] and not in percent. To publish a new
-run, put its numbers there and give this command; a new table is one function
-and one line of `TABLES`. Files whose names begin with 'trials' are the trials
-by which settings were chosen; LOG.md says what they showed.
+A file of experiments/results/ holds the results of one command: the 'source'
+(the commands, the machine, the minutes) and the numbers as the binary writes
+them to its summary.json, as fractions in [0, 1] and not in percent. To publish
+a new run, put its numbers there and give this command; a new table needs one
+function and one line of `TABLES`. Files whose names begin with 'trials' hold
+the trials by which settings were chosen; LOG.md says what they showed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,19 +43,22 @@ _TABLE = re.compile(
 
 
 def load(name: str) -> dict[str, Any]:
-  """The numbers of one file of experiments/results/.
+  """Loads the numbers of one file of experiments/results/.
 
   Args:
     name: the name of the file, without '.json'.
 
   Returns:
     The dictionary that the file holds.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
   """
   return json.loads((RESULTS / f'{name}.json').read_text())
 
 
 def _percent(mean: float | None, std: float | None = None, digits=2) -> str:
-  """A fraction in percent; nothing if there is no number."""
+  """A fraction in percent as text, which is empty if there is no number."""
   if mean is None:
     return ''
   spread = '' if std is None else f' ± {100 * std:.{digits}f}'
@@ -66,7 +68,7 @@ def _percent(mean: float | None, std: float | None = None, digits=2) -> str:
 def _markdown(
   headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
 ) -> str:
-  """A table in Markdown, of which the first `left` columns hold words."""
+  """A table in Markdown, whose first `left` columns are aligned to the left."""
   rows = list(rows)
   align = ['left'] * left + ['right'] * (len(headings) - left)
   return tabulate.tabulate(
@@ -104,7 +106,11 @@ def _paper() -> str:
 
 
 def _layer_and_global(presets: Mapping[str, tuple[str, str]]) -> str:
-  """Pruned by layer and globally: for each heading the file and the alpha."""
+  """Accuracy of networks that were pruned by layer and globally.
+
+  Args:
+    presets: for each heading the preset, whose file is read, and the alpha.
+  """
   return _by_kept(
     {
       f'{heading}, {scope}': (
@@ -137,7 +143,7 @@ def _adam() -> str:
 def _lengths_in(
   recipe: str, steps: int, scope: str, kept: float
 ) -> tuple[float, float]:
-  """The mean and deviation at a length of training."""
+  """The mean and the standard deviation of the accuracy of one recipe."""
   content = load('lengths')
   i = content['kept'].index(kept)
   for r in content['results']:
@@ -147,7 +153,7 @@ def _lengths_in(
 
 
 def _lengths(scope: str) -> str:
-  """A line for each length of training and recipe, pruned in one scope."""
+  """Accuracy by length of training and recipe, pruned in one scope."""
   content = load('lengths')
   columns = (1.0, 0.0546, 0.01, 0.007, 0.005)
   rows = [
@@ -200,7 +206,8 @@ def _sweep(
   Args:
     name: the file.
     cell: what stands in the table for an entry of the file.
-    alphas: which alphas are shown; if not given, all, in a column of their own.
+    alphas: which alphas are shown; if it is not given, all of them are, and
+      the table has a column for them.
   """
   entries = load(name)['results']
   sparsities = sorted({r['sparsity'] for r in entries} - {0.0})
@@ -212,7 +219,7 @@ def _sweep(
       key = key[:1]
       if not alphas(alpha) or r['method'] == 'dense':
         continue
-    # A dense network is as good at every sparsity.
+    # A dense network has no sparsity: its cell is the same in every column.
     at = [r['sparsity']] if r['sparsity'] else sparsities
     lines.setdefault(key, {}).update(dict.fromkeys(at, cell(r)))
   headings = ['method'] if alphas else ['method', 'alpha']
@@ -395,7 +402,7 @@ def _at_sparsity(method: str, sparsity: float) -> dict[float, float]:
 
 
 def _expectations() -> str:
-  """What to expect, with the numbers of the other tables, for the README."""
+  """The table of the README: what to expect, by numbers of other tables."""
   paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
   found = lambda recipe, steps: _lengths_in(recipe, steps, 'global', 0.01)[0]
   growing = lambda steps: _percent(found(_GROWING, steps))
@@ -513,7 +520,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def _sweep_curves() -> dict[str, dict[str, list[float]]]:
-  """What `plots.accuracy_against_sparsity` draws."""
+  """The lines that `plots.accuracy_against_sparsity` draws."""
   lines: dict[str, dict[str, list[float]]] = {}
   for r in load('sparse_sweep-mnist')['results']:
     label = f'{r["recipe"]["alpha"]} {sweep_report.TITLES[r["method"]]}'
@@ -524,7 +531,7 @@ def _sweep_curves() -> dict[str, dict[str, list[float]]]:
 
 
 def _length_panels() -> dict[str, dict[str, dict[str, list[float]]]]:
-  """What `plots.accuracy_against_steps` draws, all weights ranked together."""
+  """The panels of `plots.accuracy_against_steps`, for global pruning."""
   content = load('lengths')
   panels: dict[str, dict[str, dict[str, list[float]]]] = {}
   for kept in (0.0546, 0.01, 0.007, 0.005):
@@ -542,7 +549,7 @@ def _length_panels() -> dict[str, dict[str, dict[str, list[float]]]]:
 
 
 def _signs_by_method() -> dict[str, dict[str, float]]:
-  """What `plots.sign_changes` draws."""
+  """The shares of changed signs that `plots.sign_changes` draws."""
   found: dict[str, dict[str, float]] = {}
   for r in sorted(load('sparse_sweep-decays')['results'], key=_in_order):
     shares = found.setdefault(str(r['alpha']), {})
@@ -552,7 +559,7 @@ def _signs_by_method() -> dict[str, dict[str, float]]:
 
 @style.styled
 def _tuned_figure() -> style.Figure:
-  """Both powers at their best recipes: trained to be pruned, by layer."""
+  """The figure of both powers with their best recipes, pruned by layer."""
   files = {
     '2.0 with decay of phi': ('mnist_pruning-best', '2.0'),
     '1.0 with an L1 decay, tuned alike': ('mnist_pruning-baseline', '1.0'),
@@ -575,7 +582,7 @@ def _tuned_figure() -> style.Figure:
   return figure
 
 
-# The figures of docs/ of which the numbers are kept.
+# The figures of docs/ whose numbers are kept.
 FIGURES: dict[str, Callable[[], style.Figure]] = {
   'mnist_pruning': lambda: plots.accuracy_against_kept(
     load('mnist_pruning-paper')
@@ -588,16 +595,16 @@ FIGURES: dict[str, Callable[[], style.Figure]] = {
 
 
 def render(text: str) -> str:
-  """A document with all of its tables as the results say.
+  """Writes the tables of a document anew from the results.
 
   Args:
     text: the document, in Markdown.
 
   Returns:
-    The document, of which only the tables may differ.
+    The document, in which nothing but the tables has changed.
 
   Raises:
-    ValueError: if it asks for a table that does not exist.
+    ValueError: if the document asks for a table that does not exist.
   """
 
   def table(match: re.Match[str]) -> str:
@@ -617,7 +624,7 @@ class Settings(config.Settings):
 
   check: bool = config.flag(
     False,
-    'Whether to change nothing, and to fail where a table differs from the'
+    'Whether to change nothing, and to fail if a table differs from the'
     ' results.',
   )
 

@@ -1,13 +1,13 @@
-"""Sparse training of a network, by any method of the field, with any alpha.
+"""Trains one network by a sparse training method, with any alpha.
 
   python -m experiments.sparse_training --method=rigl --alpha=2 --sparsity=0.9
 
-Runs on CPU, GPU or TPU, on all local devices and on several hosts. It may be
-killed at any moment: the same command goes on from the last checkpoint and ends
-with the same parameters, bit for bit. --out_dir gets config.json,
-metrics.jsonl, summary.json, the checkpoints, and in events/ what TensorBoard
-shows. With --evaluate_every the checkpoint of the best validation accuracy is
-kept beside the newest.
+The program runs on CPU, GPU or TPU, on all local devices and on several hosts.
+It may be killed at any moment: the same command goes on from the last
+checkpoint and ends with the same parameters, bit for bit. --out_dir gets
+config.json, metrics.jsonl, summary.json, the checkpoints, and in events/ the
+files that TensorBoard shows. With --evaluate_every the checkpoint with the best
+validation accuracy is kept beside the newest.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,16 +48,17 @@ from powerprop_jax.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
-  """Where it begins, and what is kept."""
+  """Where the run begins, and what is kept of it."""
 
   init_from: str | None = config.flag(
     None,
-    'The folder of another run, or of its checkpoints, whose network this one'
-    ' begins with. A sparse network keeps its masks.',
+    'The folder of another run, or of its checkpoints. This run begins with the'
+    ' network of that one, and with its masks if it is sparse.',
   )
   on_collapse: str = config.flag(
     'error',
-    'What to do if an update of the masks leaves a layer without weights.',
+    'What to do if an update of the masks leaves a layer without weights: error'
+    ' stops the run, and warn lets it go on.',
     choices=('error', 'warn'),
     decides=False,
   )
@@ -70,8 +71,9 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
   )
   evaluate_every: int | None = config.flag(
     None,
-    'The number of steps from one evaluation on validation data to the next, of'
-    ' which each writes a checkpoint. Without it there is one at the end only.',
+    'The number of steps from one evaluation on validation data to the next.'
+    ' Each evaluation writes a checkpoint. By default there is only one'
+    ' evaluation, at the end.',
     low=1,
     high=settings_lib.MAX_STEPS,
     decides=False,
@@ -79,7 +81,7 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
   histograms: bool = config.flag(
     False,
     'Whether evaluations write histograms of the masks into the event files:'
-    ' for each layer, of the shares of the inputs that its units use.',
+    ' one for each layer, of the share of its inputs that each unit uses.',
     decides=False,
   )
   out_dir: str = config.like(
@@ -95,7 +97,7 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
       )
     if self.histograms and not self.evaluate_every:
       raise ValueError(
-        '--histograms=True: they are written by evaluations. Give'
+        '--histograms=True: histograms are written by evaluations. Give'
         ' --evaluate_every.'
       )
     if self.histograms and not events.installed():
@@ -106,27 +108,36 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
 
 
 class Progress(NamedTuple):
-  """What a checkpoint holds: the state, and which weights were ever in use."""
+  """What a checkpoint holds.
+
+  Attributes:
+    state: the training state.
+    ever: boolean arrays like the masks, true for the weights that were ever in
+      use.
+  """
 
   state: training.TrainState
   ever: Any
 
 
 class Timing(NamedTuple):
-  """Steps that were taken and how long they took, beside a checkpoint."""
+  """How many steps were timed, and how many seconds they took.
+
+  It is kept with a checkpoint.
+  """
 
   steps: int = 0
   seconds: float = 0.0
 
 
 class Start(NamedTuple):
-  """Where a run goes on.
+  """Where a run starts or goes on.
 
   Attributes:
     step: the next step.
-    progress: the state and its history, of one device.
-    choose: whether masks are still to be chosen.
-    timing: of the steps before.
+    progress: what a checkpoint holds, as it is on one device.
+    choose: whether the masks must still be chosen.
+    timing: that of the steps before.
   """
 
   step: int
@@ -140,20 +151,20 @@ def start_or_resume(
   manager: checkpoint.Manager,
   init_from: str | None,
 ) -> Start:
-  """Where to go on: a checkpoint of this run or of another, or a fresh state.
+  """Finds the start: a checkpoint of this run or of another, or a fresh state.
 
   Args:
     problem: what is trained.
-    manager: of the checkpoints of this run.
-    init_from: the folder of another run, or of its checkpoints.
+    manager: that of the checkpoints of this run.
+    init_from: the folder of another run, or of its checkpoints, or None.
 
   Returns:
     A `Start`.
 
   Raises:
     ValueError: if a checkpoint is of another network or of other settings.
-    FileNotFoundError: if there are only damaged checkpoints, or none to begin
-      with.
+    FileNotFoundError: if all checkpoints of this run are damaged, or if
+      init_from holds no checkpoint.
   """
   state = problem.init()
   like = Progress(state, jax.tree.map(jnp.copy, state.masks.forward))
@@ -174,7 +185,7 @@ def start_or_resume(
   phi = power.change_alpha(there['phi'], old, problem.transform)
   state = state._replace(**(there | {'phi': phi}))
   forward = state.masks.forward
-  # A network that is sparse already keeps its mask.
+  # A network that is sparse already keeps its masks.
   is_dense = all(bool(m.all()) for m in jax.tree.leaves(forward))
   return Start(0, Progress(state, jax.tree.map(jnp.copy, forward)), is_dense)
 
@@ -187,7 +198,7 @@ def check_collapse(kept: Mapping[str, int], on_collapse: str) -> None:
     on_collapse: 'error' or 'warn'.
 
   Raises:
-    loop.Diverged: if it is to stop.
+    loop.Diverged: if a layer has no weight left and on_collapse is 'error'.
   """
   empty = ', '.join(path for path, count in kept.items() if not count)
   if empty and on_collapse == 'error':
@@ -200,14 +211,14 @@ def check_collapse(kept: Mapping[str, int], on_collapse: str) -> None:
     logging.warning('No weight is left in %s.', empty)
 
 
-# (mask step, step, progress) -> progress, both on the devices.
+# (mask step, step, progress) -> progress; both are on the devices.
 _UpdateMasks = Callable[[training.MaskStep, int, Progress], Progress]
 
 
 def _make_update_masks(
   problem: problem_lib.Problem, feed: feeds.Feed, settings: Settings
 ) -> _UpdateMasks:
-  """A mask step, with an account of the weights in use."""
+  """The function that updates the masks and the record of weights in use."""
 
   def observe(ever, phi, forward):
     ever = jax.tree.map(jnp.logical_or, ever, forward)
@@ -220,7 +231,7 @@ def _make_update_masks(
     batches = feed.batches(step, settings.gradient_batches)
     state = mask_step(progress.state, batches)
     ever, kept = observe(progress.ever, state.phi, state.masks.forward)
-    # The masks stay where they are: these are a few numbers.
+    # Only a few numbers are copied to the host; the masks stay on the devices.
     kept = jax.device_get(devices.unreplicate(kept, problem.axis))
     check_collapse(kept, settings.on_collapse)
     return Progress(state, ever)
@@ -239,17 +250,18 @@ def train(
 
   Args:
     problem: what to train.
-    feed: made by `problem.make_feed`; it is closed in the end.
-    manager: the checkpoints, to go on from and to write.
-    settings: of the run, after `stretched`.
+    feed: made by `problem.make_feed`; it is closed at the end.
+    manager: that of the checkpoints, to go on from and to write.
+    settings: those of the run, returned by `stretched`.
     out_dir: the folder of metrics.jsonl.
 
   Returns:
-    The progress, of one device, and how long it took, or None if it was
-    stopped.
+    The progress as it is on one device, and the timing of the steps; None if
+    the process was asked to stop before the end.
 
   Raises:
     loop.Diverged: if a layer collapses or the loss is not finite.
+    config.Refused: if the checkpoints to start from are impossible.
   """
   axis, first = problem.axis, jax.process_index() == 0
   update = _make_update_masks(problem, feed, settings)
@@ -345,7 +357,14 @@ def train(
 
 
 def fingerprint(state: training.TrainState) -> str:
-  """A SHA-256 over phi and the masks: equal runs have equal ones."""
+  """The SHA-256 of phi and the masks, by which equal runs are recognised.
+
+  Args:
+    state: the training state, as one device holds it.
+
+  Returns:
+    The digits, in hexadecimal.
+  """
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(jax.device_get((state.phi, state.masks))):
     digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -353,7 +372,7 @@ def fingerprint(state: training.TrainState) -> str:
 
 
 def _densities(mask: Any, phi: Any, layers: dict[str, float]) -> dict[str, Any]:
-  """The density of every layer that has operations."""
+  """The density of every layer that has operations, by path."""
   report = report_lib.sparsity_report(mask, phi)
   found = {row['path']: row['density'] for row in report['layers']}
   return {path: found.get(path, 1.0) for path in layers}
@@ -366,14 +385,14 @@ def summarise(
   timing: Timing,
   steps: int,
 ) -> dict[str, Any]:
-  """What summary.json holds.
+  """Makes the content of summary.json.
 
   Args:
     problem: what was trained.
-    progress: at the end.
-    accuracy: what `evaluation.last` has found.
-    timing: of the steps.
-    steps: length of the run.
+    progress: that at the end of the run, as it is on one device.
+    accuracy: returned by `evaluation.last`.
+    timing: that of the steps.
+    steps: the number of steps of the run.
 
   Returns:
     A dict that JSON can hold.
@@ -398,7 +417,7 @@ def summarise(
     'dead_units': report['total']['dead'],
     'explored': explored['total']['density'],
     'inference_flops': {'absolute': inference, 'relative': inference / dense},
-    # Of one example, over the whole run.
+    # These are for one example per step, over the whole run.
     'training_flops': {
       'absolute': step * steps,
       'relative': step / flops.training_flops(dense),
@@ -411,7 +430,14 @@ def summarise(
 
 
 def table(summary: dict[str, Any]) -> str:
-  """The summary as a person reads it."""
+  """The summary as text for a person to read.
+
+  Args:
+    summary: returned by `summarise`.
+
+  Returns:
+    Text of several lines.
+  """
   rows = [(k, f'{v:.4f}') for k, v in summary['sparsity'].items()]
   lines = [output.table(rows, ('layer', 'sparsity')), '']
   rows = []
@@ -431,7 +457,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main(settings: Settings) -> None:
-  """Trains, evaluates and summarises."""
+  """Trains and evaluates the network, and writes and prints the summary."""
   with config.refusing():
     settings_lib.connect(settings)
     settings = problem_lib.stretched(settings)

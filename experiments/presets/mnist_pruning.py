@@ -1,10 +1,12 @@
 r"""Presets of `mnist_pruning`: Figure 1, and networks trained to be pruned.
 
 All train LeNet-300-100 on full MNIST with the last 5,000 training images held
-out, prune it once by magnitude, and do not retrain it. Figures are test
-accuracies in percent, the mean and standard deviation of five seeds, on two
-cores of an AMD EPYC with jax 0.10.2 and other work beside; all fractions are in
-experiments/results/mnist_pruning-*.json. DIR is the folder of the TFDS sets.
+out, prune it once by magnitude, and do not retrain it. The tables show test
+accuracies in percent, the mean and standard deviation of five seeds. They and
+the times were measured on two cores of an AMD EPYC with jax 0.10.2, with other
+work beside; the accuracies at all fractions are in
+experiments/results/mnist_pruning-*.json. DIR is the folder of the TFDS data
+sets.
 
 `paper` has the settings of the notebook that was published with the paper:
 plain SGD with a learning rate of 0.1, 50,000 steps of 60 images, pruned layer
@@ -18,24 +20,25 @@ by layer, where the output layer keeps twice the fraction. It takes 22 minutes:
       1.00    17.51 ± 4.04    31.99 ± 4.40    29.08 ± 3.75
 
 `best` (alpha = 2) and `baseline` (alpha = 1 with the decay that is the same
-penalty on theta, L1 with a soft threshold) train on images that are moved by up
-to a pixel, with decay of phi that follows the cosine of the learning rate. The
-decay of `best` rises from zero over the first 30,000 steps. Both were chosen by
-the mean validation accuracy of five seeds, after eleven trials each. They take
-4 to 9 minutes each:
+penalty on theta, L1 with a soft threshold) train on images that are shifted by
+up to a pixel, with a decay of phi that follows a cosine as the learning rate
+does. The decay of `best` rises from zero over the first 30,000 steps. Both were
+chosen by the mean validation accuracy of five seeds, after eleven trials each.
+They take 4 to 9 minutes each:
 
   python -m experiments.mnist_pruning --preset=best --data_dir=DIR \
     --out_dir=results/best
 
 `best-unshifted` and `baseline-unshifted` use the images as they are, and were
 chosen likewise. `sparsest` (alpha = 2) has a stronger decay, which rises from
-zero, for networks that keep less than one per cent; it was chosen by one seed,
-and alpha = 1 had fewer trials of its kind. They take 9 to 15 minutes each.
+zero, for networks that keep less than one per cent; it was chosen with one
+seed, and fewer trials of this kind were made for alpha = 1. They take 9 to 15
+minutes each.
 
-`growing` starts with alpha = 1.5 and goes on to 2 and 3, with half the steps.
-`growing-l1` and `growing-p-norm` are alpha = 1 with the L1 decay and with the
-penalty on theta of alpha = 3. Each was chosen by one seed after ten trials, and
-takes 10 minutes on one core.
+`growing` starts with alpha = 1.5 and goes on to 2 and 3, in half the steps.
+`growing-l1` and `growing-p-norm` have alpha = 1, with the L1 decay and with the
+decay that is the penalty on theta of alpha = 3. Each was chosen with one seed
+after ten trials, and takes 10 minutes on one core.
 
   pruned by layer          2.07 %          1.00 %          0.50 %
   best               98.35 ± 0.06    96.82 ± 0.68    43.86 ± 8.93
@@ -64,9 +67,9 @@ import numpy as np
 
 # The 20 fractions of the paper's published notebook.
 KEPT = tuple(float(f'{p:.6g}') for p in np.geomspace(0.01, 1.0, 20))
-# Trained to be pruned; LOG.md says how these were chosen. Layers that keep few
-# weights at a density get more decay. L1 at alpha = 1 is the same penalty on
-# theta as L2 on phi at alpha = 2.
+# Settings of networks that are trained to be pruned; LOG.md says how they were
+# chosen. Layers that keep few weights at a density get more decay. L1 at
+# alpha = 1 is the same penalty on theta as L2 on phi at alpha = 2.
 _TUNED = {
   'dataset': 'mnist',
   'seeds': 5,
@@ -79,7 +82,8 @@ _TUNED = {
   'scope': ('layer', 'global'),
   'kept': (0.005, 0.007, *KEPT),
 }
-# Of a power that grows, and of alpha = 1 beside it, with ten trials each.
+# Settings of the power that grows, and of alpha = 1 to compare it with, which
+# had ten trials each.
 _HALF = {
   'steps': 50_000,
   'phi_decay_warmup_steps': 15_000,

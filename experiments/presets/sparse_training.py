@@ -1,21 +1,22 @@
 r"""Presets of `sparse_training`.
 
-`imagenet` has the schedule of the field for ResNet-50 on ImageNet (Evci et al.,
-2020; Kusupati et al., 2020): 100 epochs of batches of 4096, five of them to
-warm up. The power, the decay of phi and the clipping are by analogy with trials
-on MNIST (LOG.md), also with momentum 0.9: all of them trained that clipped the
-gradient to norm 1 and let the decay follow a cosine, at powers of 1, 1.5 and 2,
-and without clipping many ended in NaN. The best decays added up to 1 over the
-run, as this one does. 1.375 is a power of products and roots, which are cheap.
-No ImageNet run was made here, so there are no figures and no minutes;
-docs/imagenet.md has all commands:
+`imagenet` has the usual schedule for ResNet-50 on ImageNet (Evci et al., 2020;
+Kusupati et al., 2020): 100 epochs in batches of 4096, five of them for the
+warm-up. The power, the decay of phi and the clipping were chosen by analogy
+with trials on MNIST (LOG.md), which also had momentum 0.9. All trials ended
+well that clipped the gradient to norm 1 and let the decay follow a cosine, at
+powers of 1, 1.5 and 2; without clipping many ended in NaN. The best decays
+added up to 1 over the run, as this one does. A power of 1.375 is computed by
+products and roots, which are cheap. No ImageNet run was made here, so that no
+accuracy and no duration are given; docs/imagenet.md has all commands:
 
   python -m experiments.sparse_training --preset=imagenet --method=rigl \
     --data_dir=DIR --out_dir=results/imagenet
 
-A preset sets what it names, and flags that are given come before it. Without a
-preset, `python -m experiments.sparse_training --method=rigl` trains a network
-on mnist_5k in a minute.
+A preset sets the flags that it names, and flags that are given on the command
+line take precedence over it. Without a preset,
+`python -m experiments.sparse_training --method=rigl` trains a network on
+mnist_5k in a minute.
 """
 
 from typing import Any

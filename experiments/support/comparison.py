@@ -1,4 +1,4 @@
-"""Runs of continual learning side by side: forward transfer and figures."""
+"""Compares runs of continual learning: forward transfer and figures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ import numpy as np
 from powerprop_jax import plots
 from powerprop_jax.continual import report as continual_report
 
-# What `continual_learning` writes of a run.
+# The result of a run, as `continual_learning` writes it.
 Run = dict[str, Any]
 
-# What legends call the methods.
+# The names of the methods in legends.
 _TITLES = {
   'epn': 'EfficientPackNet',
   'packnet': 'PackNet',
@@ -22,12 +22,12 @@ _TITLES = {
 
 
 def with_transfer(run: Run, runs: Iterable[Run]) -> Run:
-  """Adds forward transfer, if there are networks of single tasks.
+  """Adds the forward transfer, if there are networks of single tasks.
 
   Args:
     run: a run of any method.
-    runs: all runs there are. Of those of `independent` with its seed, and no
-      fewer tasks, one of the same alpha is preferred.
+    runs: all runs. `run` is compared with one of `independent` that has the
+      same seed, no fewer tasks and, if there is one, the same alpha.
 
   Returns:
     The run, with or without the forward transfer of `accuracy_report`.
@@ -48,7 +48,14 @@ def with_transfer(run: Run, runs: Iterable[Run]) -> Run:
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """The seeds of every method and power; '2.0 epn' is a label."""
+  """Groups runs that differ in their seeds alone.
+
+  Args:
+    runs: what `continual_learning` wrote of each run.
+
+  Returns:
+    The runs of every power and method, by labels such as '2.0 epn'.
+  """
   groups: dict[str, list[Run]] = {}
   for run in runs:
     groups.setdefault(f'{run["alpha"]} {run["method"]}', []).append(run)
@@ -56,11 +63,11 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def in_words(groups: Mapping[str, Sequence[Run]]) -> dict[str, Sequence[Run]]:
-  """The same groups with the names of their methods, for a legend.
+  """Labels groups with the names of their methods, for a legend.
 
   Args:
-    groups: runs by label. A run that was renamed, as `continual_compare` does,
-      has the name of its method as `learnt_by`.
+    groups: runs by label. A run that `continual_compare` has renamed has its
+      method in 'learnt_by'.
 
   Returns:
     The groups by labels such as '2.0 EfficientPackNet'. Two groups of the same
@@ -81,7 +88,7 @@ def in_words(groups: Mapping[str, Sequence[Run]]) -> dict[str, Sequence[Run]]:
 def _over_seeds(
   seeds: Sequence[Run], values: Callable[[Run], Sequence[float]]
 ) -> np.ndarray:
-  """One list per seed, as long as all of them are."""
+  """An array [seeds, tasks], of as many tasks as every seed has."""
   length = min(run['num_tasks'] for run in seeds)
   return np.array([values(run)[:length] for run in seeds], float)
 

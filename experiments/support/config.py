@@ -1,18 +1,19 @@
-"""The settings of a binary: one frozen dataclass, and all that is made of it.
+"""The settings of a binary: one frozen dataclass, from which flags are made.
 
   @dataclasses.dataclass(frozen=True)
   class Settings(config.Settings):
     '''What is trained.'''
 
-    steps: int = config.flag(1_000, 'How many steps to train for.', low=1)
+    steps: int = config.flag(1_000, 'The number of training steps.', low=1)
 
   config.run(main, Settings)
 
-makes the flag --steps, its line of --help, its checks, the entry of config.json
-and the resume check. The first line of the docstring of the class that brings a
-field is the heading under which --help shows it, so groups that several
-binaries share are classes to inherit from. Fields are int, float, str and bool,
-optional ones `float | None`, lists `tuple[float, ...]`.
+makes the flag --steps, its entry in --help, its checks, its entry in
+config.json, and the comparison with that entry when a run goes on. The first
+line of the docstring of the class that introduces a field is the heading under
+which --help shows it, so groups that several binaries share are classes to
+inherit from. The types of fields are int, float, str and bool; optional fields
+have types such as `float | None`, and lists such as `tuple[float, ...]`.
 
 A value is checked wherever it comes from, be it the command line, a preset or a
 checkpoint, when the dataclass is made: NaN and infinity are refused everywhere.
@@ -45,7 +46,7 @@ _HELP = ('--help', '-help', '-h', '--helpshort', '-helpshort')
 
 @dataclasses.dataclass(frozen=True)
 class _Flag:
-  """What a field says of its flag beside its type and its default."""
+  """What a field says of its flag besides its type and its default."""
 
   help: str
   low: float | None
@@ -65,18 +66,20 @@ def flag(
   check: Callable[[Any], Any] | None = None,
   decides: bool = True,
 ) -> T:
-  """A field of a settings dataclass that is a flag.
+  """Makes a field of a settings dataclass, which becomes a flag.
+
+  The limits, the choices and the check hold for every item of a list.
 
   Args:
-    default: its value where nobody gives one. A list that is empty by default
-      may be empty, others may not.
-    help: what it is, in full sentences.
-    low: the least possible value, of every item in a list.
+    default: the value if none is given. A list that is empty by default may be
+      empty, others may not.
+    help: what the flag is, in full sentences.
+    low: the smallest possible value.
     high: the largest possible value.
     choices: the possible values.
-    check: raises ValueError for an impossible value, of every item in a list.
-    decides: whether results depend on it. What does not may change when a run
-      goes on: it is neither compared nor written.
+    check: a function that raises ValueError for an impossible value.
+    decides: whether results depend on it. A field that does not decide is
+      neither written nor compared, and may change when a run goes on.
 
   Returns:
     A field of `dataclasses`.
@@ -95,13 +98,13 @@ def like(
   more: str = '',
   decides: bool = True,
 ) -> Any:
-  """The same field as in another class, by default with the same default.
+  """Makes the field that another class has, possibly with another default.
 
   Args:
     cls: the settings class that has the field.
-    name: of the field.
-    default: another default, which the help then says.
-    more: what the help is to say as well.
+    name: the name of the field.
+    default: another default; the help then says what the other class has.
+    more: text that is added to the help.
     decides: whether results depend on it, if they do in the other class.
 
   Returns:
@@ -130,7 +133,7 @@ def _shown(value: Any) -> str:
 
 
 class _Kind(typing.NamedTuple):
-  """The type of a field: of one item, and whether it is a list or optional."""
+  """The type of a field: its items, and whether it is a list or optional."""
 
   item: type
   is_list: bool
@@ -163,7 +166,7 @@ def _limits(options: _Flag) -> str:
 
 
 def _check_item(item: type, options: _Flag, value: Any) -> Any:
-  """One value, or item of a list, with its type; raises ValueError."""
+  """Checks a value, or item of a list, and returns it with its type."""
   if item is float and type(value) is int:
     value = float(value)
   if type(value) is not item:
@@ -198,7 +201,7 @@ class _Field(typing.NamedTuple):
   options: _Flag
 
   def check(self, value: Any) -> Any:
-    """The value as the dataclass holds it; raises ValueError."""
+    """Checks a value, and returns it as the dataclass holds it."""
     if value is None and self.kind.is_optional:
       return None
     if not self.kind.is_list:
@@ -233,7 +236,7 @@ def _fields(cls: type) -> tuple[_Field, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The settings of a binary, to inherit from.
+  """The base class of the settings of binaries.
 
   A class that has to compare fields with one another overrides
   `__post_init__`, calls that of `super()` first, and raises ValueError with
@@ -256,7 +259,7 @@ def deciding(settings: Settings) -> dict[str, Any]:
     settings: the settings of a binary.
 
   Returns:
-    A dict by name that JSON gives back as it is.
+    The values by name, which are the same after JSON has held them.
   """
   return {
     field.name: list(value) if isinstance(value, tuple) else value
@@ -267,12 +270,12 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
 
 def restored(cls: type[T], config: Mapping[str, Any], **others: Any) -> T:
-  """The settings that `deciding` has written.
+  """Makes settings from what `deciding` returned.
 
   Args:
     cls: the settings class.
-    config: what `deciding` returned; entries of other names are left out.
-    **others: fields that decide no result.
+    config: returned by `deciding`; entries that are not fields are left out.
+    **others: the values of fields that decide no result.
 
   Returns:
     The settings.
@@ -320,7 +323,7 @@ def define(
 
   Args:
     cls: the settings class.
-    values: where they are defined.
+    values: the flags to which they are added.
     presets: values of fields by the name of the preset.
   """
   for field in _fields(cls):
@@ -347,24 +350,24 @@ def define(
 
 
 _PRESET_HELP = (
-  'Settings to start from. Flags that are given come before those of the'
-  ' preset.'
+  'A named set of values for several flags. Flags that are given on the command'
+  ' line take precedence over it.'
 )
 
 
 def read(
   cls: type[T], values: flags.FlagValues, presets: Presets | None = None
 ) -> T:
-  """The settings of flags that were parsed.
+  """Makes settings from flags that were parsed.
 
   Args:
     cls: the settings class.
-    values: where `define` has defined its flags.
+    values: the flags to which `define` has added those of the class.
     presets: as given to `define`.
 
   Returns:
-    The settings: what is given on the command line, else what the preset says,
-    else the default.
+    The settings: of every field the value on the command line, or else that of
+    the preset, or else the default.
 
   Raises:
     ValueError: if they are impossible.
@@ -381,7 +384,7 @@ def read(
 def parse(
   cls: type[T], arguments: Sequence[str], presets: Presets | None = None
 ) -> T:
-  """The settings of some arguments, as a binary would read them.
+  """Makes settings from arguments, as a binary reads its command line.
 
   Args:
     cls: the settings class.
@@ -408,17 +411,17 @@ def _parsed(
   try:
     rest = values(argv)
   except flags.Error as e:
-    # Absl writes `flag --steps=0: must be at least 1`, in places on two lines.
+    # Absl writes `flag --steps=0: must be at least 1`, sometimes on two lines.
     message = ' '.join(str(e).split())
     message = re.sub(r"\('Non-boolean.*", 'must be true or false', message)
     raise ValueError(re.sub(r'^flag (?=--)', '', message)) from e
   if len(rest) > 1:
-    raise ValueError(f'There are arguments that are no flags: {rest[1:]}.')
+    raise ValueError(f'There are arguments that are not flags: {rest[1:]}.')
   return read(cls, values, presets)
 
 
 def _heading(cls: type, name: str) -> type:
-  """The class that brings a field: the last to have it in order of search."""
+  """The class that introduces a field: the most basic class that has it."""
   return [c for c in cls.__mro__ if name in inspect.get_annotations(c)][-1]
 
 
@@ -439,7 +442,7 @@ def _describe(field: _Field) -> str:
 def help_text(
   cls: type[Settings], doc: str, presets: Presets | None = None
 ) -> str:
-  """What --help shows: all flags of a binary, grouped by subject.
+  """The text of --help, with all flags of a binary, grouped by subject.
 
   Args:
     cls: the settings class.
@@ -467,24 +470,29 @@ def help_text(
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-  """Ends the program with one line: 2 about its settings, 1 about its run."""
+  """Ends the program with one line that says why.
+
+  Args:
+    message: what went wrong.
+    code: the exit code: 2 if the settings are wrong, 1 if the run cannot go on.
+  """
   print(f'error: {message}', file=sys.stderr)
   sys.exit(code)
 
 
 class Refused(ValueError):
-  """Something that was asked for cannot be done, and why: exit code 2."""
+  """What the settings ask for cannot be done; the exit code is 2."""
 
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
   """Refuses settings that turn out to be impossible.
 
-  For what is done before training: a ValueError or an error about files there
-  is one about the settings.
+  This context is for what is done before training, where a ValueError, an error
+  about files or a package that is missing is due to the settings.
 
   Raises:
-    Refused: with the text of the error.
+    Refused: with the text of such an error.
   """
   try:
     yield
@@ -500,10 +508,10 @@ def run(
   """Runs a binary: reads its flags and calls `main` with the settings.
 
   The exit code is 2 if a flag is wrong, 1 if the run cannot go on, and 130 if
-  it was interrupted; there is one line that says why.
+  it was interrupted; one line on stderr says why.
 
   Args:
-    main: takes the settings.
+    main: a function of the settings.
     cls: the settings class.
     presets: values of fields by the name of the preset.
   """
@@ -537,7 +545,14 @@ def run(
 
 
 def check_pattern(text: str) -> None:
-  """Raises ValueError if a text is no regular expression."""
+  """Raises ValueError if a text is not a regular expression.
+
+  Args:
+    text: an item of a list flag.
+
+  Raises:
+    ValueError: with the reason.
+  """
   try:
     re.compile(text)
   except re.error as e:
@@ -545,15 +560,22 @@ def check_pattern(text: str) -> None:
 
 
 def check_factor(text: str) -> None:
-  """Raises ValueError if a text is not `pattern=factor`."""
+  """Raises ValueError if a text is not `pattern=factor`.
+
+  Args:
+    text: an item of a list flag.
+
+  Raises:
+    ValueError: with the form that is wanted.
+  """
   factors([text])
 
 
 def factors(items: Sequence[str]) -> dict[str, float]:
-  """Numbers for layers by pattern, of a list flag.
+  """Reads the factors of layers from the items of a list flag.
 
   Args:
-    items: each `pattern=factor`.
+    items: texts, each `pattern=factor`.
 
   Returns:
     The factors by pattern, in the same order.

@@ -1,4 +1,4 @@
-"""What is measured while a network trains, on validation data."""
+"""Evaluates a network while it trains, and on all splits at the end."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,37 +15,39 @@ from powerprop_jax import training
 from powerprop_jax.sparse import report as report_lib
 from powerprop_jax.training import feeds
 
-# What the best checkpoint of a run has most of.
+# The metric that is largest at the best checkpoint of a run.
 BEST = 'valid_accuracy'
 
 
 class Found(NamedTuple):
-  """What an evaluation has found.
+  """The result of an evaluation.
 
   Attributes:
-    metrics: for metrics.jsonl.
-    histograms: for event files.
+    metrics: the values by name, for metrics.jsonl.
+    histograms: arrays [units] by tag, for event files: the share of the weights
+      of each output unit of a layer that is in use.
   """
 
   metrics: dict[str, Any]
   histograms: dict[str, np.ndarray]
 
 
-# (step, state and weights ever in use, of one device; steps and seconds taken).
+# (step, state, weights ever in use, (steps, seconds)) -> the result; state and
+# weights are those of one device, and the pair says how long training took.
 Evaluate = Callable[[int, training.TrainState, Any, tuple[int, float]], Found]
 
 
 def on_split(
   feed: feeds.Feed, theta: Any, model_state: Any, split: str, stay: bool = False
 ) -> dict[str, float]:
-  """Evaluates a network, and shows how far that is where it takes a while.
+  """Evaluates a network on a split, with a progress bar if it takes a while.
 
   Args:
     feed: the data.
     theta: the weights of the network, as one device holds them.
-    model_state: its statistics.
+    model_state: the statistics of its normalisation.
     split: the name of one of `feed.sizes`.
-    stay: whether the bar stays.
+    stay: whether the progress bar stays when it is full.
 
   Returns:
     Numbers by name, such as `valid_accuracy`.
@@ -66,7 +68,7 @@ def on_split(
 
 
 def _unit_densities(mask: Any, phi: Any) -> dict[str, np.ndarray]:
-  """For each layer, the shares of the weights of its output units in use."""
+  """For each layer, the share of each output unit's weights that is in use."""
   found = {}
   for path, leaf, m in leaves.weight_rows(phi, leaves.is_weight, mask):
     axes = leaves.axes(path, leaf)
@@ -91,13 +93,13 @@ def make_evaluate(
     problem: what is trained.
     feed: its data, with a validation split.
     settings: of the run.
-    histograms: whether there are any.
+    histograms: whether results have histograms.
     compare_signs: whether signs are compared with those of the initialisation,
-      with which the run has to have begun.
-    timing: the steps that were taken before, and the seconds.
+      with which the run must then have begun.
+    timing: the steps that were taken before, and the seconds they took.
 
   Returns:
-    An `Evaluate`.
+    A function as `Evaluate` describes it.
   """
   rate = optimisers.learning_rate(settings, settings.steps)
   masked_theta = jax.jit(
@@ -105,7 +107,7 @@ def make_evaluate(
   )
   positive = None
   if compare_signs:
-    # Drawn anew from the seed, also where a run goes on.
+    # The initialisation is drawn anew from the seed, also if a run goes on.
     positive = jax.jit(lambda phi: jax.tree.map(lambda x: x > 0, phi))(
       problem.init().phi
     )
@@ -156,16 +158,16 @@ def make_evaluate(
 
 
 def last(feed: feeds.Feed, theta: Any, model_state: Any) -> dict[str, float]:
-  """What a summary says of the network at the end, on all splits.
+  """Evaluates the network at the end of a run on all splits, for its summary.
 
   Args:
     feed: the data.
     theta: the weights of the network, as one device holds them.
-    model_state: its statistics.
+    model_state: the statistics of its normalisation.
 
   Returns:
-    Accuracies by name and, with more than 100 classes, those of the five
-    largest outputs.
+    Accuracies by name, such as `test_accuracy` and, with more than 100 classes,
+    `test_top5`, which counts a label among the five largest outputs as right.
   """
   found = {}
   for split in feed.sizes:

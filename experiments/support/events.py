@@ -1,8 +1,8 @@
-"""Event files, which TensorBoard shows, by tensorboardX.
+"""Reads and writes event files, which TensorBoard shows, with tensorboardX.
 
-They are written record by record and at once, so that a run which is killed has
-in them what it has in metrics.jsonl; and what a run that goes on will write
-again is taken out of them first.
+They are written record by record and at once, so that after a run is killed
+they hold the same as metrics.jsonl. Events that a run which goes on will write
+again are taken out of them first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,8 @@ from powerprop_jax import extras
 
 _NUMBER = itertools.count()
 _HEADER, _FOOTER = 12, 4  # Bytes of a record before and after its event.
-# The section of TensorBoard of what is not of the training batches.
+# The sections of TensorBoard for metrics that do not come from the training
+# batches.
 _SECTIONS = {
   'dead_units': 'masks',
   'explored': 'masks',
@@ -39,10 +40,10 @@ def installed() -> bool:
 
 
 def tag(name: str) -> str:
-  """The tag of a metric, of which the first word is a section of TensorBoard.
+  """The tag of a metric, whose first word is a section of TensorBoard.
 
   Args:
-    name: of the metric, as metrics.jsonl has it.
+    name: the name of the metric in metrics.jsonl.
 
   Returns:
     The tag.
@@ -56,7 +57,7 @@ def tag(name: str) -> str:
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, Any]]:
-  """The records of a file, each with its event; not one that was cut off."""
+  """The records of a file with their events, but none that was cut off."""
   with extras.needed('tensorboard'):
     from tensorboardX.proto import event_pb2
 
@@ -75,7 +76,7 @@ def _records(content: bytes) -> Iterator[tuple[bytes, Any]]:
 
 
 def read(folder: pathlib.Path) -> Iterator[tuple[int, str, float]]:
-  """The numbers in the event files of a folder.
+  """Reads the numbers in the event files of a folder.
 
   Args:
     folder: that of one run.
@@ -119,8 +120,8 @@ class Writer:
       from tensorboardX import event_file_writer
 
     folder.mkdir(parents=True, exist_ok=True)
-    # The name that the file gets has seconds in it, of which one is enough to
-    # be killed and started again.
+    # The name that the file gets has the time in seconds, but a run can be
+    # killed and started again within one second.
     suffix = f'.{os.getpid()}.{next(_NUMBER)}'
     self._file = event_file_writer.EventsWriter(str(folder / 'events'), suffix)
 
@@ -130,7 +131,7 @@ class Writer:
     scalars: Mapping[str, float],
     histograms: Mapping[str, np.ndarray],
   ) -> None:
-    """Writes what belongs to a step.
+    """Writes the events of a step.
 
     Args:
       step: the step.

@@ -1,4 +1,4 @@
-"""The sparse training methods, from settings to functions."""
+"""Builds the functions of the sparse training methods from settings."""
 
 from collections.abc import Callable
 import dataclasses
@@ -31,7 +31,7 @@ _NEVER_UPDATED = ('dense', 'static', 'snip')
 
 
 class Cadence(NamedTuple):
-  """When masks are updated: at range(start, last + 1, every)."""
+  """The steps at which masks are updated: range(start, last + 1, every)."""
 
   every: int
   start: int
@@ -39,12 +39,13 @@ class Cadence(NamedTuple):
 
 
 class Densities(NamedTuple):
-  """How dense the layers of a run are, each as `flops` takes it.
+  """The densities of the layers of a run, each as `flops` takes them.
 
   Attributes:
-    forward: of the weights in use, at the end.
-    backward: of those that are updated, at the end.
-    ever: of those that were ever in use. Gradual pruning begins with them.
+    forward: those of the weights in use at the end.
+    backward: those of the weights that are updated at the end.
+    ever: those of the weights that were ever in use, with which gradual pruning
+      begins.
   """
 
   forward: Any
@@ -58,13 +59,13 @@ class Plan(NamedTuple):
   Attributes:
     updater: chooses the masks.
     due: whether masks are updated before a step.
-    penalty: of the train step.
-    counts: how many weights each leaf keeps in the end, a pytree of ints.
-    training_flops: maps the dense layers' operations at inference, and the
-      `Densities` of a run, to the operations of a training step on one example,
-      on average over the run. Without the latter it takes those that the flags
-      ask for: a network that was sparse before, and a global ranking, have
-      others.
+    penalty: the penalty of the train step, or None.
+    counts: how many weights each leaf keeps at the end, a pytree of ints.
+    training_flops: maps the operations of each dense layer at inference, and
+      the `Densities` of a run, to the operations of a training step on one
+      example, on average over the run. Without `Densities` it takes those that
+      the flags ask for, which are not those of a run that began with a sparse
+      network or that ranks all weights together.
   """
 
   updater: updaters.MaskUpdater
@@ -79,7 +80,9 @@ class Method(config.Settings):
   """The sparse training method."""
 
   method: str = config.flag(
-    'rigl', 'How the masks come about.', choices=METHODS
+    'rigl',
+    'The sparse training method, which decides how masks are chosen.',
+    choices=METHODS,
   )
   sparsity: float = config.flag(
     0.9,
@@ -89,8 +92,8 @@ class Method(config.Settings):
   )
   backward_sparsity: float | None = config.flag(
     None,
-    'Top-KAST: the sparsity of the set of weights that is updated. Without it'
-    ' that is --sparsity less 0.1.',
+    'Top-KAST: the sparsity of the set of weights that is updated. The default'
+    ' is --sparsity less 0.1.',
     low=0.0,
     high=1.0,
   )
@@ -102,7 +105,8 @@ class Method(config.Settings):
   )
   dense_layers: tuple[str, ...] = config.flag(
     (),
-    'Regular expressions of the paths of layers that are to stay dense.',
+    'Regular expressions of the paths of layers that are to stay dense. They do'
+    ' not count if --distribution gives sparsities by pattern.',
     check=config.check_pattern,
   )
   scope: str = config.flag(
@@ -113,29 +117,28 @@ class Method(config.Settings):
   )
   update_every: int = config.flag(
     100,
-    'The number of steps from one update of the masks to the next, and that of'
-    ' each phase of AC/DC.',
+    'The number of steps from one update of the masks to the next, and of each'
+    ' phase of AC/DC.',
     low=1,
     high=settings_lib.MAX_STEPS,
   )
   update_start: int | None = config.flag(
     None,
-    'The step of the first update of the masks. Without it that is'
-    ' --update_every.',
+    'The step of the first update of the masks. The default is --update_every.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   update_stop: int | None = config.flag(
     None,
-    'The step after which masks are not updated any more. Without it that is'
-    ' three quarters of the steps, and all of them for Top-KAST.',
+    'The step after which masks are not updated any more. The default is three'
+    ' quarters of the steps, and all of them for Top-KAST.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   drop_fraction: float = config.flag(
     0.3,
     'SET and RigL: the fraction of the weights in use that the first update'
-    ' trades for others.',
+    ' replaces by others.',
     low=0.0,
     high=1.0,
   )
@@ -147,19 +150,19 @@ class Method(config.Settings):
   regrow: str | None = config.flag(
     None,
     'SET, RigL and AC/DC: the values of weights that come into use. init draws'
-    ' them as at initialisation, keep leaves what they were, and zero needs'
-    ' alpha = 1 or --floor. Without it that is init, and keep for AC/DC.',
+    ' them as at initialisation, keep leaves them as they were, and zero needs'
+    ' alpha = 1 or --floor. The default is init, but keep for AC/DC.',
     choices=('init', 'keep', 'zero'),
   )
   regrow_dropped: bool = config.flag(
     True,
     'SET and RigL: whether a weight may come back in the update that drops it,'
-    ' as published.',
+    ' as in the published methods.',
   )
   exploration_penalty: float = config.flag(
     1e-4,
-    'Top-KAST: the strength of the penalty that lets weights outside of the'
-    ' forward set die out.',
+    'Top-KAST: the strength of the penalty that lets weights die out that are'
+    ' updated but not in use.',
     low=0.0,
   )
 
@@ -171,10 +174,10 @@ def make_distribution(
 
   Args:
     settings: the method, of which the distribution and the dense layers count.
-    sparsity: of all weights.
+    sparsity: the fraction of the weights to remove.
 
   Returns:
-    A function from weights to counts.
+    A function from weights to the counts of those that each layer keeps.
 
   Raises:
     ValueError: if there is no such distribution.
@@ -197,11 +200,11 @@ def make_distribution(
 
 
 def make_cadence(settings: Method, steps: int) -> Cadence:
-  """When the masks of a run are updated, with the method's defaults.
+  """The steps at which the masks of a run are updated, by method and flags.
 
   Args:
     settings: the method.
-    steps: length of the run.
+    steps: the number of steps of the run.
 
   Returns:
     A `Cadence`.
@@ -227,7 +230,7 @@ def make_cadence(settings: Method, steps: int) -> Cadence:
 
 
 def _progress(cadence: Cadence) -> Callable[[Any], Any]:
-  """Gradual pruning: cubic, and done at the last update."""
+  """The schedule of gradual pruning: cubic, with its end at the last update."""
   if cadence.last == cadence.start:
     return lambda step: jnp.ones([])
   # The first update prunes something already.
@@ -235,7 +238,7 @@ def _progress(cadence: Cadence) -> Callable[[Any], Any]:
 
 
 def _phases(cadence: Cadence) -> list[int]:
-  """AC/DC: where phases begin. The first is sparse, and so is the last."""
+  """The steps at which phases of AC/DC begin; the first and last are sparse."""
   starts = list(range(cadence.start, cadence.last + 1, cadence.every))
   return starts if len(starts) % 2 else starts[:-1]
 
@@ -270,7 +273,7 @@ def _make_updater(
 ) -> updaters.MaskUpdater:
   """The updater of a method; `fresh` draws weights as at initialisation."""
   scope, dropped = settings.scope, settings.regrow_dropped
-  # The cosine ends one update after the last, which still trades therefore.
+  # The cosine ends one update later, so that the last one still trades weights.
   drop = schedules.drop_fraction(
     settings.drop_fraction, cadence.last + cadence.every, settings.drop_schedule
   )
@@ -304,13 +307,13 @@ def _gradual_flops(
 
   Args:
     cadence: when weights are pruned.
-    steps: length of the run.
-    dense: operations of each layer with all weights.
-    first: with those that it begins with.
-    last: with those that are left.
+    steps: the number of steps of the run.
+    dense: the operations of each layer with all weights.
+    first: the same with the weights that it begins with.
+    last: the same with the weights that are left at the end.
 
   Returns:
-    Operations of all layers.
+    The operations of all layers together.
   """
   updates = range(cadence.start, cadence.last + 1, cadence.every)
   progress = [0.0, *(float(_progress(cadence)(t)) for t in updates)]
@@ -319,7 +322,7 @@ def _gradual_flops(
   spans = [cadence.start, *spans, steps - cadence.last]
 
   def cost(p):
-    # A layer that begins sparser than asked for is pruned later.
+    # A layer that begins sparser than asked for is not pruned until later.
     asked = {k: n + p * (last[k] - n) for k, n in dense.items()}
     return math.fsum(min(first[k], n) for k, n in asked.items())
 
@@ -374,14 +377,14 @@ def make_plan(
   steps: int,
   fresh: Callable[[jax.Array], Any],
 ) -> Plan:
-  """Builds what a method does in a run.
+  """Builds the plan of a method for a run.
 
   Args:
-    settings: the method; what it does not use does not count.
+    settings: the method; settings that it does not use have no effect.
     theta: the weights, or their shapes and dtypes.
     moves_zeros: whether training moves a weight at zero, as it does without a
       power or with a floor.
-    steps: length of the run.
+    steps: the number of steps of the run.
     fresh: draws weights theta as at initialisation, from a key.
 
   Returns:
@@ -399,7 +402,7 @@ def make_plan(
     )
   cadence = make_cadence(settings, steps)
   forward, backward = _forward_and_backward(settings)
-  counts = forward(theta)  # What is impossible fails here.
+  counts = forward(theta)  # Impossible distributions raise here.
   planned = _planned(theta, counts, backward(theta))
   due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
   penalty = functools.partial(

@@ -1,4 +1,4 @@
-"""From settings to the optimiser, its learning rate, its decay and powers."""
+"""Builds optimisers, learning rates, decays and powers from settings."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -19,7 +19,7 @@ from powerprop_jax import power
 from powerprop_jax import transforms
 from powerprop_jax import types
 
-# Aliases of optax whose first argument is a learning rate and which need no
+# Optimisers of optax whose first argument is a learning rate and which need no
 # more than gradients and parameters.
 OPTIMISERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   'adabelief': optax.adabelief,
@@ -102,7 +102,7 @@ def _read_norms(text: str) -> dict[float, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Powers(config.Settings):
-  """How the power acts in the course of a run."""
+  """How the power acts during a run."""
 
   alpha_steps: tuple[str, ...] = config.flag(
     (),
@@ -114,8 +114,8 @@ class Powers(config.Settings):
   )
   floor: float = config.flag(
     0.0,
-    'How much of the step that the optimiser would take without a power is'
-    ' added to that with it. It lets weights change their sign.',
+    'The fraction of the step that the optimiser would take without a power,'
+    ' which is added to the step with it. It lets weights change their sign.',
     low=0.0,
   )
 
@@ -129,7 +129,14 @@ class Powers(config.Settings):
       )
 
   def powers(self, alpha: float, steps: int) -> dict[int, float]:
-    """The powers of a run that begins with alpha, by their first steps.
+    """The powers of a run, by their first steps.
+
+    Args:
+      alpha: the first power.
+      steps: the number of steps of the run.
+
+    Returns:
+      A dict from the step at which a power begins to that power.
 
     Raises:
       ValueError: if one of them has no step of its own.
@@ -145,7 +152,15 @@ class Powers(config.Settings):
 
 
 def last_alpha(settings: Powers, alpha: float) -> float:
-  """The power at the end of a run that begins with alpha."""
+  """The power at the end of a run.
+
+  Args:
+    settings: the powers that follow the first.
+    alpha: the first power.
+
+  Returns:
+    The last power.
+  """
   if not settings.alpha_steps:
     return alpha
   return _read_alpha_step(settings.alpha_steps[-1])[0]
@@ -169,26 +184,26 @@ class Optimiser(Powers):
   )
   warmup_steps: int = config.flag(
     0,
-    'The number of steps in which the learning rate rises from zero.',
+    'The number of steps over which the learning rate rises from zero.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   momentum: float = config.flag(
-    0.0, 'The momentum, of optimisers that have one.', low=0.0, high=1.0
+    0.0, 'The momentum of optimisers that have one.', low=0.0, high=1.0
   )
   nesterov: bool = config.flag(
     False, "Whether the momentum is Nesterov's; it needs --momentum."
   )
   clip_norm: float = config.flag(
     0.0,
-    'The largest global norm of the gradient at theta; larger ones are scaled'
-    ' down to it. 0 does not clip.',
+    'The largest global norm of the gradient at theta; a gradient with a larger'
+    ' norm is scaled down to it. 0 does not clip.',
     low=0.0,
   )
   weight_decay: float = config.flag(
     0.0,
-    'The decay of the weights theta. It is that of the optimiser where it has'
-    ' one, as adamw does, and an L2 penalty on its gradient otherwise.',
+    'The weight decay of theta. It is that of the optimiser if it has one, as'
+    ' adamw does, and otherwise an L2 penalty, which is added to the gradient.',
     low=0.0,
   )
 
@@ -215,18 +230,18 @@ class Decay(config.Settings):
 
   phi_decay: float = config.flag(
     0.0,
-    'The decay of the parameters phi per step, outside of the optimiser and of'
-    ' the learning rate: phi -= phi_decay * phi. With alpha above 1 it makes'
+    'The decay of the parameters phi per step, independent of the optimiser and'
+    ' of the learning rate: phi -= phi_decay * phi. With alpha above 1 it makes'
     ' weights sparse.',
     low=0.0,
   )
   phi_decay_norm: str = config.flag(
     'l2',
-    'l2 decays phi in proportion to phi. l1 takes a constant amount away, down'
-    ' to zero. A number p between 0 and 2 is the penalty phi_decay |phi|^p.'
-    ' Others may follow, each from a fraction of the steps on:'
-    ' 1.5,1:0.25,0.5:0.5 goes on to p = 1 after a quarter of the steps and to'
-    ' 0.5 after half of them.',
+    'The norm of the decay. l2 decays phi in proportion to phi. l1 takes a'
+    ' constant amount away, down to zero. A number p between 0 and 2 is the'
+    ' penalty phi_decay |phi|^p. Other norms may follow, each from a fraction'
+    ' of the steps on: 1.5,1:0.25,0.5:0.5 goes on to p = 1 after a quarter of'
+    ' the steps and to 0.5 after half of them.',
     check=_read_norms,
   )
   phi_decay_schedule: str = config.flag(
@@ -237,20 +252,27 @@ class Decay(config.Settings):
   )
   phi_decay_warmup_steps: int = config.flag(
     0,
-    'The number of steps in which --phi_decay rises from zero.',
+    'The number of steps over which --phi_decay rises from zero.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   phi_decay_scale: tuple[str, ...] = config.flag(
     (),
-    'Factors of --phi_decay by layer, as pattern=factor,...: each is for the'
-    ' layers in whose path the regular expression has a match, and the first'
-    ' one that matches counts.',
+    'Factors by which --phi_decay is multiplied in some layers, as'
+    ' pattern=factor,...: a factor applies to the layers in whose path its'
+    ' regular expression has a match, and the first that matches counts.',
     check=config.check_factor,
   )
 
   def decay_norms(self, steps: int) -> dict[int, Any]:
     """The norms of the decay, by their first steps.
+
+    Args:
+      steps: the number of steps of the run.
+
+    Returns:
+      A dict from the step at which a norm begins to the norm, which is 'l1',
+      'l2' or a number p.
 
     Raises:
       ValueError: if one of them has no step of its own.
@@ -267,7 +289,7 @@ class Decay(config.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Optimiser, Decay):
-  """All that `make` makes a transformation of, to inherit from."""
+  """The optimiser and the decay of phi, for binaries to inherit from."""
 
 
 def _warmed(
@@ -288,7 +310,7 @@ def learning_rate(settings: Optimiser, steps: int) -> optax.Schedule:
 
   Args:
     settings: the optimiser.
-    steps: length of the run.
+    steps: the number of steps of the run.
 
   Returns:
     A function of the step.
@@ -312,7 +334,7 @@ def decay_rate(settings: Decay, steps: int) -> optax.Schedule:
 
   Args:
     settings: the decay.
-    steps: length of the run.
+    steps: the number of steps of the run.
 
   Returns:
     A function of the step.
@@ -365,7 +387,7 @@ def check_scale(settings: Decay, params: types.Params) -> None:
 def _make_inner(
   settings: Optimiser, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-  """The optimiser, with decay of the weights alone."""
+  """The optimiser, whose weight decay is of weights alone, not of biases."""
   make, decay = OPTIMISERS[settings.optimizer], settings.weight_decay
   arguments = inspect.signature(make).parameters
   options = {'momentum': settings.momentum, 'nesterov': settings.nesterov}
@@ -394,15 +416,15 @@ def _decay_of_theta(
 
 
 def nats(settings: Settings, alpha: float, steps: int) -> float | None:
-  """How much decay a run has: see `power.nats`.
+  """How much decay a run has, in nats: see `power.nats`.
 
   Args:
     settings: the optimiser and the decay.
     alpha: the power, the first one if there are several.
-    steps: length of the run.
+    steps: the number of steps of the run.
 
   Returns:
-    The number of nats, which is None of a norm other than L2.
+    The number of nats, or None if the norm of the decay is not L2.
   """
   if settings.phi_decay_norm != 'l2':
     return None
@@ -412,10 +434,10 @@ def nats(settings: Settings, alpha: float, steps: int) -> float | None:
 def _power_by_step(
   powers: Mapping[int, float], floor: float
 ) -> optax.GradientTransformation:
-  """The last link of a chain of which the power changes at known steps.
+  """The last link of a chain, whose power changes at known steps.
 
-  It is `powerprop` with a schedule, by powers that the compiler knows: products
-  and roots take a third of the time of those that it does not.
+  It does the same as `powerprop` with a schedule, but the compiler knows the
+  powers and makes products and roots of them, which take a third of the time.
 
   Args:
     powers: by the steps from which they hold; one from step 0.
@@ -472,7 +494,7 @@ def make(
   steps: int,
   update_rule: str = 'target_propagation',
 ) -> tuple[power.PowerTransform, optax.GradientTransformation]:
-  """The parameters of a run and the transformation that trains them.
+  """Makes the map from parameters to theta, and the optimiser of parameters.
 
   The parameters are those of `make_transform`. Where they are theta, decay of
   phi is decay of theta by alpha times as much.
@@ -480,9 +502,9 @@ def make(
   Args:
     settings: the optimiser and the decay.
     alpha: the power, the first one if there are several.
-    steps: length of the run and of the schedules.
-    update_rule: `target_propagation` (section 2 of the paper), or `chain_rule`:
-      the optimiser sees the gradient at phi, as plain autodiff would give it.
+    steps: the number of steps of the run and of the schedules.
+    update_rule: `target_propagation` (section 2 of the paper), or `chain_rule`,
+      where the optimiser sees the gradient at phi that autodiff gives.
 
   Returns:
     The map from parameters to theta, and a transformation of gradients at theta
@@ -536,7 +558,15 @@ def make(
 
 
 def recipe(settings: Optimiser, alpha: float) -> dict[str, Any]:
-  """What the error of a run that diverged says of it."""
+  """What the error of a run that diverged says of its settings.
+
+  Args:
+    settings: the optimiser.
+    alpha: the power, the first one if there are several.
+
+  Returns:
+    Values by name, as `loop.run` takes its `recipe`.
+  """
   powers: dict[str, Any] = {'alpha': alpha}
   if settings.alpha_steps:
     powers['alpha_steps'] = ','.join(settings.alpha_steps)

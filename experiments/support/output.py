@@ -1,9 +1,9 @@
 """What binaries write: folders, files, metrics, progress and tables.
 
-A file is written at once or not at all, and what it replaces stays until it is
-on the disk. A folder of results has one writer at a time: its lock is held by
-the operating system for as long as the process lives, so that one which was
-killed does not keep it.
+A file is written at once or not at all, and the file that it replaces stays
+until it is on the disk. A folder of results has one writer at a time: its lock
+is held by the operating system for as long as the process lives, so that a
+process that was killed does not keep it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from experiments.support import events
 from powerprop_jax import paths
 from powerprop_jax.training import devices
 
-_LINE_EVERY = 30.0  # Seconds between two lines where there is no terminal.
+_LINE_EVERY = 30.0  # Seconds between two lines if there is no terminal.
 
 
 def environment() -> dict[str, Any]:
@@ -46,7 +46,11 @@ def environment() -> dict[str, Any]:
 
 
 def announce(binary: str) -> None:
-  """Prints the first line of a binary: its name, devices and versions."""
+  """Prints the first line of a binary: its name, devices and versions.
+
+  Args:
+    binary: the name of the binary.
+  """
   if jax.process_index():
     return
   found = environment()
@@ -74,7 +78,7 @@ def folder(path: str) -> epath.Path:
 
 
 def is_remote(path: epath.Path) -> bool:
-  """Whether a path is not one of this machine's file systems."""
+  """Whether a path is in a bucket, and not in a file system of this machine."""
   return '://' in str(path)
 
 
@@ -82,11 +86,11 @@ def write_text(path: epath.Path, text: str) -> None:
   """Writes a file at once or not at all.
 
   Args:
-    path: of the file; its folder must exist.
-    text: its content.
+    path: the path of the file; its folder must exist.
+    text: the content of the file.
   """
   if is_remote(path):
-    path.write_text(text)  # Buckets show a file when it is whole.
+    path.write_text(text)  # Buckets show a file only when it is whole.
     return
   name = f'.{path.name}.{os.getpid()}.{threading.get_ident()}'
   temporary = path.with_name(name)
@@ -103,15 +107,26 @@ def write_text(path: epath.Path, text: str) -> None:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-  """Writes a file of JSON at once or not at all."""
+  """Writes a file of JSON at once or not at all.
+
+  Args:
+    path: the path of the file; its folder must exist.
+    content: what JSON can hold.
+  """
   write_text(path, json.dumps(content, indent=1) + '\n')
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
   """Reads a file that holds a JSON object.
 
+  Args:
+    path: the path of the file.
+
+  Returns:
+    The object as a dict.
+
   Raises:
-    config.Refused: if it holds something else.
+    config.Refused: if the file holds something else.
   """
   try:
     content = json.loads(path.read_text())
@@ -126,10 +141,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def _locked(path: epath.Path) -> Iterator[None]:
   """Holds the lock of a folder.
 
-  The lock is one of the kernel (flock) on a file which tells who holds it. It
-  is seen by all processes of this machine, and on NFS by those of others. A
-  file system without such locks, and a bucket, leave the folder unlocked, and
-  one line says so.
+  The lock is one of the kernel (flock) on a file that says who holds it. All
+  processes of this machine respect it, and on NFS those of other machines. On a
+  file system without such locks, and in a bucket, the folder stays unlocked,
+  and one line says so.
   """
   if is_remote(path):
     print(f'{path} cannot be locked: do not start twice.', file=sys.stderr)
@@ -166,7 +181,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
-  """Compares a new experiment with the one that a folder holds."""
+  """Compares a new experiment with that of a folder; may raise `Refused`."""
   file = path / 'config.json'
   if not file.exists():
     return
@@ -187,15 +202,15 @@ def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
   if found.get('devices') != wanted['devices']:
     count = len(found.get('devices') or [])
     print(
-      f'{path} was begun on {count} device(s) of another number or kind than'
-      f' the {len(wanted["devices"])} of now. What goes on here does not end'
-      ' with the same bits.',
+      f'{path} was begun on {count} device(s), whose number or kind is not that'
+      f' of the {len(wanted["devices"])} of now. A run that goes on here does'
+      ' not end with the same bits.',
       file=sys.stderr,
     )
 
 
 def _check_kinds(path: epath.Path) -> None:
-  """Refuses what is in the way of the files and folders of a binary."""
+  """Refuses files in the place of a binary's folders, and vice versa."""
   for name, is_folder in (
     ('runs', True),
     ('checkpoints', True),
@@ -214,24 +229,24 @@ def _check_kinds(path: epath.Path) -> None:
 def opened(
   out_dir: str, binary: str, settings: Mapping[str, Any]
 ) -> Iterator[epath.Path]:
-  """The folder of results, for this process alone.
+  """Opens the folder of results for this process alone.
 
-  A started experiment may be continued in it. Of a program of several hosts the
-  first one holds the lock and writes config.json, all compare, and all are
-  refused together.
+  An experiment that was started in it may be continued. If a program runs on
+  several hosts, the first one holds the lock and writes config.json, all of
+  them compare their settings, and all of them are refused if one is.
 
   Args:
     out_dir: the path of the folder.
     binary: the name of the program.
-    settings: what decides the results, as `config.deciding` returns it, with
-      the fingerprint of the data.
+    settings: the settings that decide the results, returned by
+      `config.deciding`, with the fingerprint of the data.
 
   Yields:
     The folder, with a config.json.
 
   Raises:
-    config.Refused: if it cannot be used, is in use, or holds an experiment with
-      other settings; the message lists the differences.
+    config.Refused: if the folder cannot be used, is in use, or holds an
+      experiment with other settings; the message lists the differences.
   """
   first = jax.process_index() == 0
   wanted = {'binary': binary, 'settings': settings, **environment()}
@@ -240,7 +255,7 @@ def opened(
     path = error = None
     try:
       if re.match(r'(?!gs:)[a-z][a-z0-9+.-]+://', out_dir):
-        # Before one is told to install what reads such an address.
+        # This comes before `folder`, which would ask for a package to install.
         raise config.Refused(
           f'--out_dir={out_dir}: runs write to local folders and to addresses'
           ' that start with gs://, and to no others.'
@@ -269,7 +284,7 @@ def opened(
 def _scalars(
   metrics: Mapping[str, Any], prefix: str = ''
 ) -> Iterator[tuple[str, float]]:
-  """The numbers among metrics by tag, those of a dictionary below its name."""
+  """The tags and values of all numbers among metrics, also in dictionaries."""
   for name, value in metrics.items():
     if isinstance(value, Mapping):
       yield from _scalars(value, f'{prefix}{name}/')
@@ -280,18 +295,19 @@ def _scalars(
 class Metrics:
   """A file of metrics, one JSON object per line, and event files of the same.
 
-  Event files are written where tensorboardX is installed, into `events` beside
-  the file, and there into a folder for each `run`; not into buckets.
+  If tensorboardX is installed, event files are written into `events` beside the
+  file, and there into a folder for each `run`. There are none in buckets.
   """
 
   def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool]):
     """Opens a file to add to it.
 
     Args:
-      path: of the file.
-      keep: whether a line of an earlier start stays. What a run that goes on
-        will write again must not, else it would be there twice. Of an event it
-        is given the step and, if there are several, the run.
+      path: the path of the file.
+      keep: whether a line of an earlier start stays, given the object that it
+        holds. A line that a run will write again must not stay, or it would be
+        there twice. For an event the object has the 'step' and, if there are
+        several runs, the 'run'.
     """
     self._path, self._turn = path, threading.Lock()
     self._writers: dict[str, events.Writer] = {}
@@ -304,7 +320,7 @@ class Metrics:
         return False  # The end of a file that was cut off.
       return isinstance(found, dict) and keep(found)
 
-    # What is no text is no metrics either, and is left out with its line.
+    # Bytes that are not text are no metrics, and their line is left out.
     read = path.read_bytes() if path.exists() else b''
     lines = read.decode(errors='replace').splitlines()
     self._text = ''.join(f'{line}\n' for line in lines if kept(line))
@@ -321,17 +337,17 @@ class Metrics:
     metrics: Mapping[str, Any],
     histograms: Mapping[str, np.ndarray] | None = None,
   ) -> None:
-    """Adds a line. Threads may call it together.
+    """Adds a line. Several threads may call it at once.
 
     Args:
-      metrics: with the `step`, and the `run` if there are several; what is a
-        number, or a dictionary of numbers, is written as events too.
-      histograms: arrays, which are written as events only.
+      metrics: values by name, with the `step`, and the `run` if there are
+        several; numbers and dictionaries of numbers are written as events too.
+      histograms: arrays by tag, which are written as events only.
     """
     line = json.dumps(metrics) + '\n'
     with self._turn:
       if is_remote(self._path):
-        # Buckets cannot append, and what reads them would overwrite the file.
+        # A file in a bucket cannot be appended to: it is written as a whole.
         self._text += line
         write_text(self._path, self._text)
       else:
@@ -356,18 +372,18 @@ class Metrics:
 
 
 class Progress:
-  """How far a program is: a bar on a terminal, else a line now and then."""
+  """Shows progress: by a bar on a terminal, else by a line now and then."""
 
   def __init__(
     self, total: int, initial: int = 0, unit: str = 'step', stay: bool = True
   ):
-    """Begins.
+    """Begins to show progress.
 
     Args:
       total: the number of steps.
-      initial: how many of them have been taken.
-      unit: what they are called.
-      stay: whether the bar stays, or a last line is written, in the end.
+      initial: how many of them have been taken already.
+      unit: the name of a step.
+      stay: whether the bar stays, or a last line is written, at the end.
     """
     self._total, self._initial, self._step = total, initial, initial
     self._unit, self._stay = unit, stay
@@ -380,11 +396,11 @@ class Progress:
       )
 
   def at(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Says at which step the program is, with metrics to show."""
+    """Shows at which step the program is, with some metrics."""
     self.add(step - self._step, metrics)
 
   def add(self, steps: int, metrics: Mapping[str, float]) -> None:
-    """Says that steps were taken, with metrics to show."""
+    """Shows that steps were taken, with some metrics."""
     with self._turn:
       self._step += steps
       self._text = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())
@@ -410,7 +426,7 @@ class Progress:
     )
 
   def close(self) -> None:
-    """Leaves the bar, or a last line, as it is."""
+    """Ends the bar, or writes a last line if there is to be one."""
     if self._bar is not None:
       self._bar.close()
     elif self._stay and self._step > self._initial:
@@ -418,7 +434,15 @@ class Progress:
 
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ()) -> str:
-  """A table of text: the first column to the left, numbers to the right."""
+  """A table as text, with all columns but the first aligned to the right.
+
+  Args:
+    rows: the cells of each row.
+    headers: the headings of the columns; there is no heading line without them.
+
+  Returns:
+    Text of several lines.
+  """
   align = ('left', *['right'] * (max(map(len, rows)) - 1))
   return tabulate.tabulate(
     rows,

@@ -25,7 +25,13 @@ from powerprop_jax.training import feeds
 
 
 class Sources(NamedTuple):
-  """The images of a set that is read as a stream."""
+  """The splits of a data set that is read as a stream.
+
+  Attributes:
+    train: the training images.
+    valid: the validation images; None if none are held out.
+    test: the test images.
+  """
 
   train: streams.Source
   valid: streams.Source | None
@@ -46,7 +52,9 @@ class Settings(
   """What is trained, and for how long."""
 
   alpha: float = config.flag(
-    2.0, 'The power, at least 1; 1 is the baseline.', check=power.check_alpha
+    2.0,
+    'The power alpha, at least 1; 1 is the baseline without Powerpropagation.',
+    check=power.check_alpha,
   )
   steps: int = config.flag(
     5_000,
@@ -56,8 +64,8 @@ class Settings(
   )
   steps_multiplier: float = config.flag(
     1.0,
-    'Stretches the run and its schedules: how many times as many steps there'
-    ' are (extended training).',
+    'The factor by which the run and its schedules are stretched (extended'
+    ' training). --update_every stays as it is.',
     low=1e-6,
     high=1e6,
   )
@@ -66,14 +74,15 @@ class Settings(
   )
   gradient_batches: int = config.flag(
     1,
-    'The number of batches over which the gradient is averaged that scores the'
-    ' masks.',
+    'The number of batches over which the gradient that scores weights is'
+    ' averaged when masks are chosen.',
     low=1,
     high=10_000,
   )
   label_smoothing: float = config.flag(
     0.0,
-    'The weight of the uniform distribution in the targets.',
+    'The label smoothing: the weight of the uniform distribution in the'
+    ' targets.',
     low=0.0,
     high=1.0,
   )
@@ -88,8 +97,8 @@ class Settings(
   )
   seed: int = config.flag(
     0,
-    'Decides the initialisation, the order of the examples and every other'
-    ' random choice.',
+    'The random seed, which decides the initialisation, the order of the'
+    ' examples and every other random choice.',
     low=0,
     high=settings_lib.MAX_SEED,
   )
@@ -98,22 +107,26 @@ class Settings(
     'dataset',
     more='folder and imagenet2012 are read as streams of encoded images: folder'
     ' is --data_dir with the folders train and val, each with a folder per'
-    ' class. The test images are those of val.',
+    ' class. The test images are those of val, and for imagenet2012 those of'
+    ' its validation split.',
   )
   image_size: int = config.flag(
-    224, 'Height and width of streamed images.', low=8, high=8192
+    224,
+    'The height and the width of streamed images, in pixels.',
+    low=8,
+    high=8192,
   )
   validation_images: int | None = config.flag(
     None,
-    'How many of the training images of a stream are held out as validation'
-    ' images. Without it that is one in a hundred, and 0 holds none out. Sets'
-    ' in memory have a validation split of their own.',
+    'The number of training images of a stream that are held out as validation'
+    ' images; 0 holds none out. By default one in a hundred is held out. Data'
+    ' sets in memory have a validation split of their own.',
     low=0,
   )
   num_workers: int | None = config.flag(
     None,
-    'The number of processes that decode streamed images. Without it that is'
-    ' the number of cores.',
+    'The number of processes that decode streamed images; 0 decodes them in'
+    ' threads of the program. The default is the number of cores.',
     low=0,
     high=4096,
     decides=False,
@@ -124,12 +137,12 @@ T = TypeVar('T', bound=Settings)
 
 
 class Problem(NamedTuple):
-  """What a run is made of.
+  """The parts of a run.
 
   Attributes:
-    transform: the power map.
+    transform: the map between phi and theta.
     method: the plan of the sparse training method.
-    init: makes the state to start from, of one device.
+    init: makes the state to start from, as one device holds it.
     step: the train step, to be compiled for the axis.
     init_masks: chooses the first masks; compiled.
     update_masks: changes them; compiled.
@@ -153,13 +166,13 @@ def stretched(settings: T) -> T:
   """The settings of a run that is `steps_multiplier` times as long.
 
   Args:
-    settings: as they are given.
+    settings: those of the run, as they are given.
 
   Returns:
-    The same with other numbers of steps.
+    The same settings with other numbers of steps.
 
   Raises:
-    ValueError: if there are too few or too many steps.
+    ValueError: if the numbers of steps become too small or too large.
   """
   names = ('steps', 'warmup_steps', 'phi_decay_warmup_steps')
   names += ('update_start', 'update_stop')
@@ -177,16 +190,17 @@ def stretched(settings: T) -> T:
 
 
 def load(settings: Settings) -> Data:
-  """The data set of a run.
+  """Loads the data set of a run.
 
   Args:
-    settings: the run.
+    settings: those of the run.
 
   Returns:
     A data set in memory, or sources of encoded images.
 
   Raises:
-    ValueError: if it cannot be loaded or is smaller than a batch.
+    ValueError: if it cannot be loaded, is smaller than a batch, or has too few
+      images to hold out, or if images of a set in memory are to be held out.
   """
   name, place = settings.dataset, settings.data_dir
   held_out = settings.validation_images
@@ -221,7 +235,14 @@ def load(settings: Settings) -> Data:
 
 
 def fingerprint(data: Data) -> str:
-  """A short text that tells one data set from another."""
+  """A short text that tells one data set from another.
+
+  Args:
+    data: returned by `load`.
+
+  Returns:
+    The text, which is part of what must be equal for a run to go on.
+  """
   if isinstance(data, in_memory.Dataset):
     return in_memory.fingerprint(data)
   return '-'.join(streams.fingerprint(source) for source in data if source)
@@ -243,17 +264,17 @@ def _make_feed(settings: Settings, data: Data, **arguments: Any) -> feeds.Feed:
 
 
 def make(settings: Settings, data: Data) -> Problem:
-  """Builds everything; nothing is compiled or trained yet.
+  """Builds the parts of a run; nothing is compiled or trained yet.
 
   Args:
-    settings: the run, after `stretched`.
+    settings: those of the run, returned by `stretched`.
     data: returned by `load`.
 
   Returns:
     A `Problem`.
 
   Raises:
-    ValueError: if the settings are impossible.
+    ValueError: if the settings are impossible for these data or this network.
   """
   devices.check_batch_size(settings.batch_size)
   axis, side = devices.axis_name(), settings.image_size

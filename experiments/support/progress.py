@@ -1,8 +1,8 @@
-"""How far a run of continual learning is, and its checkpoints.
+"""The progress of a run of continual learning, and its checkpoints.
 
-At the boundary of two tasks everything is in a `Progress`, which is written to
-a checkpoint whose step is the number of tasks: a run that was killed goes on at
-the task where it was, and ends with the same numbers.
+Between two tasks everything is in a `Progress`, which is written to a
+checkpoint whose step is the number of tasks: a run that was killed goes on with
+the task that was being learnt, and ends with the same numbers.
 """
 
 from typing import Any, NamedTuple
@@ -16,15 +16,15 @@ from powerprop_jax.training import checkpoint
 
 
 class Progress(NamedTuple):
-  """Where a run is at the boundary of two tasks.
+  """The state of a run between two tasks.
 
   Attributes:
-    memory: what the network carries on.
-    anchors: what EWC holds it to; None for other methods.
+    memory: what the network carries on from task to task.
+    anchors: what EWC pulls the weights to; None for other methods.
     tasks: the tasks that were learnt.
-    records: a dict for each of them.
-    matrix: the test accuracies of all tasks so far after each of them, None
-      where there was no evaluation.
+    records: a dict of results for each of these tasks.
+    matrix: row i has the test accuracies of the tasks 0 to i after task i was
+      learnt, with None where there was no evaluation.
     history: (step, metrics) of every report.
   """
 
@@ -37,12 +37,20 @@ class Progress(NamedTuple):
 
 
 def start(memory: continual.Memory, anchors: Any) -> Progress:
-  """The progress before the first task."""
+  """The progress before the first task.
+
+  Args:
+    memory: the network before the first task.
+    anchors: what EWC pulls its weights to; None for other methods.
+
+  Returns:
+    A `Progress` without tasks.
+  """
   return Progress(memory, anchors, [], [], [], [])
 
 
 def _stacked(progress: Progress) -> dict[str, Any]:
-  """What a checkpoint holds: few arrays, however many tasks there are."""
+  """The content of a checkpoint: few arrays, however many tasks there are."""
   stack = lambda *x: np.stack([np.asarray(a) for a in x])
   return {
     'memory': progress.memory,
@@ -65,9 +73,9 @@ def save(manager: checkpoint.Manager, progress: Progress) -> None:
 
 
 def _like(first: Progress, layout: continual.Layout, count: int) -> Any:
-  """A tree as the checkpoint of so many tasks holds."""
+  """A tree with the structure and shapes of a checkpoint of `count` tasks."""
   none = {p: jnp.zeros(x.shape, bool) for p, x in first.memory.owners.items()}
-  # The owner of a weight may have outgrown a byte.
+  # With many tasks, owners have an integer type of more than a byte.
   owners = continual.claim(first.memory.owners, none, count - 1)
   memory = first.memory._replace(owners=owners)
   task = continual.store(memory, none, layout)
@@ -88,7 +96,7 @@ def read(
     A `Progress`.
 
   Raises:
-    ValueError: if it is one of another network.
+    ValueError: if the checkpoint is one of another network.
   """
   state = checkpoint.fill(_like(first, layout, found.step), found)
   return _progress(state, found.extra, found.step)
@@ -105,7 +113,7 @@ def _progress(state: dict[str, Any], extra: Any, count: int) -> Progress:
 def restore(
   manager: checkpoint.Manager, first: Progress, layout: continual.Layout
 ) -> Progress:
-  """The progress of the newest whole checkpoint, or the start.
+  """Restores the progress of the newest whole checkpoint, if there is one.
 
   Args:
     manager: that of the run.
@@ -113,7 +121,7 @@ def restore(
     layout: how every leaf is kept.
 
   Returns:
-    A `Progress`.
+    A `Progress`, which is `first` if there is no checkpoint.
 
   Raises:
     ValueError: if the checkpoints are those of a run with other settings.
@@ -122,7 +130,7 @@ def restore(
   try:
     count = checkpoint.load(manager.directory).step
   except FileNotFoundError:
-    # Either there are none, or all are damaged, which is an error here.
+    # Either there is no checkpoint, or all are damaged, which raises below.
     like: Any = first.memory
     count = 0
   else:

@@ -1,7 +1,7 @@
-"""Runs many small networks at once, one per device, and keeps what is finished.
+"""Runs many small networks at once, one per device, and keeps their results.
 
-On a CPU every core is a device: networks of the size of LeNet train faster each
-on a core of its own than one after another on all cores.
+On a CPU every core is a device: networks of the size of LeNet train faster if
+each has a core of its own than one after another on all cores.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ class Watch(NamedTuple):
   """How a run is followed and stopped; both are arguments of `loop.run`.
 
   Attributes:
-    report: called with the step and metrics.
+    report: called with the step and the metrics.
     stopped: whether the program was asked to stop. A run that heeds it raises
       `loop.Interrupted`.
   """
@@ -38,7 +38,14 @@ Run = Callable[[Any, Watch], dict[str, Any]]
 
 
 def use_cores(num_runs: int) -> None:
-  """Makes every core of the CPU a device. Has no effect on accelerators."""
+  """Makes every core of the CPU a device, if there are enough runs for them.
+
+  It must be called before JAX makes its devices, and has no effect on
+  accelerators.
+
+  Args:
+    num_runs: the number of runs.
+  """
   cores = settings_lib.num_cores()
   if num_runs >= cores > 1:
     jax.config.update('jax_num_cpu_devices', cores)
@@ -53,18 +60,19 @@ def finished(
   names: Iterable[str] | None = None,
   fields: Iterable[str] = (),
 ) -> dict[str, Any]:
-  """The results there are in a folder.
+  """Reads the results of finished runs.
 
   Args:
     out_dir: the folder of results.
-    names: the runs to look for; all there are if not given.
-    fields: what every result has, beside its accuracy.
+    names: the names of the runs to look for; without them all are read.
+    fields: the entries that every result must have besides 'valid_accuracy'.
 
   Returns:
-    The results by the name of the run, in the order of the names.
+    The results by the name of the run, in the order of the names. Runs that
+    are not finished have none.
 
   Raises:
-    config.Refused: if a file in the place of a result is none.
+    config.Refused: if a file in the place of a result does not hold one.
   """
   folder = out_dir / 'runs'
   if names is None:
@@ -88,27 +96,27 @@ def run_all(
   workers: int | None = None,
   fields: Iterable[str] = (),
 ) -> tuple[list[str], bool]:
-  """Runs what is not finished, and writes a file for each run.
+  """Makes the runs that are not finished, and writes a file for each of them.
 
-  Ctrl-C and SIGTERM stop all runs at their next boundary and leave what is
-  finished.
+  Ctrl-C and SIGTERM stop all runs at their next boundary. The results of
+  finished runs stay.
 
   Args:
     runs: functions by name. Each is called on one of the devices.
-    data: given to every run, on its device.
-    steps: how many steps a run reports, for the time left.
+    data: a pytree of arrays that is given to every run, on its device.
+    steps: the number of steps of a run, by which the time left is estimated.
     out_dir: the folder of results; the files are runs/<name>.json.
-    workers: how many devices to use; all if not given.
-    fields: what every result has, as for `finished`.
+    workers: the number of devices to use; without it all are used.
+    fields: the entries that every result must have, as for `finished`.
 
   Returns:
     A message for each run that diverged, while the others went on; and whether
-    it was interrupted.
+    the runs were interrupted.
 
   Raises:
-    config.Refused: if a file in the place of a result is none.
-    Exception: what a run raises beside `loop.Diverged`, after the others have
-      stopped.
+    config.Refused: if a file in the place of a result does not hold one.
+    Exception: any other error of a run than `loop.Diverged`, after the other
+      runs have stopped.
   """
   done = finished(out_dir, runs, fields)
   missing = {name: run for name, run in runs.items() if name not in done}
@@ -169,7 +177,16 @@ def run_all(
 def finish(
   messages: list[str], interrupted: bool, done: int, total: int
 ) -> NoReturn:
-  """Ends the program: with 130 if interrupted, 1 if a run diverged, or 0."""
+  """Prints what went wrong, and ends the program.
+
+  The exit code is 130 if the runs were interrupted, 1 if one diverged, or 0.
+
+  Args:
+    messages: one for each run that diverged.
+    interrupted: whether the runs were interrupted.
+    done: how many runs are finished.
+    total: how many runs there are.
+  """
   for message in messages:
     print(f'error: {message}', file=sys.stderr)
   if interrupted:

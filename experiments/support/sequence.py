@@ -1,7 +1,7 @@
-"""One network taken through a sequence of tasks.
+"""Takes one network through a sequence of tasks.
 
-Each task draws from keys of its own, and after each everything is in a
-checkpoint (see `progress`).
+Each task draws its random numbers from keys of its own, and after each task
+everything is in a checkpoint (see `progress`).
 """
 
 from collections.abc import Callable
@@ -30,14 +30,15 @@ PHASES: tuple[str, ...] = ('data', 'train', 'search', 'retrain', 'evaluate')
 
 
 class _Run(NamedTuple):
-  """What learning a task takes beside what earlier tasks left.
+  """What learning a task needs besides the progress of earlier tasks.
 
   Attributes:
     job: which run it is.
     problem: the functions of its method and power.
     settings: those of the run.
     benchmark: its tasks.
-    keys: three, of the initialisation, of training, and of the anchors of EWC.
+    keys: random keys [3], of the initialisation, of training, and of the
+      anchors of EWC.
     watch: follows the run and stops it.
   """
 
@@ -58,7 +59,7 @@ class _Run(NamedTuple):
   def accuracies(
     self, progress: progress_lib.Progress, which: str, every: bool = True
   ) -> list[float | None]:
-    """Those of all tasks that were learnt, or of the last alone."""
+    """The accuracies of learnt tasks; if not `every`, None but for the last."""
     last = len(progress.tasks) - 1
     return [
       self.accuracy(progress.memory, task, t, which)
@@ -71,7 +72,7 @@ class _Run(NamedTuple):
 def _timed(
   seconds: dict[str, float], phase: str, f: Callable[..., Any]
 ) -> Callable[..., Any]:
-  """A function that adds to the seconds of a phase how long it took."""
+  """Wraps a function so that its duration is added to those of a phase."""
 
   def timed(*args):
     begin = time.time()
@@ -115,7 +116,7 @@ def _learn(
   seconds: dict[str, float],
   log: Callable[[int, dict[str, Any]], None],
 ) -> tuple[continual.Memory, continual.Task, dict[str, Any]]:
-  """Learns the next task: the memory, the task, and a record of it."""
+  """Learns the next task; returns the memory, the task, and a record of it."""
   t, problem, settings = len(progress.tasks), run.problem, run.settings
   part, record = functools.partial(run.benchmark.part, t), {}
   init_key, train_key = (jax.random.fold_in(key, t) for key in run.keys[:2])
@@ -149,7 +150,8 @@ def _learn(
     if choice is not None:
       record['search_seconds'] = seconds['search']
     if settings.retrain_steps:
-      # Reported, and never decided by: what pruning leaves by itself.
+      # The accuracy that pruning leaves by itself is reported; it decides
+      # nothing.
       pruned = continual.store(memory, mask, problem.layout)
       record['pruned_test_accuracy'] = run.accuracy(memory, pruned, t, 'test')
     return mask, choice
@@ -214,12 +216,16 @@ def _advance(
 def _all_tasks(
   run: _Run, manager: checkpoint.Manager
 ) -> tuple[progress_lib.Progress, str | None]:
-  """Learns what is not learnt yet: the progress, and why it stopped early."""
+  """Learns the remaining tasks; returns the progress, and why it stopped early.
+
+  The reason is None if all tasks were learnt.
+  """
   problem = run.problem
-  # On the device of the data from the start: compiled functions tell arrays
-  # that are bound to a device from others, and would be compiled for both.
+  # All arrays are on the device of the data from the start: compiled functions
+  # tell arrays that are bound to a device from others, and would be compiled
+  # for both.
   place = functools.partial(jax.device_put, device=run.keys.device)
-  # The network before the first task is that with which the task begins.
+  # The network before the first task is the one with which that task begins.
   fresh = problem.fresh(jax.random.fold_in(run.keys[0], 0))
   memory = place(continual.init_memory(*fresh, problem.layout))
   first = progress_lib.start(memory, place(problem.anchor(memory)))
@@ -259,7 +265,7 @@ def _initial(run: _Run, count: int) -> list[float]:
 
 
 def _reports(run: _Run, progress: progress_lib.Progress) -> dict[str, Any]:
-  """What is reported of all tasks together."""
+  """The report on all tasks together."""
   records, owners = progress.records, progress.memory.owners
   rows = progress.matrix
   report = continual_report.accuracy_report(rows)
@@ -290,7 +296,7 @@ def _reports(run: _Run, progress: progress_lib.Progress) -> dict[str, Any]:
 def _infer(
   run: _Run, progress: progress_lib.Progress, count: int
 ) -> dict[str, dict[str, float]]:
-  """How often the first tasks are told from their test images."""
+  """How often each rule finds the task of test images among the first ones."""
 
   def images_of(t):
     images = run.benchmark.part(t, 'test').images
@@ -317,22 +323,23 @@ def learn_all(
   """Takes one network through all tasks.
 
   Args:
-    job: which one.
+    job: which run it is.
     problem: made by `tasks.make_problem` for its method and power.
     settings: those of the run.
-    deciding: what of them has to be equal for the run to go on.
+    deciding: the settings that decide the result, and the fingerprint of the
+      data, which must be equal for a run to go on.
     dataset: the data set, of which only the name and the number of classes are
       used.
     out_dir: the folder of results.
-    data: train, valid and test split, on the device.
+    data: the train, valid and test splits, on the device.
     watch: follows the run and stops it.
 
   Returns:
-    What the summary needs of it.
+    The result of the run, a dict that JSON can hold.
 
   Raises:
     loop.Diverged: if the loss becomes NaN or infinite.
-    loop.Interrupted: if it is stopped.
+    loop.Interrupted: if the run is stopped.
     config.Refused: if its checkpoints are those of another run, or damaged.
   """
   train, valid, test = data

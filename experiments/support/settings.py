@@ -23,13 +23,13 @@ class Data(config.Settings):
   dataset: str = config.flag(
     'mnist_5k',
     'The data set. mnist_5k comes with an installed package; idx is a folder of'
-    ' four files in the format of MNIST; any other name is that of a TFDS set,'
-    ' which must have been prepared.',
+    ' four files in the format of MNIST; any other name is that of a data set'
+    ' of TensorFlow Datasets (TFDS), which must have been prepared.',
   )
   data_dir: str | None = config.flag(
     None,
-    'The folder in which the TFDS sets, the idx files or the images lie.'
-    ' Without it TFDS looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
+    'The folder of the TFDS data sets, of the idx files or of the images. By'
+    ' default TFDS looks in $TFDS_DATA_DIR or ~/tensorflow_datasets.',
     decides=False,
   )
 
@@ -82,13 +82,13 @@ class Hosts(config.Settings):
   )
   num_processes: int | None = config.flag(
     None,
-    'The number of hosts, where a coordinator is named.',
+    'The number of hosts, if --coordinator is host:port.',
     low=1,
     decides=False,
   )
   process_index: int | None = config.flag(
     None,
-    'Which of the hosts this is, where a coordinator is named.',
+    'The index of this host, from 0 on, if --coordinator is host:port.',
     low=0,
     decides=False,
   )
@@ -113,10 +113,10 @@ def connect(settings: Hosts) -> None:
   """Joins the other hosts, if there are any.
 
   Args:
-    settings: the hosts.
+    settings: the settings of the hosts.
 
   Raises:
-    ValueError: if there is no connection.
+    ValueError: if the connection fails.
   """
   if settings.coordinator is None:
     return
@@ -138,24 +138,24 @@ def connect(settings: Hosts) -> None:
 
 
 def num_cores() -> int:
-  """How many cores this process may use, which may not be all there are."""
+  """How many cores this process may use, which need not be all there are."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def load_in_memory(settings: Data, batch_size: int) -> in_memory.Dataset:
-  """Loads the data set, and sees that it is large enough for a batch.
+  """Loads the data set, and checks that it is large enough for a batch.
 
   Args:
-    settings: the data.
-    batch_size: examples per step.
+    settings: the settings of the data.
+    batch_size: the number of examples per step.
 
   Returns:
     The data set.
 
   Raises:
-    ValueError: if it cannot be loaded or is too small.
+    ValueError: if it cannot be loaded or is smaller than a batch.
   """
   data = in_memory.load(settings.dataset, settings.data_dir)
   check_batch_size(batch_size, len(data.train.labels), data.name)
@@ -166,9 +166,9 @@ def check_batch_size(batch_size: int, size: int, name: str) -> None:
   """Raises ValueError if a batch is larger than a data set.
 
   Args:
-    batch_size: examples per step.
+    batch_size: the number of examples per step.
     size: the number of training examples.
-    name: of the data set.
+    name: the name of the data set.
   """
   if batch_size > size:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The results of a sweep over sparse training methods, as people read them."""
+"""Tables and figures of a sweep over sparse training methods."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,9 @@ import numpy as np
 from experiments.support import output
 from powerprop_jax import plots
 
+# A result of the sweep, as `summarise` takes and returns it.
 Row = dict[str, Any]
+# The names of the methods in tables and figures.
 TITLES = {
   'dense': 'dense',
   'static': 'static',
@@ -23,24 +25,25 @@ TITLES = {
 
 
 def _setting(r: Row) -> tuple[Any, ...]:
-  """What a row is a recipe for."""
+  """The setting for which a row has one recipe of several."""
   return r['method'], r['distribution'], r['sparsity'], r['recipe']['alpha']
 
 
 def summarise(results: Sequence[Row]) -> list[Row]:
-  """Adds the statistics over seeds, and which recipe validation data choose.
+  """Adds statistics over seeds, and whether validation data choose the recipe.
 
   Args:
-    results: one dict per setting: 'method', 'distribution', 'sparsity',
-      'recipe' (a dict of 'alpha' and what else it is trained with), the lists
-      'test_accuracy' and 'valid_accuracy' over seeds, 'sign_changes', the share
-      of the weights in use, and 'inference_flops' and 'training_flops' relative
-      to a dense network.
+    results: one dict per setting and recipe: 'method', 'distribution',
+      'sparsity', 'recipe' (a dict of 'alpha' and what else it is trained with),
+      'seeds' (their number), the lists 'test_accuracy' and 'valid_accuracy'
+      over seeds, 'sign_changes' (the share of the weights in use whose sign is
+      not that of the initialisation), and 'inference_flops' and
+      'training_flops' relative to a dense network.
 
   Returns:
-    The same with 'mean' and 'std' of the test accuracy, and 'chosen': whether
-    the mean validation accuracy is the best among the recipes of this method,
-    distribution, sparsity and alpha.
+    The same dicts with 'mean' and 'std' of the test accuracy, and 'chosen':
+    whether the mean validation accuracy is the best among the recipes of this
+    method, distribution, sparsity and alpha.
   """
   best: dict[tuple[Any, ...], Row] = {}
   for r in results:
@@ -68,7 +71,7 @@ def _table(
   sparsities = sorted({r['sparsity'] for r in rows if r['method'] != 'dense'})
   lines: dict[tuple[str, ...], dict[float, str]] = {}
   for r in rows:
-    # A dense network is as good at every sparsity.
+    # A dense network has no sparsity: its cell is the same in every column.
     at = sparsities if r['method'] == 'dense' else [r['sparsity']]
     lines.setdefault(key(r), {}).update(dict.fromkeys(at, cell(r)))
   table = [
@@ -81,12 +84,19 @@ def _table(
 
 
 def _distribution(r: Row) -> str:
-  """That of the table; dense networks and SNIP have none."""
+  """The distribution in tables; dense networks and SNIP have none."""
   return '' if r['method'] in ('dense', 'snip') else r['distribution']
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-  """Test accuracy in percent, with the deviation where there are seeds."""
+  """Test accuracy in percent, with the deviation over several seeds.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+
+  Returns:
+    A line for each method, distribution and alpha, a column for each sparsity.
+  """
 
   def cell(r):
     deviation = (
@@ -103,7 +113,14 @@ def accuracy_table(rows: Sequence[Row]) -> str:
 
 
 def flops_table(rows: Sequence[Row]) -> str:
-  """Operations at inference / of training, relative to dense."""
+  """Operations at inference / of training, relative to a dense network.
+
+  Args:
+    rows: returned by `summarise`; those of the alpha of the first are shown.
+
+  Returns:
+    A line for each method and distribution, a column for each sparsity.
+  """
   alpha = rows[0]['recipe']['alpha']
   return _table(
     [r for r in rows if r['recipe']['alpha'] == alpha],
@@ -114,7 +131,14 @@ def flops_table(rows: Sequence[Row]) -> str:
 
 
 def sign_table(rows: Sequence[Row]) -> str:
-  """Weights in use whose sign is not that of the initialisation, in percent."""
+  """Weights in use whose sign is not that of the initialisation, in percent.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+
+  Returns:
+    A line for each method, distribution and alpha, a column for each sparsity.
+  """
   return _table(
     rows,
     ['method', 'distribution', 'alpha'],
@@ -126,7 +150,16 @@ def sign_table(rows: Sequence[Row]) -> str:
 def curves(
   rows: Sequence[Row], distribution: str
 ) -> dict[str, dict[str, list[float]]]:
-  """What `plots.accuracy_against_sparsity` draws for a distribution."""
+  """The lines of `plots.accuracy_against_sparsity` for one distribution.
+
+  Args:
+    rows: returned by `summarise`; one recipe for each setting.
+    distribution: the name of the distribution.
+
+  Returns:
+    {label: {'sparsity': list, 'mean': list, 'std': list}}, with dense networks
+    and SNIP, which have no distribution.
+  """
   lines: dict[str, dict[str, list[float]]] = {}
   for r in sorted(rows, key=lambda r: r['sparsity']):
     if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:
@@ -140,7 +173,13 @@ def curves(
 def write(
   results: Sequence[Row], distributions: Sequence[str], out_dir: epath.Path
 ) -> None:
-  """Writes summary.json and the figures, and prints the tables."""
+  """Writes summary.json and the figures, and prints the tables.
+
+  Args:
+    results: the results, as `summarise` takes them.
+    distributions: the distributions, each of which has a figure.
+    out_dir: the folder of results.
+  """
   rows = summarise(results)
   output.write_json(out_dir / 'summary.json', {'results': rows})
   rows, names = [r for r in rows if r['chosen']], []

@@ -1,7 +1,8 @@
-"""What learns a sequence of tasks, built from its settings and compiled once.
+"""Builds, from settings, the functions that learn a sequence of tasks.
 
 Everything that differs between tasks is an argument of the compiled functions:
-data, masks, counts and anchors. A hundred tasks compile what one does.
+data, masks, counts and anchors. So they are compiled once, however many tasks
+there are.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,8 @@ from powerprop_jax.training import feeds
 from powerprop_jax.training import loop
 
 METHODS = ('epn', 'packnet', 'finetune', 'independent', 'ewc')
-_CHUNK = 500  # Steps between two looks at the loss.
-_FISHER_EXAMPLES = 500
+_CHUNK = 500  # The number of steps between two checks of the loss.
+_FISHER_EXAMPLES = 500  # EWC estimates the Fisher information from these.
 _MAX_TASKS = 65_535  # The owner of a weight is an integer of 16 bits.
 
 
@@ -46,7 +47,7 @@ class Sequence(config.Settings):
   benchmark: str = config.flag(
     'permuted',
     'What the tasks are. permuted gives each task an order of the pixels,'
-    ' rotated an angle, and split some of the classes.',
+    ' rotated gives it an angle, and split gives it some of the classes.',
     choices=('permuted', 'rotated', 'split'),
   )
   tasks: int = config.flag(
@@ -62,7 +63,7 @@ class Sequence(config.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Kept(config.Settings):
-  """What belongs to a task beside its mask."""
+  """What belongs to a task besides its mask."""
 
   heads: str = config.flag(
     'task',
@@ -96,13 +97,13 @@ class Pruning(config.Settings):
   )
   search: str = config.flag(
     'binary',
-    'How the lowest density (the fraction kept) is found that leaves it. linear'
-    ' tries the densities from the largest down, binary halves them, and taylor'
-    ' predicts the loss at all of them.',
+    'How the lowest density (the fraction kept) is found that leaves the share'
+    ' --gamma. linear tries the densities from the largest down, binary bisects'
+    ' them, and taylor predicts the loss at all of them.',
     choices=('linear', 'binary', 'taylor'),
   )
   search_steps: int = config.flag(
-    5, 'How many times the binary search halves the densities.', low=0
+    5, 'How many times the binary search bisects the densities.', low=0
   )
   densities: tuple[float, ...] = config.flag(
     tuple(float(f'{p:.4g}') for p in np.geomspace(0.01, 1.0, 24)),
@@ -111,7 +112,7 @@ class Pruning(config.Settings):
   )
   min_density: float = config.flag(
     0.0,
-    'The least density, the fraction of the weights kept, of a task.',
+    'The smallest density, the fraction of the weights kept, of a task.',
     low=0.0,
     high=1.0,
   )
@@ -123,15 +124,16 @@ class Pruning(config.Settings):
   )
   cap: float | None = config.flag(
     None,
-    'How much of all weights a task may be the first to use; all that are free'
-    ' if not given. This is not in the paper.',
+    'The largest fraction of all weights that a task may be the first to use.'
+    ' By default a task may use all that are free. This limit is not in the'
+    ' paper.',
     low=0.0,
     high=1.0,
   )
   omit_first_layer: bool = config.flag(
     False,
     'Whether the training and the mask of a new task leave out the weights of'
-    ' earlier tasks in the first layer. This is not in the paper.',
+    ' earlier tasks in the first layer. This choice is not in the paper.',
   )
 
   def __post_init__(self):
@@ -148,14 +150,14 @@ class Evaluation(config.Settings):
 
   evaluate_every: int = config.flag(
     1,
-    'After how many tasks all tasks so far are evaluated. The newest one always'
-    ' is.',
+    'The number of tasks from one evaluation of all tasks so far to the next.'
+    ' The newest task is always evaluated.',
     low=1,
   )
   infer_tasks: tuple[int, ...] = config.flag(
     (),
-    'Among how many of the first tasks the task of test images is inferred at'
-    ' the end, for each of these numbers.',
+    'Numbers of tasks: for each number n, the task of test images is inferred'
+    ' among the first n tasks, at the end.',
     low=1,
   )
 
@@ -180,15 +182,16 @@ class Settings(
   )
   retrain_steps: int = config.flag(
     500,
-    'The number of training steps of each task under its mask, with which'
-    ' methods that do not prune train on; 0 leaves them out.',
+    'The number of steps for which each task is retrained under its mask; 0'
+    ' leaves retraining out. Methods that do not prune add these steps to'
+    ' --steps_per_task.',
     low=0,
     high=settings_lib.MAX_STEPS,
   )
   retrain_learning_rate: float | None = config.flag(
     None,
-    'The largest learning rate under the mask; that of --learning_rate if not'
-    ' given.',
+    'The largest learning rate of the training under the mask. The default is'
+    ' --learning_rate.',
     low=0.0,
   )
   batch_size: int = config.flag(
@@ -238,23 +241,23 @@ class Job(NamedTuple):
 
 
 class Problem(NamedTuple):
-  """What the runs of one method and alpha share.
+  """The functions that the runs of one method and alpha share.
 
   Attributes:
     layout: how every leaf is kept.
-    transform: between phi and theta.
+    transform: the map between phi and theta.
     omit: paths of leaves of which earlier tasks' weights are left out.
     fresh: maps a key to (phi, model_state) of a new network.
     train: maps (memory, masks, anchors, split, size, key, index, retraining,
       watch) to the memory after training on the first `size` examples of a
       split.
-    choose: what `continual.learn_task` takes; None if nothing is masked.
+    choose: as `continual.learn_task` takes it; None if nothing is masked.
     accuracy: maps (theta, model_state, split) to the accuracy of a network.
     logits: maps (theta, model_state, images) to the logits.
     recall: maps (memory, task) to (theta, model_state) of its network.
-    anchor: maps (memory, anchors, split, key) to what EWC holds the next task
-      to; given the memory alone, to what it holds the first one to. It is None
-      for other methods.
+    anchor: maps (memory, anchors, split, key) to the anchors to which EWC
+      pulls the weights in the next task; given the memory alone, to those of
+      the first task. For other methods it returns None.
   """
 
   layout: continual.Layout
@@ -306,7 +309,7 @@ def make_benchmark(
 
 
 def _layout(settings: Settings, method: str, params: Any) -> continual.Layout:
-  """What the method keeps of the network, and how."""
+  """How the method keeps every leaf of the network."""
   if method == 'independent':
     return layouts.make_layout(
       params, weights='private', biases='private', norm='private'
@@ -326,7 +329,7 @@ def _layout(settings: Settings, method: str, params: Any) -> continual.Layout:
 
 
 def _for_retraining(settings: Settings) -> Settings:
-  """Decay of phi makes weights sparse, and has no place under a mask."""
+  """The settings of retraining, without the decay that makes weights sparse."""
   rate, last = settings.retrain_learning_rate, settings.alpha_steps[-1:]
   return dataclasses.replace(
     settings,
@@ -369,7 +372,7 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
   ):
     home = split.labels.device
     state_key, data_key = jax.random.split(key)
-    # Copies, as compiled steps overwrite their state.
+    # These are copies, as compiled steps overwrite their state.
     state = training.TrainState(
       phi=jax.tree.map(jnp.copy, memory.phi),
       model_state=jax.tree.map(jnp.copy, memory.model_state),
@@ -406,7 +409,7 @@ def _make_train(settings, alpha, make_loss, transform, layout, axis):
     )
     if step < steps[retraining]:
       raise loop.Interrupted
-    if axis is not None:  # What is chosen from all devices still lies on all.
+    if axis is not None:  # The next task begins on the device of the data.
       state = jax.device_put(devices.unreplicate(state, axis), home)
     return memory._replace(phi=state.phi, model_state=state.model_state)
 
@@ -442,13 +445,13 @@ def _make_anchor(settings, logits, transform, layout):
 
 
 class _Functions(NamedTuple):
-  """What training and searches are made of.
+  """The functions of a network that training and searches use.
 
   Attributes:
-    make_loss: maps whether normalisation is frozen to a loss.
-    accuracy: of (theta, model_state, images, labels).
-    logits: of (theta, model_state, images).
-    mean_loss: of (theta, model_state, (images, labels)).
+    make_loss: makes the loss, given whether normalisation is frozen.
+    accuracy: maps (theta, model_state, images, labels) to the accuracy.
+    logits: maps (theta, model_state, images) to the logits.
+    mean_loss: maps (theta, model_state, (images, labels)) to the mean loss.
   """
 
   make_loss: Callable[[bool], training.LossFn]
@@ -460,12 +463,12 @@ class _Functions(NamedTuple):
 def _make_functions(
   network_apply: Callable[..., Any], prepare: augment.Prepare
 ) -> _Functions:
-  """The functions of a network; examples that only pad do not count."""
+  """The functions of a network, in which examples of padding do not count."""
 
   def make_loss(frozen_norm):
     def apply(theta, model_state, key, x, is_training):
-      # Frozen statistics normalise in training too: else the network that is
-      # trained were another than the one that is evaluated.
+      # Frozen statistics normalise in training too, so that the network that is
+      # trained is the one that is evaluated.
       return network_apply(
         theta, model_state, key, x, is_training and not frozen_norm
       )
@@ -483,7 +486,7 @@ def _make_functions(
       logits(theta, model_state, images), jnp.maximum(labels, 0)
     )
     known = labels != classification.PADDING
-    # Padding counts nothing, also where a batch is nothing else.
+    # Padding does not count, also if a batch has nothing else.
     return jnp.sum(losses, where=known) / jnp.maximum(jnp.sum(known), 1)
 
   accuracy = classification.make_accuracy(network_apply, prepare)

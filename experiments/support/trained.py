@@ -1,4 +1,4 @@
-"""Networks that the binaries have trained, read from what they wrote."""
+"""Loads networks that the binaries have trained."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -28,12 +28,13 @@ from powerprop_jax.training import classification
 
 
 class Network(NamedTuple):
-  """One network.
+  """One trained network.
 
   Attributes:
-    alpha: the power.
-    theta: its weights, zero where it is sparse already.
-    masks: those of the weights it uses; {} if it uses all.
+    alpha: the power at the end of training.
+    theta: its weights, which are zero where masks are false.
+    masks: boolean arrays like theta, true for the weights in use; {} if all
+      are.
     state: the statistics of its normalisation.
     evaluate: maps (theta, state) to accuracies by name.
   """
@@ -49,7 +50,7 @@ class Tasks(NamedTuple):
   """The networks of a sequence of tasks, which share their weights.
 
   Attributes:
-    alpha: the power.
+    alpha: the power at the end of training.
     shared: {'theta': ..., 'state': ...} after the last task.
     masks: for each task {'theta': masks by path}.
     private: for each task {'theta': its own leaves by path, 'state': ...}.
@@ -69,7 +70,7 @@ def _check_data(trained_on: Mapping[str, Any], fingerprint: str) -> None:
   """Raises ValueError if a network was trained on other data."""
   if trained_on.get('data', fingerprint) != fingerprint:
     raise ValueError(
-      'The network was trained on other data than these, by which it would be'
+      'The network was trained on other data than those on which it would be'
       ' evaluated. Give the --data_dir of its training.'
     )
 
@@ -158,7 +159,7 @@ def _of_continual_learning(
     state = {} if task.model_state is None else {'state': task.model_state}
     return {'theta': leaves.by_path(network['theta'], own)} | state
 
-  # Its parts are asked for twice, before and after the file is written.
+  # Each part is asked for twice, before and after the file is written.
   part = functools.cache(benchmark.part)
   return Tasks(
     alpha=optimisers.last_alpha(settings, job.alpha),
@@ -202,12 +203,13 @@ def folder(path: str) -> pathlib.Path:
 def load(
   path: str, data_dir: str | None, best: bool = False
 ) -> Network | Tasks:
-  """Reads what one of the binaries has trained.
+  """Loads a network, or a sequence of tasks, that a binary has trained.
 
   Args:
-    path: a file `runs/<name>.safetensors` of `mnist_pruning`; or the folder of
-      a run of another binary, or its folder of checkpoints.
-    data_dir: where data sets lie.
+    path: a file `runs/<name>.safetensors` of `mnist_pruning`; the folder of a
+      run of `sparse_training`, or its folder of checkpoints; or the folder of
+      one run in the checkpoints of `continual_learning`.
+    data_dir: the folder of data sets, as the flag --data_dir has it.
     best: whether to take the checkpoint of the best validation accuracy, and
       not the newest one.
 
@@ -215,8 +217,9 @@ def load(
     A `Network`; or, of `continual_learning`, its `Tasks`.
 
   Raises:
-    ValueError: if it is nothing of these, or damaged.
-    FileNotFoundError: if there is nothing.
+    ValueError: if the path holds something else, if its file is damaged, or if
+      the data are not those of the training.
+    FileNotFoundError: if there is no file and no whole checkpoint.
   """
   place = pathlib.Path(path).expanduser()
   if place.is_file():

@@ -87,7 +87,7 @@ def test_a_preset_yields_to_what_is_given():
     ('--quiet=perhaps', '--quiet=perhaps: must be true or false'),
     ('--preset=slow', '--preset=slow: value should be one of <fast>'),
     ('--stepps=1', "Unknown command line flag 'stepps'. Did you mean: steps"),
-    ('left', "no flags: ['left']"),
+    ('left', "not flags: ['left']"),
   ],
 )
 def test_impossible_values(argument, message):

@@ -163,7 +163,7 @@ def data():
     (['--alphas='], r'--alphas=: must not be empty'),
     (['--kept=0,1'], r'--kept=0,1: density must be in \(0, 1\]'),
     (['--kept=1.5'], r'--kept=1.5: density must be in \(0, 1\]'),
-    (['--kept=1e-6,1'], r'--kept=1e-06 keeps no weight at all'),
+    (['--kept=1e-6,1'], r'--kept=1e-06 keeps next to no weight'),
     (['--update_rule=backprop'], r'one of target_propagation, chain_rule'),
     (['--scope=row'], r'--scope=row: must be one of layer, global'),
     (['--scope='], r'--scope=: must not be empty'),
