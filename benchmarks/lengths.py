@@ -17,16 +17,12 @@ steps for alpha = 1 and for alpha = 2 by trials of their own.
 """
 
 import dataclasses
-from importlib import metadata
 import itertools
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
-import sys
 
+from benchmarks import comparing
 from experiments.support import config
 
 _LENGTHS = (2_500, 5_000, 10_000, 25_000, 50_000, 100_000)
@@ -40,7 +36,6 @@ _COMMON = (
   '--scope=layer,global',
   f'--kept={",".join(map(str, _KEPT))}',
 )
-_RESULTS = pathlib.Path(__file__).parent.parent / 'experiments' / 'results'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +109,10 @@ def main(settings: Settings) -> None:
   root = pathlib.Path(settings.out_dir)
   for steps in settings.lengths:
     for name, recipe in RECIPES.items():
-      command = [
-        *('-m', 'experiments.mnist_pruning', *_COMMON, *recipe.flags(steps)),
-        *(*data, f'--seeds={settings.seeds}'),
-        f'--out_dir={root / f"{name}-{steps}"}',
-      ]
-      # A process for each, which gives back what it compiled. It fails where a
-      # run diverges, and the others count.
-      subprocess.run([sys.executable, *command], check=False)
+      flags = [*_COMMON, *recipe.flags(steps), *data]
+      flags.append(f'--seeds={settings.seeds}')
+      # Where a run diverges the others count.
+      comparing.train('mnist_pruning', flags, root / f'{name}-{steps}')
       write(root)
 
 
@@ -145,23 +136,17 @@ def write(root: pathlib.Path) -> None:
           'valid_mean': [round(x, 6) for x in valid],
         }
       )
-  content = {
-    'source': {
+  comparing.write(
+    'lengths',
+    {
       'commands': ['python -m benchmarks.lengths --data_dir=DIR'],
-      'machine': (
-        f'{os.cpu_count()} CPU cores, Python {platform.python_version()}, jax'
-        f' {metadata.version("jax")}'
-      ),
       'recipes': {
         recipe.label: ' '.join([*_COMMON, *recipe.flags(10_000)])
         for recipe in RECIPES.values()
       },
     },
-    'kept': list(_KEPT),
-    'results': results,
-  }
-  text = json.dumps(content, indent=1)
-  (_RESULTS / 'lengths.json').write_text(text + '\n')
+    {'kept': list(_KEPT), 'results': results},
+  )
 
 
 if __name__ == '__main__':

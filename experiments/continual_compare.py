@@ -55,8 +55,9 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
     folders: paths of folders that `continual_learning` has written.
 
   Returns:
-    The runs. Their 'method' is the name of the folder, and 'learnt_by' is the
-    method. They have the forward transfer if there are runs of `independent`.
+    The runs. Their 'method' is the name of the folder, followed by the method
+    if the folder holds several, and 'learnt_by' is the method. They have the
+    forward transfer if there are runs of `independent`.
 
   Raises:
     ValueError: if a folder holds no finished run of `continual_learning`.
@@ -68,12 +69,15 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
       raise ValueError(f'{path} holds no finished run of continual_learning.')
     found[path.name] = list(runs)
   everything = [run for runs in found.values() for run in runs]
-  return [
-    comparison.with_transfer(run, everything)
-    | {'method': name, 'learnt_by': run['method']}
-    for name, runs in found.items()
-    for run in runs
-  ]
+  renamed = []
+  for name, runs in found.items():
+    are_mixed = len({run['method'] for run in runs}) > 1
+    for run in runs:
+      method = run['method']
+      label = f'{name}/{method}' if are_mixed else name
+      names = {'method': label, 'learnt_by': method}
+      renamed.append(comparison.with_transfer(run, everything) | names)
+  return renamed
 
 
 def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:

@@ -105,8 +105,8 @@ class Method(config.Settings):
   )
   dense_layers: tuple[str, ...] = config.flag(
     (),
-    'Regular expressions of the paths of layers that are to stay dense. They do'
-    ' not count if --distribution gives sparsities by pattern.',
+    'Regular expressions of the paths of layers that are to stay dense. With'
+    ' sparsities by pattern, give such layers the sparsity 0 there.',
     check=config.check_pattern,
   )
   scope: str = config.flag(
@@ -191,6 +191,11 @@ def make_distribution(
     raise ValueError(
       '--distribution must be uniform, erk, er or pattern=sparsity,..., got'
       f' {name!r}.'
+    )
+  if dense:
+    raise ValueError(
+      f'--dense_layers={",".join(dense)} has no effect with'
+      f' --distribution={name}. Add {dense[0]}=0 to the distribution instead.'
     )
   try:
     sparsities = config.factors(name.split(','))

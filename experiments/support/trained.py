@@ -223,6 +223,11 @@ def load(
   """
   place = pathlib.Path(path).expanduser()
   if place.is_file():
+    if best:
+      raise ValueError(
+        f'{place} holds the last weights of a run and no best ones. Leave'
+        ' --which out.'
+      )
     return _of_mnist_pruning(place, data_dir)
   try:
     found = checkpoint.load(folder(path), evaluation.BEST if best else None)

@@ -52,6 +52,14 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
     assert (out_dir / name).read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
 
 
+def test_methods_of_one_folder_are_rows_of_their_own(tmp_path):
+  _write(tmp_path / 'mixed', 'epn', 0, [0.96, 0.94])
+  _write(tmp_path / 'mixed', 'packnet', 0, [0.91, 0.93])
+  runs = continual_compare.load([str(tmp_path / 'mixed')])
+  names = {run['method']: run['average_accuracy'] for run in runs}
+  assert names == {'mixed/epn': 0.95, 'mixed/packnet': 0.92}
+
+
 def test_legends_name_methods_and_folders_only_where_they_must(folders):
   runs = continual_compare.load(folders)
   accuracy = comparison.figures(runs)['accuracy.png']

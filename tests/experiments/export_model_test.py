@@ -269,6 +269,8 @@ def test_what_is_no_network_is_refused(run, tmp_path):
   path, _ = run
   with pytest.raises(FileNotFoundError):
     trained_lib.load(str(tmp_path / 'absent'), None)
+  with pytest.raises(ValueError, match='no best ones. Leave --which out'):
+    trained_lib.load(str(path), None, best=True)
   manager = checkpoint.open_manager(tmp_path / 'a', {'binary': 'cooking'})
   checkpoint.save(manager, 1, {'x': np.ones(2)})
   checkpoint.close(manager)

@@ -500,6 +500,10 @@ def test_impossible_flags(args, message):
     (('--dataset=folder',), 'folder needs --data_dir'),
     (('--validation_images=5',), 'images=5: mnist_5k is held in memory'),
     (('--phi_decay_scale=conv=2',), "'conv' matches none of the weights"),
+    (
+      ('--distribution=linear=0.9', '--dense_layers=logits'),
+      'Add logits=0 to the distribution',
+    ),
   ],
 )
 def test_flags_that_do_not_fit_the_data_or_the_network(args, message):
