@@ -24,6 +24,7 @@ from typing import Any
 import tabulate
 
 from experiments.support import config
+from experiments.support import optimisers
 from experiments.support import sweep_report
 from powerprop_jax import plots
 from powerprop_jax.plots import style
@@ -460,8 +461,25 @@ def _expectations() -> str:
   return _markdown(headings, rows, left=4)
 
 
+def _nats() -> str:
+  """The decay of the power that grows, by the number of steps, in nats."""
+  rows = []
+  for steps in (2_500, 10_000, 25_000, 50_000, 100_000):
+    decay = 1e-3 * (10_000 / steps) ** 0.5
+    settings = optimisers.Settings(
+      alpha_steps=('2:0.25', '3:0.5'),
+      phi_decay=decay,
+      phi_decay_schedule='cosine',
+      phi_decay_warmup_steps=3 * steps // 10,
+    )
+    nats = optimisers.nats(settings, 1.5, steps)
+    rows.append([f'{steps:,}', f'{decay:.2g}', f'{nats:.1f}'])
+  return _markdown(['steps', 'decay of phi', 'nats'], rows, left=0)
+
+
 TABLES: dict[str, Callable[[], str]] = {
   'expectations': _expectations,
+  'nats': _nats,
   'mnist_pruning-paper': _paper,
   'mnist_pruning-shifted': lambda: _layer_and_global(
     {
