@@ -496,7 +496,7 @@ def _make_functions(
 def _make_choose(settings, method, functions, transform, omit):
   """The `choose` of a `Problem`."""
   if method == 'packnet':
-    return continual.packnet(settings.tasks)
+    return continual.packnet(settings.tasks, omit)
   if method != 'epn':
     return None
   return continual.efficient_packnet(

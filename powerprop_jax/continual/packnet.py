@@ -10,7 +10,8 @@ References:
   iterative pruning <https://arxiv.org/abs/1711.05769>`_, CVPR 2018.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -58,7 +59,10 @@ def packnet_counts(
 
 
 def packnet_mask(
-  params: Params, owners: ByPath, counts: Mapping[str, Any]
+  params: Params,
+  owners: ByPath,
+  counts: Mapping[str, Any],
+  omit: Collection[str] = (),
 ) -> ByPath:
   """PackNet's mask: the largest free weights of each layer, and all owned ones.
 
@@ -68,6 +72,7 @@ def packnet_mask(
     owners: who owns each weight, by path, as in a `Memory`.
     counts: how many free weights to take of each leaf, as `packnet_counts`
       returns them; Python integers, or traced ones.
+    omit: the paths of leaves of which owned weights are left out.
 
   Returns:
     Boolean arrays by path, of the shapes of the owners.
@@ -84,17 +89,20 @@ def packnet_mask(
     free = owners[path] == 0
     # -1 is below every magnitude, so that nothing owned is taken twice.
     scores = jnp.where(free, jnp.abs(x), -1.0)
-    return ~free | masks.top_count_mask(scores, counts[path])
+    taken = masks.top_count_mask(scores, counts[path])
+    return taken if path in omit else ~free | taken
 
   found = leaves.by_path(params, owners)
   return {path: mask(path, x) for path, x in found.items()}
 
 
-def packnet(num_tasks: int) -> memory_lib.Choose:
+def packnet(num_tasks: int, omit: Collection[str] = ()) -> memory_lib.Choose:
   """Makes the function by which PackNet chooses masks, for `learn_task`.
 
   Args:
     num_tasks: T, how many tasks will come.
+    omit: the paths of leaves of which a task takes only free weights. They have
+      to be those that `learn_task` is given. The published method omits none.
 
   Returns:
     A function of (memory, index) that returns the mask of the task by path, and
@@ -116,7 +124,7 @@ def packnet(num_tasks: int) -> memory_lib.Choose:
   if num_tasks < 1:
     raise ValueError(f'num_tasks must be at least 1, got {num_tasks}.')
   # The counts are arguments: all tasks share one compiled function.
-  mask = jax.jit(packnet_mask)
+  mask = jax.jit(functools.partial(packnet_mask, omit=frozenset(omit)))
 
   def choose(memory, index, *valid):
     del valid

@@ -505,6 +505,19 @@ def test_packnet_chooses_by_magnitude_and_layer():
   assert record is None
 
 
+def test_packnet_leaves_owned_weights_out_where_it_is_told():
+  learner, omit = _Learner(), ['initial_linear/w']
+  choose = continual.packnet(num_tasks=2, omit=omit)
+  for t in range(2):
+    learner.learn(choose=choose, omit=omit)
+  owners = learner.memory.owners
+  mask = masks.unpack(learner.tasks[1].packed, owners)
+  first, other = 'initial_linear/w', 'linear_1/w'
+  np.testing.assert_array_equal(mask[first], owners[first] == 2)
+  np.testing.assert_array_equal(mask[other], owners[other] > 0)
+  assert np.sum(owners[first] == 2) == 128
+
+
 def test_packnet_mask_by_hand():
   theta = {'layer': {'w': jnp.array([-9.0, 1, -3, 2, 0, 0])}}
   owners = {'layer/w': jnp.array([1, 1, 0, 0, 0, 0], jnp.uint8)}
