@@ -75,8 +75,8 @@ def mask_overlap(
     fractions themselves, 'overlap' and 'chance' are in [0, 1].
 
   Raises:
-    ValueError: if theta is not finite, a fraction keeps no weight at all, or an
-      option is impossible.
+    ValueError: if theta is not finite, no leaf is a weight, a fraction keeps no
+      weight at all, or an option is impossible.
   """
   pruning.check_finite((theta_before, theta_after))
   is_weight = options.get('is_weight', leaves.is_weight)
@@ -191,8 +191,8 @@ def weight_distribution(
     empty where there are fewer than two different values.
 
   Raises:
-    ValueError: if theta is not finite, or the density, the number of samples or
-      an option is impossible.
+    ValueError: if theta is not finite, no leaf is a weight, or the density, the
+      number of samples or an option is impossible.
   """
   if num_samples < 1:
     raise ValueError(f'num_samples must be at least 1, got {num_samples}.')

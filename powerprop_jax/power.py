@@ -41,7 +41,7 @@ from powerprop_jax import types
 
 
 class PowerTransform(NamedTuple):
-  """A pair of inverse maps of pytrees, and the Jacobian of the first.
+  """A pair of inverse maps of pytrees, with the Jacobian of the first.
 
   Attributes:
     to_theta: maps phi to the weights theta that the network uses.

@@ -157,7 +157,7 @@ def target_propagation(
       that it is given, are those of theta. Its updates are scaled: the
       documentation of this module lists the wrappers that have to go outside.
     transform: a `power.power_transform`.
-    floor: the share of the update of `inner` that is added to theta besides,
+    floor: the share of the update of `inner` that is added to theta as well,
       which lets a weight leave zero and change its sign; see `powerprop`.
       Leaves whose power is 1 are not affected.
 

@@ -268,7 +268,7 @@ def erdos_renyi(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
-  """Sparser large layers: Erdos-Renyi and its kernel form (ERK).
+  """Erdos-Renyi and its kernel form (ERK), by which large layers are sparser.
 
   Args:
     sparsity: the fraction of all weights that are removed, in [0, 1).
@@ -305,7 +305,7 @@ def custom(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
-  """A sparsity for each layer, by a pattern of its path.
+  """A sparsity for each layer, chosen by a pattern that its path matches.
 
   Args:
     sparsities: sparsity in [0, 1) by regular expression, searched for in the

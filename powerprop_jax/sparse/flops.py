@@ -202,13 +202,13 @@ def layer_flops(
 def inference_flops(
   layers: dict[str, float], densities: Any
 ) -> dict[str, float]:
-  """Operations of a masked network by layer, which add up to the network's.
+  """Operations of each layer of a masked network, whose sum is the network's.
 
   Args:
     layers: dense operations by path, from `layer_flops`.
     densities: the fraction of the weights that is kept in each layer: a pytree
       of floats of the structure of the parameters, or a dict by path. Products
-      of activations stay dense, unless it has an entry for `ACTIVATIONS`.
+      of activations stay dense, unless there is an entry for `ACTIVATIONS`.
 
   Returns:
     A dict of operations by path.

@@ -63,6 +63,9 @@ def masked_update(
 
   Returns:
     The updates, zero where the backward mask is False, and the new state.
+
+  Raises:
+    ValueError: if a mask has another shape than its parameter.
   """
   if 'grad' in extra_args:
     extra_args['grad'] = masks_lib.apply_mask(

@@ -274,8 +274,8 @@ def kept_counts(
     axes: as in `prune`.
 
   Returns:
-    A tree of counts for `masks.layerwise_topk`; where the leaf is not a weight,
-    it has None for a density, and for a distribution what this returns. If the
+    A tree of counts for `masks.layerwise_topk`, which has None at leaves that
+    are not weights, or their size if a distribution tells the counts. If the
     scope is global, the number of all weights that are kept.
 
   Raises:
@@ -391,10 +391,10 @@ def prune(
       of every output unit of every layer, and 'global' floor(density * total
       size) of all weights, wherever they are, which may leave a layer without
       any.
-    density_scale: factors of the density by regular expression, searched in the
-      '/'-joined path; the first that matches counts. The layer then keeps the
-      fraction min(1, factor * density). `{'logits': 2.0}` is the output layer
-      of the paper's MNIST experiment.
+    density_scale: factors of the density by regular expression, searched for in
+      the '/'-joined path; the first that matches counts. The layer then keeps
+      the fraction min(1, factor * density). `{'logits': 2.0}` is the output
+      layer of the paper's MNIST experiment.
     scores: a tree of the structure of theta, by which weights are ranked, such
       as `wanda_scores(theta, activations)` or `taylor_scores(theta, grads)`.
       None ranks by |theta|.

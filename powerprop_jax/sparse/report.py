@@ -1,4 +1,4 @@
-"""What a mask keeps of each layer, as a plain dictionary.
+"""How many weights a mask keeps in each layer, as a plain dictionary.
 
 Sparsity is counted on weights only (section 2 of the paper leaves biases and
 normalisation alone), and what is reported is the *density*, the fraction of the

@@ -53,7 +53,8 @@ def acdc(
     A `MaskUpdater` that starts dense.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `update`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> compressed = schedules.alternating([10])
   >>> updater = acdc(lambda theta: {'w': 1}, compressed, regrow=None)

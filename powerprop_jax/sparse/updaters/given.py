@@ -106,7 +106,8 @@ def snip(
     A `MaskUpdater` that starts from a gradient.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `init`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> theta, grads = {'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([3.0, 1.0])}
   >>> updater = snip(lambda theta: {'w': 1})

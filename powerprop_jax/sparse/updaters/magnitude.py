@@ -55,7 +55,8 @@ def magnitude(
     A `MaskUpdater` that starts dense.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `update`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> updater = magnitude(lambda theta: {'w': 1})
   >>> theta = {'w': jnp.array([3.0, 9.0])}

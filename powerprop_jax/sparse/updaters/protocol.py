@@ -163,6 +163,9 @@ def largest(
   Returns:
     A pytree of boolean arrays of the structure and the shapes of scores.
 
+  Raises:
+    ValueError: if the scope is global and a leaf keeps n of every m weights.
+
   >>> scores = {'a': {'w': jnp.array([1.0, 2.0])}, 'b': {'w': jnp.array([3.0])}}
   >>> counts = {'a': {'w': 1}, 'b': {'w': 1}}
   >>> largest(scores, counts, 'layer', leaves.is_weight)['a']['w']

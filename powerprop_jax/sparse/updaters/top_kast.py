@@ -56,7 +56,7 @@ def top_kast(
     forward: maps parameters to how many weights of each leaf are in A, such as
       `distributions.erdos_renyi(0.9)`. It decides the first A; from then on,
       and in a network that was sparse before, the number of weights in A does
-      not change.
+      not change. A pattern of n of every m holds at every update.
     backward: maps parameters to how many weights of each leaf are in B. If A
       has more by then, an update gives B as many as A has.
     is_weight: a function of (path, leaf); the masks of other leaves stay.

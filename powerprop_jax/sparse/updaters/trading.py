@@ -153,7 +153,7 @@ def rigl(
   regrow_dropped: bool = True,
   is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
-  """RigL: drops the smallest active weights, grows the largest gradients.
+  """RigL: drops the smallest active weights and grows by the gradient.
 
   As published, grown weights start at zero, from which they would never move
   for alpha > 1 (section 2 of the paper); here `regrow` gives their values.
