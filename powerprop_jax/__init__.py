@@ -83,7 +83,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-  """Imports the rooms that need more than jax and optax when they are used."""
+  """Imports the modules that need further packages when they are first used."""
   if name == 'reparameterise':
     return importlib.import_module('powerprop_jax.reparam').reparameterise
   if name in __all__:

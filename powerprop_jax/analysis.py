@@ -3,10 +3,11 @@
 Section 3 of the paper removes the weights of least magnitude after training and
 measures three things (Figure 1): the accuracy that is left, how far the
 surviving weights are those that were large at initialisation already, and how
-the weights moved. Each of them is a function here. All of them take parameters
-theta and never phi, because across layers of different alpha only |theta| can
-be compared. Their results go straight into a JSON file, and
-`powerprop_jax.plots` draws them.
+the weights moved. `sparse.pruning.make_prune_sweep` measures the first, which
+`summarise` collects; `mask_overlap` and `weight_distribution` measure the
+others. Parameters are always theta and never phi, because across layers of
+different alpha only |theta| can be compared. The results go straight into a
+JSON file, and `powerprop_jax.plots` draws them.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -64,17 +65,18 @@ def mask_overlap(
 
   Args:
     theta_before: the parameters at initialisation.
-    theta_after: the parameters after training.
+    theta_after: the parameters after training, of the same shapes.
     kept: the fractions of the weights to keep, each in (0, 1].
-    **options: the keyword arguments of `pruning.prune`.
+    **options: `scope`, `density_scale`, `is_weight` and `axes` of
+      `pruning.prune`.
 
   Returns:
-    A dict of three lists with an entry for each fraction: 'kept', the fractions
-    themselves, and 'overlap' and 'chance', both in [0, 1].
+    A dict of three lists with an entry for each fraction: 'kept' holds the
+    fractions themselves, 'overlap' and 'chance' are in [0, 1].
 
   Raises:
-    ValueError: if theta is not finite, a fraction keeps no weight at all, or an
-      option is impossible.
+    ValueError: if theta is not finite, no leaf is a weight, a fraction keeps no
+      weight at all, or an option is impossible.
   """
   pruning.check_finite((theta_before, theta_after))
   is_weight = options.get('is_weight', leaves.is_weight)
@@ -128,13 +130,13 @@ def average_overlap(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _density_curve(values: np.ndarray) -> dict[str, list[float]]:
-  """A Gaussian kernel density estimate on a grid that is finer among the
-  values.
+  """A Gaussian kernel density estimate, on a grid that is finer where there
+  are many values.
 
   The bandwidth is Silverman's, 0.9 min(std, IQR / 1.34) n^(-1/5) (Density
   estimation for statistics and data analysis, 1986, section 3.4). The
   interquartile range matters: for alpha > 1 trained weights have heavy tails,
-  and the rules of scipy, which know the standard deviation alone, would smooth
+  and the rules of scipy, which use the standard deviation alone, would smooth
   their peak away.
   """
   if len(np.unique(values)) < 2:
@@ -173,8 +175,8 @@ def weight_distribution(
     theta_before: the parameters at initialisation.
     theta_after: the parameters after training, which are pruned.
     density: the fraction of the weights to keep, in (0, 1].
-    num_samples: how many weights are chosen at random from the network. For one
-      seed they are the same in every network of one architecture.
+    num_samples: how many weights are chosen at random from the network. With
+      the same seed they are the same in every network of one architecture.
     seed: the seed of that choice.
     **options: the keyword arguments of `pruning.prune`.
 
@@ -189,8 +191,8 @@ def weight_distribution(
     empty where there are fewer than two different values.
 
   Raises:
-    ValueError: if theta is not finite, or the density, the number of samples or
-      an option is impossible.
+    ValueError: if theta is not finite, no leaf is a weight, or the density, the
+      number of samples or an option is impossible.
   """
   if num_samples < 1:
     raise ValueError(f'num_samples must be at least 1, got {num_samples}.')
@@ -236,8 +238,8 @@ def sign_changes(
   """The share of the surviving weights that have changed their sign.
 
   A power keeps signs, since zero is a fixed point of its updates (section 2 of
-  the paper); a network without one changes many. What methods of sparse
-  training may lose by that is seen here.
+  the paper); a network without a power changes many. The share shows what
+  methods of sparse training may lose with a power.
 
   >>> import jax.numpy as jnp
   >>> before = {'linear': {'w': jnp.array([1.0, -1.0, 2.0, 3.0])}}
@@ -249,13 +251,19 @@ def sign_changes(
   Args:
     theta_before: the parameters at initialisation.
     theta_after: the parameters after training, of the same shapes.
-    mask: which weights survive, as `pruning.prune` returns it, or the forward
-      masks of a method of sparse training.
-    is_weight: which leaves are weights; the others do not count.
+    mask: which weights survive, a pytree of boolean arrays of these shapes, as
+      `pruning.prune` returns it, or the forward masks of a method of sparse
+      training.
+    is_weight: a function of (path, leaf) that tells which leaves are weights;
+      the others do not count.
 
   Returns:
     The share, in [0, 1]. Weights that are zero before or after have not changed
-    their sign. It is 0 if nothing survives.
+    their sign. The share is 0 if nothing survives.
+
+  Raises:
+    ValueError: if no leaf is a weight, or the trees differ in how many leaves
+      they have.
   """
   changed = survivors = 0
   rows = leaves.weight_rows(theta_after, is_weight, theta_before, mask)
@@ -281,13 +289,13 @@ def summarise(
     kept: the n fractions of the weights that were kept.
     test_accuracy: for each label, such as '3.0' (the alpha) or '2.0
       chain_rule', the accuracies in [0, 1], an array of shape [n, seeds].
-    valid_accuracy: the same on validation data.
+    valid_accuracy: the same on validation data, or None.
 
   Returns:
-    {'kept': [...], 'results': {label: {'test_accuracy': [[...], ...],
-    'valid_accuracy': [[...], ...], 'mean': [...], 'std': [...]}}}. 'mean' and
-    'std' are those of the test accuracy; 'std' is the sample standard
-    deviation, or 0 for one seed.
+    A dict {'kept': [...], 'results': {label: {'test_accuracy': [[...], ...],
+    'valid_accuracy': [[...], ...], 'mean': [...], 'std': [...]}}}, without
+    'valid_accuracy' if none is given. 'mean' and 'std' are those of the test
+    accuracy; 'std' is the sample standard deviation, or 0 for one seed.
 
   Raises:
     ValueError: if an array has another shape.

@@ -1,10 +1,10 @@
-"""Packages that only some rooms need, and how to get them.
+"""Packages that only some modules need, and how to install them.
 
 `pip install .` brings what the method itself needs: jax, numpy, optax, chex and
-Haiku, with what these bring. Data sets, figures, checkpoints and files are
-rooms of their own, whose packages `setup.py` lists as extras: `data`, `plots`
-and `experiments`, which has all of them. A room imports them where it is
-entered, inside of `needed`.
+Haiku, with what these bring. Data sets, figures, checkpoints and exported files
+need further packages, which `setup.py` lists as extras: `data`, `plots` and
+`experiments`, which contains the other two. A module that needs such packages
+imports them inside of `needed`.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import contextlib
 import importlib.metadata
 import json
 
-#: From where pip installs the package without a clone, as in
+#: The address from which pip installs the package without a clone, such as
 #: 'git+https://HOST/OWNER/powerprop_jax'; None while there is no public
 #: address. Every message takes it from here, and a test compares the notebook
 #: with it.
@@ -24,15 +24,15 @@ def _installed_from() -> str | None:
   try:
     found = importlib.metadata.distribution('powerprop_jax')
   except importlib.metadata.PackageNotFoundError:
-    return None  # As where the clone is only on the path of Python.
-  # What pip writes down of every address (PEP 610).
+    return None  # The clone may be only on the path of Python.
+  # Pip writes this file when it installs from an address (PEP 610).
   origin = json.loads(found.read_text('direct_url.json') or '{}')
   vcs = origin.get('vcs_info')
   return vcs and f'{vcs["vcs"]}+{origin["url"]}@{vcs["commit_id"]}'
 
 
 def command(extra: str) -> str:
-  """The command that installs an extra; the package is on no index.
+  """The command that installs an extra; the package is on no package index.
 
   >>> print(command('data'))
   pip install -e '.[data]' (in a clone of the repository)
@@ -41,8 +41,8 @@ def command(extra: str) -> str:
     extra: a name among the extras of `setup.py`.
 
   Returns:
-    The command for a clone or, where the package was installed from the address
-    of a repository, the one for that address.
+    The command for a clone; or that for the address of a repository, if the
+    package was installed from one or `REPOSITORY` names one.
   """
   address = _installed_from() or REPOSITORY
   if address is None:
@@ -52,7 +52,7 @@ def command(extra: str) -> str:
 
 @contextlib.contextmanager
 def needed(extra: str) -> Iterator[None]:
-  """Says how to install what an import inside of the block misses.
+  """Says how to install a package that an import in its block does not find.
 
   Args:
     extra: the extra of `setup.py` that brings what is imported.
@@ -61,7 +61,8 @@ def needed(extra: str) -> Iterator[None]:
     Nothing.
 
   Raises:
-    ModuleNotFoundError: if a module is missing; it names the extra's command.
+    ModuleNotFoundError: if a module is missing. The message has the command
+      that installs the extra, unless the module is one of this package.
 
   >>> with needed('data'):
   ...   import no_such_module

@@ -3,12 +3,12 @@
 Section 2 of the paper applies the reparameterisation to the weights of a
 network only, leaving other parameters untouched, and sparsity counts weights
 only. A leaf is told apart by its name, the last part of its path, in the trees
-of Haiku, Flax and Equinox. Pass a function of (path, leaf) of your own wherever
-`is_weight` is an argument to choose otherwise.
+of Haiku, Flax and Equinox. To choose otherwise, pass your own function of
+(path, leaf) wherever `is_weight` is an argument.
 
 Names also tell which dimensions of a weight are the inputs and the units of a
-layer, and which are layers of a stack (`axes`). Pass a function of your own
-wherever `axes` is an argument where they do not.
+layer, and which are layers of a stack (`axes`). Where they do not, pass your
+own function wherever `axes` is an argument.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -45,7 +45,7 @@ def decide(path: str, leaf: Any, embeddings: bool = False) -> tuple[bool, str]:
     embeddings: whether embedding tables count as weights.
 
   Returns:
-    The decision of `is_weight`, and its reason in some words.
+    The decision of `is_weight`, and the reason for it as text.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import leaves
@@ -73,9 +73,11 @@ def is_weight(path: str, leaf: Any, *, embeddings: bool = False) -> bool:
   """Whether a leaf is a weight, by its name; the default everywhere.
 
   Weights are `w` (and the GRU's `w_i`, `w_h`) in Haiku, `kernel` in Flax, and
-  in Equinox the `weight` of linear layers, convolutions and recurrent cells.
-  Never biases, nor the scales and offsets of normalisation layers. Names are
-  used and not ranks, since Haiku's BatchNorm scales have four dimensions.
+  in Equinox the `weight` of linear layers and convolutions, and `weight_ih` and
+  `weight_hh` of recurrent cells. Biases are never weights, nor are the scales
+  and offsets of normalisation layers, nor arrays of a dtype that is not a real
+  floating point one. Names are used and not ranks, since Haiku's BatchNorm
+  scales have four dimensions.
 
   Args:
     path: the '/'-joined path of the leaf.
@@ -84,7 +86,7 @@ def is_weight(path: str, leaf: Any, *, embeddings: bool = False) -> bool:
       `functools.partial(is_weight, embeddings=True)`.
 
   Returns:
-    A bool.
+    True if the leaf is a weight.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import leaves
@@ -96,8 +98,8 @@ def is_weight(path: str, leaf: Any, *, embeddings: bool = False) -> bool:
   return decide(path, leaf, embeddings)[0]
 
 
-# The layers whose kernels have a fixed number of dimensions, so that any in
-# front of these are of a stack: the classes of Flax and Equinox ...
+# The layers whose kernels have a fixed number of dimensions, so that any others
+# in front of these belong to a stack: the classes of Flax and Equinox ...
 _RANKS = {'Dense': 2, 'Linear': 2, 'GRUCell': 2, 'LSTMCell': 2, 'Embedding': 2}
 _RANKS |= {f'Conv{n}d': n + 2 for n in (1, 2, 3)}
 _RANKS |= {f'ConvTranspose{n}d': n + 2 for n in (1, 2, 3)}
@@ -109,7 +111,7 @@ _LIFTED = re.compile(r'(Scan|Vmap|Remat_scan|Checkpoint|Jit)(?=_?[A-Z])')
 
 
 def _stacks(path: str) -> tuple[int, str]:
-  """The stack axes that the path tells of, and the path without them."""
+  """The number of stack axes that the path tells of; the path without lifts."""
   count, modules = 0, []
   for module in path.split('/'):
     count += module.startswith('__layer_stack')
@@ -164,23 +166,23 @@ def axes(
     inputs, taps], recurrent cells; the kernels of `filter_vmap` where the class
     has a fixed number of dimensions (not the general `Conv`).
 
-  What it cannot see, and takes for the taps of a convolution: layers that are
-  stacked under a name of the user's (`nn.scan(...)(name='layers')`,
-  `nnx.vmap`, `layer_stack(name='blocks')`), unless they are `Dense_0` or
-  `linear`. Say so by `functools.partial(axes, stacked='^layers/')`. For others
-  (`transpose_kernel=True` in Flax, `variable_axes={'params': 1}`, `Einsum`,
-  `DenseGeneral` of several input dimensions, `remat_scan` of convolutions)
-  pass a function of your own.
+  It cannot see that layers are stacked under a name of the user's
+  (`nn.scan(...)(name='layers')`, `nnx.vmap`, `layer_stack(name='blocks')`),
+  unless they are `Dense_0` or `linear`, and takes the stack for the taps of a
+  convolution. Say so by `functools.partial(axes, stacked='^layers/')`. In other
+  cases that it does not know (`transpose_kernel=True` in Flax,
+  `variable_axes={'params': 1}`, `Einsum`, `DenseGeneral` of several input
+  dimensions, `remat_scan` of convolutions) pass a function of your own.
 
   Args:
     path: the '/'-joined path of the leaf.
     leaf: the array, or anything with a shape.
     stacked: a regular expression for paths of leaves with one leading stack
-      dimension. It counts before what the names say.
+      dimension. It takes precedence over what the names say.
 
   Returns:
-    The `Axes`, by non-negative numbers. Those of a leaf of one dimension are
-    outputs.
+    The `Axes`, as non-negative numbers. The dimension of a leaf that has only
+    one is an output.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import leaves
@@ -203,7 +205,7 @@ def axes(
   rest = range(first, ndim)
 
   module, name = ['', *plain.split('/')][-2:]
-  # PyTorch names and stores its weights alike, which no class tells here.
+  # PyTorch names and stores its weights as Equinox does, without a class here.
   outputs_first = name in _OWNED_NAMES and 'Embedding' not in classes
   projects = name == 'kernel' and module in ('query', 'key', 'value')
   general = module.startswith('DenseGeneral') or 'LinearGeneral' in classes
@@ -309,11 +311,12 @@ def by_path(tree: Any, only: Collection[str] | None = None) -> dict[str, Any]:
 
 
 def put(tree: _Tree, found: Mapping[str, Any]) -> _Tree:
-  """A tree in which some leaves are replaced, given by their paths.
+  """Replaces some leaves of a tree, which are given by their paths.
 
   Args:
     tree: a pytree.
-    found: the new leaves by path; other entries are left out.
+    found: the new leaves by path; paths that the tree does not have are
+      ignored.
 
   Returns:
     A pytree of the structure of tree.
@@ -328,7 +331,7 @@ def put(tree: _Tree, found: Mapping[str, Any]) -> _Tree:
 def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
   """The tree of params with True at weights and False elsewhere.
 
-  Fits the `mask` argument of optax transforms, such as
+  It fits the `mask` argument of optax transforms, such as
   `optax.add_decayed_weights(1e-4, mask=leaves.weight_mask)`.
 
   Args:
@@ -349,7 +352,7 @@ def weight_mask(params: Any, is_weight: types.IsWeight = is_weight) -> Any:
 def weight_rows(
   params: Any, is_weight: types.IsWeight, *rest: Any
 ) -> list[tuple[Any, ...]]:
-  """The weights of a tree, with their paths and with what belongs to them.
+  """The weights of a tree, with their paths and their leaves in other trees.
 
   Args:
     params: a pytree of arrays.
@@ -357,10 +360,12 @@ def weight_rows(
     *rest: pytrees of the structure of params.
 
   Returns:
-    (path, leaf, leaves of rest) of every weight, in the order of the tree.
+    A tuple (path, leaf, *leaves of rest) for each weight, in the order of the
+    tree.
 
   Raises:
-    ValueError: if no leaf is a weight, or a tree has other leaves than params.
+    ValueError: if no leaf is a weight, or the trees differ in how many leaves
+      they have.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import leaves

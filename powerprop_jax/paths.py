@@ -1,8 +1,8 @@
 """Where files lie: in local folders, in the home folder, or in buckets.
 
-A path is resolved in one place, so that `~` is nowhere a folder of that name
-and `gs://bucket` nowhere a local folder `gs:`. Remote files are read and
-written by `etils.epath`, with a package of its own for every kind of bucket.
+Paths are resolved in one place, so that `~` never becomes a folder of that
+name, nor `gs://bucket` a local folder `gs:`. Remote files are read and written
+by `etils.epath`, which needs a further package for each kind of bucket.
 """
 
 import os
@@ -17,27 +17,28 @@ Path = epath.Path
 
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:
-  """Makes a path of what a person has written.
+  """Makes a path from what a user has written.
 
   Args:
     path: a local path, which may start with `~`, or the address of a bucket,
       such as `gs://bucket/folder` or `s3://bucket/folder`.
 
   Returns:
-    A path of etils, which has the methods of those of pathlib.
+    A path of etils, which has the methods of pathlib's paths.
 
   Raises:
-    ValueError: if the address is of an unknown kind, if the package that reads
-      this kind is not installed, or if there is no such home folder.
+    ValueError: if the address is of an unknown kind or has one slash after the
+      colon, if the package that reads this kind is not installed, or if there
+      is no such home folder.
 
   >>> resolve('runs/first').name
   'first'
   """
   text = os.fspath(path)
   if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/(?!/)', text):
-    # What pathlib makes of an address, which would be a local folder `gs:`.
+    # Pathlib makes this of an address; it would be a local folder `gs:`.
     raise ValueError(
-      f'{text!r} has one slash after the colon. Use two, as text.'
+      f'{text!r} has one slash after the colon. Pass text with two.'
     )
   try:
     found = epath.Path(text).expanduser()

@@ -41,7 +41,7 @@ from powerprop_jax import types
 
 
 class PowerTransform(NamedTuple):
-  """A pair of inverse maps of pytrees, and the Jacobian of the first.
+  """A pair of inverse maps of pytrees, with the Jacobian of the first.
 
   Attributes:
     to_theta: maps phi to the weights theta that the network uses.
@@ -58,7 +58,7 @@ class PowerTransform(NamedTuple):
 
 
 def check_alpha(alpha: chex.Numeric) -> float:
-  """Returns alpha as a float where it is a possible power.
+  """Returns alpha as a float if it is a possible power.
 
   Args:
     alpha: a number.
@@ -120,8 +120,8 @@ def _products_and_roots(magnitude: jax.Array, exponent: float) -> jax.Array:
 
 
 # XLA's pow costs more than the whole training step of LeNet-300-100 on a CPU,
-# so products and square roots take its place where they can; exp2 and log2,
-# which are a quarter of its price, where they cannot (LOG.md has the numbers).
+# so products and square roots take its place where they can. Where they cannot,
+# exp2 and log2 do, which cost a quarter of it (LOG.md has the numbers).
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def abs_power(x: jax.Array, exponent: float) -> jax.Array:
   """|x|^exponent, by products and square roots where these give it.
@@ -324,9 +324,10 @@ def exponents(
 ) -> types.Powers:
   """The power of every leaf: alpha at weights, 1.0 elsewhere.
 
-  Looked up by path at every call: a tree of powers, closed over, would fit no
-  subtree of the parameters, such as an optimiser inside `optax.masked` sees.
-  Here is also the one check that there is something to reparameterise.
+  The powers are looked up by path at every call: a tree of powers that is
+  closed over would not fit a subtree of the parameters, such as an optimiser
+  inside `optax.masked` sees. This function also makes the one check that there
+  is something to reparameterise.
 
   Args:
     params: a pytree of arrays.
@@ -335,7 +336,7 @@ def exponents(
     is_weight: a function of (path, leaf).
 
   Returns:
-    A pytree of floats of the structure of params.
+    A pytree of the structure of params, of floats or of traced powers.
 
   Raises:
     ValueError: if a power is below 1 or not finite, or if no leaf is a weight
@@ -436,11 +437,11 @@ def power_transform(
 
   Returns:
     A `PowerTransform`. Its maps raise ValueError where nothing is a weight,
-    unless alpha is 1 or no leaf has two dimensions.
+    unless alpha is 1 or no leaf has two dimensions or more.
 
   Raises:
-    ValueError: if alpha is below 1 or not finite; at the first use of the
-      transform if alpha is a function. If alpha is a schedule.
+    ValueError: if alpha is a schedule, or is below 1 or not finite. The values
+      of a function are checked at each use of the transform.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
@@ -486,9 +487,9 @@ def power_transform(
 def change_alpha(
   phi: types.Params, old: PowerTransform, new: PowerTransform
 ) -> types.Params:
-  """The parameters under `new` of the function that phi is under `old`.
+  """Converts parameters phi from one power to another, at the same theta.
 
-  The state of an optimiser inside `target_propagation` is that of theta and
+  The state of an optimiser inside `target_propagation` belongs to theta and
   stays as it is.
 
   Args:
@@ -513,13 +514,13 @@ def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
   """The nats of decay: alpha times the sum of the decay of phi over all steps.
 
   A weight that feels no gradient shrinks to e^-nats of its value. In long runs
-  one-shot pruning is free from about 15 to 20 nats, in short ones from 7; with
-  1 or 2 a power hardly acts.
+  one-shot pruning costs nothing from about 15 to 20 nats on, in short ones from
+  7 on; with 1 or 2 a power hardly acts.
 
   Args:
     alpha: the power.
-    decay: how much of phi a step takes away, a number or a schedule, as the
-      `rate` of `transforms.decay_phi`.
+    decay: the fraction of phi that a step takes away, a number or a schedule,
+      like the `rate` of `transforms.decay_phi`.
     steps: the number of steps.
 
   Returns:
@@ -544,11 +545,11 @@ class Description(NamedTuple):
 
   Attributes:
     path: the '/'-joined path of the leaf.
-    shape: its shape.
-    weight: whether it is a weight.
-    alpha: its power.
-    zero: whether all of its values are zero, as far as they are known.
-    why: the reason why it is a weight or not.
+    shape: the shape of the leaf.
+    weight: whether the leaf is a weight.
+    alpha: its power, which is 1.0 if it is not a weight.
+    zero: whether all of its values are known to be zero.
+    why: the reason why the leaf is a weight or not.
   """
 
   path: str

@@ -21,7 +21,7 @@ _Transformed = TypeVar('_Transformed', hk.Transformed, hk.TransformedWithState)
 def reparameterise(
   f: _Transformed, transform: power.PowerTransform
 ) -> _Transformed:
-  """Reparameterises a Haiku function: the same function, of parameters phi.
+  """Turns a Haiku function of theta into the same function of phi.
 
   `init` draws theta as before and returns phi = psi^-1(theta), so that the
   network computes the same function at initialisation and the reasoning behind
@@ -33,7 +33,8 @@ def reparameterise(
 
   Returns:
     A pair of the same type as f. Its init raises ValueError if nothing is a
-    weight (see `power.exponents`), or if all values of a weight are zero.
+    weight (see `power.exponents`), or if all values of a weight are zero and
+    its power is not 1.
 
   Raises:
     ValueError: if f is anything else.

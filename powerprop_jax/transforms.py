@@ -14,33 +14,34 @@ whose steps have the sign of the descent in each coordinate, as the Jacobian is
 positive and diagonal. (Descent on theta as a whole is not enough: a step that
 trades one weight against another may ascend on phi. A test has the example.)
 
-Three forms of the one update:
+The update comes in three forms:
 
   * `target_propagation(inner, transform)` wraps an optimiser; the parameters
     are phi, the gradients are taken at theta, and `inner` sees theta. Weight
-    decay inside `inner` is a penalty on theta; as every update it is scaled by
-    the Jacobian, and small weights hardly feel it. Decay added outside, as in
-    `optax.chain(target_propagation(...), decay_phi(1e-4))`, acts on phi: it
+    decay inside `inner` is a penalty on theta; like every update it is scaled
+    by the Jacobian, and small weights hardly feel it. Decay added outside, as
+    in `optax.chain(target_propagation(...), decay_phi(1e-4))`, acts on phi: it
     multiplies phi by 1 - 1e-4 and theta by (1 - 1e-4)^alpha per step, while the
     gradient that holds small weights up vanishes; for alpha > 1 it is a strong
     sparsifier, with the effect of a penalty |theta|^(2 / alpha).
   * `scale_by_power_jacobian(transform)` is the factor alone, the last link of a
     chain whose earlier links see phi as parameters.
   * `powerprop(inner, alpha)` keeps theta as the parameters of the caller. As
-    these do not depend on the power, it may change from step to step.
+    these do not depend on the power, the power may change from step to step.
 
 Zero is a fixed point of all three for alpha > 1, and weights do not change
 their sign. A `floor` > 0 lets them: it adds that share of the step that the
 optimiser would take on theta without any power, which moves a weight at zero
 too.
 
-What goes outside. The update of the inner optimiser is scaled by the Jacobian
-before it is applied. Wrappers of optax that count on their update being applied
-as it is therefore go round `powerprop` or `target_propagation`, and are refused
-inside where their state tells of them:
+The update of the inner optimiser is scaled by the Jacobian before it is
+applied. Wrappers of optax that count on their update being applied as it is
+therefore have to go outside, around `powerprop` or `target_propagation`. Inside
+they are refused where their state tells of them:
 
-  * `optax.lookahead(powerprop(adam, alpha), ...)`, and `contrib.schedule_free`,
-    `contrib.mechanize` and `contrib.sam` (transparent) likewise;
+  * `optax.lookahead(powerprop(adam, alpha), ...)`, and likewise
+    `contrib.schedule_free`, `contrib.mechanize` and `contrib.sam` (in its
+    transparent mode);
   * `optax.chain(powerprop(adam, alpha), optax.keep_params_nonnegative())`;
   * line searches that hand on the value and the gradient at the next point for
     `optax.value_and_grad_from_state`, that of `optax.lbfgs` among them:
@@ -51,13 +52,14 @@ Wrappers that pass updates on, hold them back or choose among parameters
 (`chain`, `masked`, `partition`, `MultiSteps`, `apply_if_finite`,
 `inject_hyperparams`) do the same inside and outside.
 
-Nor can a few optimisers be inside, which are no wrappers and which nothing
-tells from others. `contrib.cocob` and `contrib.madgrad` compute where the
-parameters are to be, of the start and of all gradients, and `contrib.dowg` and
-`contrib.dog` take their rate from how far the parameters have come; scaled by
-the Jacobian, the step is another than they count on. Inside `powerprop` COCOB
-and DoWG give NaN in an example of four weights that they solve without. Choose
-an optimiser that takes a step from wherever the parameters are.
+A few optimisers that are not wrappers cannot be inside either, and are not
+refused, because nothing tells them from others. `contrib.cocob` and
+`contrib.madgrad` compute where the parameters are to be from the start and from
+all gradients, and `contrib.dowg` and `contrib.dog` take their rate from how far
+the parameters have come; scaled by the Jacobian, the step is not the one that
+they count on. Inside `powerprop` COCOB and DoWG give NaN in an example of four
+weights that they solve without it. Choose an optimiser that takes a step from
+wherever the parameters are.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -83,7 +85,7 @@ from powerprop_jax import types
 
 
 def _required(params: Any) -> Any:
-  """Returns the parameters, if they are given."""
+  """Returns the parameters; raises ValueError if they are not given."""
   if params is None:
     raise ValueError(
       'This update depends on the current values of the parameters. Call'
@@ -108,8 +110,8 @@ def _is_one(value: Any) -> bool:
   return not power.is_traced(value) and value == 1
 
 
-# The wrappers that can be told by their states, and whether such a state is of
-# one whose update must be applied as it is.
+# The states by which wrappers are recognised, each with a function that tells
+# whether the update of the wrapper must be applied as it is.
 _OUTSIDE: dict[type, Callable[[Any], bool]] = {
   optax.LookaheadState: lambda state: True,
   contrib.ScheduleFreeState: lambda state: True,
@@ -126,7 +128,7 @@ _OUTSIDE: dict[type, Callable[[Any], bool]] = {
 def _check_start(
   params: types.Params, powers: types.Powers, state: Any, floor: chex.Numeric
 ) -> None:
-  """Refuses what would not train, or not as the inner optimiser means it."""
+  """Refuses weights that are all zero, and wrappers that have to go outside."""
   if _is_zero(floor):
     power.check_not_zero(params, powers)
   if all(_is_one(a) for a in jax.tree.leaves(powers)):
@@ -155,16 +157,16 @@ def target_propagation(
       that it is given, are those of theta. Its updates are scaled: the
       documentation of this module lists the wrappers that have to go outside.
     transform: a `power.power_transform`.
-    floor: how much of the update of `inner` is added on theta, which lets a
-      weight leave zero and change its sign; see `powerprop`. Leaves whose power
-      is 1 are not affected.
+    floor: the share of the update of `inner` that is added to theta as well,
+      which lets a weight leave zero and change its sign; see `powerprop`.
+      Leaves whose power is 1 are not affected.
 
   Returns:
     A gradient transformation for parameters phi and gradients taken at theta
     (not at phi: use `jax.grad` of a function of theta). Gradients may be None
     where they may be for `inner`. Its init raises ValueError if nothing is a
-    weight (see `power.exponents`), if all values of a weight are zero and the
-    floor is, or if `inner` is a wrapper that has to go outside.
+    weight (see `power.exponents`), if all values of a weight are zero and so is
+    the floor, or if `inner` is a wrapper that has to go outside.
 
   Raises:
     ValueError: if floor is negative or not finite.
@@ -220,9 +222,9 @@ def scale_by_power_jacobian(
 ) -> optax.GradientTransformation:
   """Multiplies updates by alpha |phi|^(alpha - 1); the parameters are phi.
 
-  As the last link of a chain it is `target_propagation`, except that the other
-  links see phi where they read the parameters: the decay of AdamW, the trust
-  ratio of LARS.
+  As the last link of a chain it does what `target_propagation` does, except
+  that the other links see phi where they read the parameters, as the decay of
+  AdamW and the trust ratio of LARS do.
 
   Args:
     transform: a `power.power_transform`.
@@ -262,7 +264,8 @@ class PowerpropState(NamedTuple):
   """The state of `powerprop` with a schedule for alpha.
 
   Attributes:
-    count: the number of updates, from which the schedule tells alpha.
+    count: the number of updates, an int32 scalar, at which the schedule gives
+      alpha.
     inner_state: the state of the inner optimiser.
   """
 
@@ -280,9 +283,9 @@ def _step(theta: jax.Array, update: jax.Array, alpha: float) -> jax.Array:
   """
   phi = power.psi_inverse(theta, alpha)
   delta = update * power.psi_derivative(phi, alpha)
-  # Not minus theta: psi(psi^-1(theta)) is theta but for a rounding, which is
-  # biased and would add up over the steps. A weight whose update is zero does
-  # not move at all, whichever way the compiler rounds.
+  # Theta is not what is subtracted: psi(psi^-1(theta)) differs from it by a
+  # rounding, which is biased and would add up over the steps. A weight whose
+  # update is zero does not move at all, whichever way the compiler rounds.
   moved = power.psi(phi + delta, alpha) - power.psi(phi, alpha)
   return jnp.where(delta == 0, 0, moved)
 
@@ -299,7 +302,7 @@ def _traced_step(
     theta ((1 + r)^alpha - 1),
     r = alpha update |theta|^(2 - 2 / alpha) / theta.
 
-  Large ones, which may change the sign, do not need the care.
+  Large values, which may change the sign, do not need this care.
   """
   # A power below 1 has no meaning.
   alpha = jnp.where(alpha >= 1, alpha, jnp.nan).astype(theta.dtype)
@@ -325,9 +328,9 @@ def powerprop(
 
   Wrap the optimiser of an existing training loop and change nothing else. Each
   update maps theta to phi, takes the step of `target_propagation` there, and
-  returns the difference of the thetas. The trajectory is that of the phi form
-  to rounding, and so is its fixed point: a weight that is exactly zero stays
-  zero for alpha > 1, unless there is a floor.
+  returns the difference that it makes to theta. The trajectory is that of the
+  phi form up to rounding, with the same fixed point: a weight that is exactly
+  zero stays zero for alpha > 1, unless there is a floor.
 
   Args:
     inner: an optimiser, with its learning rate. Its updates are scaled: the
@@ -335,29 +338,30 @@ def powerprop(
     alpha: the power; or a function of (path, leaf), as in
       `power.power_transform`; or a schedule of optax, a function of the number
       of updates before this one. (A function that can be called with two
-      arguments is taken for the former.) The weights keep their values when
-      alpha changes, and so does the state of `inner`, which is of theta. A
-      schedule that falls below 1 gives NaN. Under `optax.inject_hyperparams(
-      powerprop, static_args='is_weight')` alpha is among the hyperparameters;
-      with `static_args=('alpha', 'is_weight')` it is fixed.
-    is_weight: which leaves are reparameterised.
-    floor: how much of the update of `inner` is added to that of the power:
-      theta moves by (alpha^2 |theta|^(2 - 2 / alpha) + floor) times the update,
-      to first order. A pure power cannot cross zero, so that signs stay as they
-      were initialised; with a floor they can change. For alpha = 2 this is the
-      gradient flow of Hyperbolic Aware Minimisation. Leaves whose power is 1
-      are not affected.
+      arguments is taken for one of (path, leaf).) The weights keep their values
+      when alpha changes, and so does the state of `inner`, which belongs to
+      theta. A schedule that falls below 1 gives NaN. Under
+      `optax.inject_hyperparams(powerprop, static_args='is_weight')` alpha is
+      among the hyperparameters; with `static_args=('alpha', 'is_weight')` it is
+      fixed.
+    is_weight: a function of (path, leaf): which leaves are reparameterised.
+    floor: the share of the update of `inner` that is added to the update of the
+      power: theta moves by (alpha^2 |theta|^(2 - 2 / alpha) + floor) times the
+      update, to first order. A pure power cannot cross zero, so that signs stay
+      as they were initialised; with a floor they can change. For alpha = 2 this
+      is the gradient flow of Hyperbolic Aware Minimisation. Leaves whose power
+      is 1 are not affected.
 
   Returns:
     A gradient transformation for parameters and gradients of theta. Gradients
     may be None where they may be for `inner`. Its state is that of `inner`, or
     a `PowerpropState` if alpha is a schedule. Its init raises ValueError if
     nothing is a weight (see `power.exponents`), if all values of a weight are
-    zero and the floor is, or if `inner` is a wrapper that has to go outside.
+    zero and so is the floor, or if `inner` is a wrapper that has to go outside.
 
   Raises:
-    ValueError: if alpha is below 1 or not finite, or floor negative or not
-      finite.
+    ValueError: if alpha is below 1 or not finite, or if floor is negative or
+      not finite.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2. The floor:
@@ -426,7 +430,7 @@ class DecayPhiState(NamedTuple):
   """The state of `decay_phi` with a schedule.
 
   Attributes:
-    count: the number of updates.
+    count: the number of updates, an int32 scalar.
   """
 
   count: jax.typing.ArrayLike
@@ -440,24 +444,24 @@ def decay_phi(
 ) -> optax.GradientTransformation:
   """Decay of the parameters phi, the sparsifier that a power calls for.
 
-  Use it outside of the optimiser, with no regard to its learning rate:
+  Use it outside of the optimiser, whose learning rate does not scale it:
 
     optax.chain(target_propagation(inner, transform), decay_phi(1e-4))
 
   With norm 'l2' a step takes `rate * phi` away from phi, which is a penalty
   rate / 2 |phi|^2. On theta it is the penalty rate / 2 |theta|^(2 / alpha),
   which is concave for alpha > 2 and drives weights to zero that the loss does
-  not hold up: without a gradient theta shrinks by (1 - rate)^alpha per step, in
-  all by e^-nats (`power.nats`). With norm 'l1' a step takes `rate` away from
+  not hold up: without a gradient theta shrinks by (1 - rate)^alpha per step and
+  by e^-nats in all (`power.nats`). With norm 'l1' a step takes `rate` away from
   |phi| and stops at zero (the soft threshold), a penalty rate |theta|^(1 /
   alpha). A number p in (0, 2) stands for the penalty rate |phi|^p by the step
 
     phi <- phi X / (X + p rate),    X = |phi|^(2 - p),
 
   which keeps signs, and is the soft threshold for p = 1 and 'l2' of twice the
-  rate for p = 2, to first order in the rate. For parameters without a power
-  (alpha = 1), p = 2 / alpha at half the rate is the penalty that 'l2' puts on
-  the weights of a network with the power alpha: the comparison to make.
+  rate for p = 2, to first order in the rate. For parameters without a power,
+  p = 2 / alpha at half the rate is the penalty that 'l2' puts on the weights of
+  a network with the power alpha; compare the two with these settings.
 
   Args:
     rate: how much a step takes away, >= 0; a number or a schedule.
@@ -465,7 +469,8 @@ def decay_phi(
     scale: factors of the rate for the weights whose paths have a match of a
       regular expression; the first expression that matches counts, and weights
       without a match have the factor 1.
-    is_weight: which leaves decay. The others pass.
+    is_weight: a function of (path, leaf): which leaves decay. The updates of
+      the others pass unchanged.
 
   Returns:
     A gradient transformation for parameters phi. Its init raises ValueError if
@@ -473,8 +478,9 @@ def decay_phi(
     `power.exponents`).
 
   Raises:
-    ValueError: if rate or a factor is negative or not finite, if a number is
-      such that 'l2' would change signs, or if norm or an expression is invalid.
+    ValueError: if rate or a factor is negative or not finite, if rate times a
+      factor is so large that 'l2' would change signs, or if norm or an
+      expression is invalid.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2, for the map. The
@@ -539,7 +545,7 @@ def decay_phi(
       step = jnp.clip(x, -r, r)
     else:
       size = power.abs_power(x, 2 - norm)
-      # Zero stays zero, also at a rate of zero.
+      # Zero stays zero, even at a rate of zero, where it would be 0 / 0.
       step = x * jnp.where(size > 0, norm * r / (size + norm * r), 0.0)
     return (update - step).astype(update.dtype)
 

@@ -33,7 +33,8 @@ Params: TypeAlias = chex.ArrayTree
 Updates: TypeAlias = chex.ArrayTree
 #: Boolean arrays, of the structure and the shapes of the parameters.
 Mask: TypeAlias = chex.ArrayTree
-#: Python integers, of the structure of the parameters.
+#: How many entries each leaf keeps: a `sparse.masks.Count` or None for each
+#: leaf, of the structure of the parameters.
 Counts: TypeAlias = Any
 #: The statistics of a network; {} if it has none.
 ModelState: TypeAlias = chex.ArrayTree
@@ -43,8 +44,8 @@ ByPath: TypeAlias = dict[str, jax.Array]
 IsWeight: TypeAlias = Callable[[Path, Any], bool]
 #: The power of all weights, or a function that gives each weight its own.
 Alpha: TypeAlias = float | Callable[[Path, Any], chex.Numeric]
-#: The powers as floats, of the structure of the parameters; 1.0 at other
-#: leaves.
+#: The power of each leaf, of the structure of the parameters; 1.0 at leaves
+#: that are not weights.
 Powers: TypeAlias = Any
 #: Maps the number of the step to a number, as in optax.
 Schedule: TypeAlias = Callable[[chex.Numeric], chex.Numeric]
@@ -73,7 +74,7 @@ class Axes(NamedTuple):
   outputs: tuple[int, ...]
 
 
-#: Maps the path and the leaf to what the dimensions mean.
+#: Maps the path and the leaf to what the dimensions of the leaf mean.
 AxesOf: TypeAlias = Callable[[Path, Any], Axes]
 
 

@@ -1,4 +1,4 @@
-"""Sparse networks and how they come about."""
+"""Masks, pruning and sparse training of networks."""
 
 from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import flops

@@ -10,16 +10,16 @@ density above one: they are capped to dense, and the others share what is left.
 
 A distribution is a function from parameters to *counts*: a pytree of the number
 of entries that each leaf keeps, a Python int, which is its size where the leaf
-is not a weight. Counts and not fractions, since `floor(density * size)` of a
-rounded fraction is off by one here and there, while counts add up to exactly
-`round((1 - sparsity) * size)` over all weights: fractions of weights are
-rounded by largest remainder. Only shapes are read, so `jax.eval_shape` of an
-initialisation will do. For a sparsity that grows, prune
+is not a weight. It returns counts and not fractions, since
+`floor(density * size)` of a rounded fraction is off by one here and there,
+while counts add up to exactly `round((1 - sparsity) * size)` over all weights:
+fractions of weights are rounded by largest remainder. Only shapes are read, so
+`jax.eval_shape` of an initialisation will do. For a sparsity that grows, prune
 `round(s_t / s * (size - count))` entries of each leaf on the way to s.
 
 What the dimensions of a leaf mean is told by `axes`, and not by their number. A
 leaf in which whole layers are stacked, as the scanned layers of a transformer,
-has a count for each of them, those of the same network without the scan: an
+has a count for each of them, the same as in the network without the scan: an
 array of ints of as many dimensions as the leaf has, of length 1 along all but
 the axes of the stack.
 
@@ -50,10 +50,10 @@ class _Layer(NamedTuple):
   """A layer: a leaf that is a weight, or one of those stacked in it.
 
   Attributes:
-    path: that of the leaf.
+    path: the path of the leaf.
     size: the number of weights.
-    dims: the numbers of inputs and of outputs, as far as there are any, ...
-    taps: ... and the dimensions that are neither.
+    dims: the numbers of inputs and of outputs, as far as there are any.
+    taps: the lengths of the dimensions that are neither.
   """
 
   path: str
@@ -139,7 +139,7 @@ def _compile(patterns: Iterable[str]) -> list[re.Pattern[str]]:
 def _match(
   patterns: list[re.Pattern[str]], weights: list[_Leaf]
 ) -> list[int | None]:
-  """For each layer the first pattern found in its path, by position."""
+  """The index of the first pattern found in the path of each layer, or None."""
   paths = [leaf.layer.path for leaf in weights]
   for p in patterns:
     if not any(p.search(path) for path in paths):
@@ -165,7 +165,8 @@ def _quotas(
       return [
         n if d else scale * r * n for n, r, d in zip(sizes, ratios, dense)
       ]
-    # What a capped layer leaves over only raises the scale: none comes back.
+    # What a capped layer leaves over only raises the scale, so that no layer
+    # that was capped falls below its cap again.
     for i in over:
       dense[i] = True
   return [float(n) for n in sizes]
@@ -211,7 +212,8 @@ def _proportional(
       raise ValueError(
         f'A sparsity of {sparsity} is impossible: the dense layers and one'
         f' weight in each of the others make {least} of {sum(sizes)} weights,'
-        f' {total} were asked for. The largest possible sparsity is {largest}.'
+        f' but {total} were asked for. The largest possible sparsity is'
+        f' {largest}.'
       )
     quotas = _quotas(sizes, [ratio(layer) for layer in layers], fixed, total)
     return _tree(params, weights, _round(quotas, sizes, fixed, total))
@@ -232,8 +234,8 @@ def uniform(
     dense: regular expressions searched for in the '/'-joined paths of the
       weights; layers with a match stay dense, and the others bear the total
       sparsity. The literature keeps the first layer dense: `'initial'` in the
-      package's networks. It cannot be told from the tree, whose order is that
-      of the names.
+      package's networks. The tree does not tell which layer is the first, since
+      its order is that of the names.
     is_weight: a function of (path, leaf).
     axes: a function of (path, leaf) that tells which layers are stacked.
 
@@ -242,8 +244,9 @@ def uniform(
 
   Raises:
     ValueError: if sparsity is outside [0, 1) or a pattern is not a regular
-      expression; from the distribution, if a pattern matches no weight or the
-      sparsity is impossible with the dense layers and one weight elsewhere.
+      expression; from the distribution, if there is no weight, a pattern
+      matches none, or the sparsity is impossible with the dense layers and one
+      weight in each of the others.
 
   >>> params = {'a': {'w': np.zeros([10, 2])}, 'b': {'w': np.zeros([5, 4])}}
   >>> uniform(0.9)(params)
@@ -265,7 +268,7 @@ def erdos_renyi(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
-  """Sparser large layers: Erdos-Renyi and its kernel form (ERK).
+  """Erdos-Renyi and its kernel form (ERK), by which large layers are sparser.
 
   Args:
     sparsity: the fraction of all weights that are removed, in [0, 1).
@@ -302,12 +305,12 @@ def custom(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
-  """A sparsity for each layer, by a pattern of its path.
+  """A sparsity for each layer, chosen by a pattern that its path matches.
 
   Args:
     sparsities: sparsity in [0, 1) by regular expression, searched for in the
       '/'-joined path of a weight. The first that is found decides.
-    default: the sparsity of the weights in which none is found.
+    default: the sparsity of the weights in whose paths none is found.
     is_weight: a function of (path, leaf).
     axes: a function of (path, leaf) that tells which layers are stacked.
 
@@ -317,7 +320,8 @@ def custom(
 
   Raises:
     ValueError: if a sparsity is outside [0, 1) or a pattern is not a regular
-      expression; from the distribution, if a pattern matches no weight.
+      expression; from the distribution, if there is no weight, or a pattern
+      matches none.
 
   >>> params = {'a': {'w': np.zeros([2, 2])}, 'b': {'w': np.zeros([10, 10])}}
   >>> custom({'a': 0.5}, default=0.9)(params)
@@ -345,11 +349,11 @@ def n_of_m(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> Distribution:
-  """n of every m neighbours, as sparse tensor cores compute 2 of 4.
+  """Keeps n of every m neighbours, such as the 2 of 4 of sparse tensor cores.
 
   The counts of the weights are `masks.NOfM`, which say along which axis the
   groups lie; `masks.n_of_m_axes` finds the axis of a mask. They are for
-  rankings by layer, of `pruning.prune` and of the updaters.
+  rankings by layer in `pruning.prune` and in the updaters.
 
   On several devices, let m divide the length of each shard along the axis. If
   it does not, weights travel between devices when they are ranked, and meshes
@@ -367,10 +371,10 @@ def n_of_m(
     A function from parameters to counts.
 
   Raises:
-    ValueError: if 1 <= n <= m does not hold; from the distribution, if m does
-      not divide an axis, or a weight has no axis of inputs.
+    ValueError: if 1 <= n <= m does not hold; from the distribution, if there is
+      no weight, m does not divide an axis, or a weight has no axis of inputs.
 
-  Reference:
+  References:
     Mishra et al, `Accelerating sparse deep neural networks
     <https://arxiv.org/abs/2104.08378>`_, 2021.
 
@@ -413,7 +417,8 @@ def sparsities(params: types.Params, counts: types.Counts) -> types.Params:
     counts: the counts of these parameters.
 
   Returns:
-    A pytree of floats. That of a leaf of stacked layers is their mean.
+    A pytree of floats of the structure of params. The sparsity of a leaf of
+    stacked layers is their mean.
 
   >>> params = {'w': np.zeros([4, 5]), 'b': np.zeros(5)}
   >>> sparsities(params, {'w': 5, 'b': 5})

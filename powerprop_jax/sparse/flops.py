@@ -81,8 +81,8 @@ def _walk_loop(jaxpr: core.Jaxpr, labels: list[_Label], carry: slice):
 def _scan_carry(eqn: core.JaxprEqn, body: core.Jaxpr) -> slice:
   """Where the carry of a scan is, between its constants and its slices.
 
-  Only slices have another shape inside of the body than outside. What says so
-  by name, `num_consts` and `num_carry`, is gone since JAX 0.11.
+  Only slices have another shape inside of the body than outside. The parameters
+  `num_consts` and `num_carry`, which would tell, are gone since JAX 0.11.
   """
 
   def num_whole(outside, inside):
@@ -107,7 +107,8 @@ def _walk_eqn(eqn: core.JaxprEqn, labels: list[_Label]):
     flops, outs = _walk_loop(body, labels, _scan_carry(eqn, body))
     return {k: params['length'] * v for k, v in flops.items()}, outs
   if name == 'cond':
-    # The dearest branch is taken. Its labels cannot be more than the maximum.
+    # The most expensive branch is taken. No label of a result can exceed the
+    # maximum of those of the arguments.
     branches = [_walk(b, labels[1:])[0] for b in params['branches']]
     flops = max(branches, key=lambda b: sum(b.values()))
     return flops, [max(labels)] * len(eqn.outvars)
@@ -115,9 +116,9 @@ def _walk_eqn(eqn: core.JaxprEqn, labels: list[_Label]):
     map(_has_product, core.jaxprs_in_params(params))
   ):
     raise ValueError(
-      f'Cannot count the products in a {name!r}: the number of times it runs,'
-      ' or its arguments, are not known before it runs. Count the function'
-      ' without it.'
+      f'The products in a {name!r} cannot be counted: the number of times it'
+      ' runs, or its arguments, are not known before it runs. Count the'
+      ' function without it.'
     )
   return {}, [max(labels, default=_CONSTANT)] * len(eqn.outvars)
 
@@ -156,21 +157,22 @@ def layer_flops(
 
   Nothing is computed: `jax.ShapeDtypeStruct`s will do for params and args. Give
   a batch of one image for the operations per example. Products inside calls,
-  loops of known length and the dearest branch of a `jax.lax.cond` are counted.
+  loops of known length and the most expensive branch of a `jax.lax.cond` are
+  counted.
 
   Args:
     function: a function of (params, *args), such as
-      `lambda p, s, x: net.apply(p, s, None, x, False)`. Masks and the like,
-      where it applies any, belong to what it closes over: a weight that depends
-      on args is no longer known as one.
+      `lambda p, s, x: net.apply(p, s, None, x, False)`. It must close over
+      masks and the like, where it applies any: a weight that depends on args is
+      no longer recognised as one.
     params: a pytree of arrays.
-    *args: pytrees of arrays: state, inputs. What depends on them is told apart
-      from weights by that, so inputs must not be closed over.
+    *args: pytrees of arrays: state, inputs. Values are told apart from weights
+      by depending on these, so inputs must not be closed over.
 
   Returns:
-    Operations by '/'-joined path, in the order of first use, so that the first
-    layer comes first. Products of activations among themselves are under
-    `ACTIVATIONS`.
+    A dict of operations by '/'-joined path, in the order of first use, so that
+    the first layer comes first. Products of activations among themselves are
+    under `ACTIVATIONS`.
 
   Raises:
     ValueError: if there are no args, or products whose number is not known
@@ -200,16 +202,16 @@ def layer_flops(
 def inference_flops(
   layers: dict[str, float], densities: Any
 ) -> dict[str, float]:
-  """Operations of a masked network, by layer; the sum is that of the network.
+  """Operations of each layer of a masked network, whose sum is the network's.
 
   Args:
     layers: dense operations by path, from `layer_flops`.
-    densities: fraction of the weights that are kept: a pytree of floats of the
-      structure of the parameters, or a dict by path. Products of activations
-      stay dense.
+    densities: the fraction of the weights that is kept in each layer: a pytree
+      of floats of the structure of the parameters, or a dict by path. Products
+      of activations stay dense, unless there is an entry for `ACTIVATIONS`.
 
   Returns:
-    Operations by path.
+    A dict of operations by path.
 
   Raises:
     ValueError: if a layer's density is missing or outside [0, 1].
@@ -236,16 +238,16 @@ def inference_flops(
 def training_flops(inference: float) -> float:
   """Operations of a training step on one example: 3 f.
 
-  Those of a dense network, with f its operations at inference, and of a sparse
-  one whose gradients are needed at its own weights only: static masks, SNIP and
-  SET. What they compute besides is left out: SNIP's scores, once, and random
-  growth.
+  This holds for a dense network, with f its operations at inference, and for a
+  sparse one whose gradients are needed at its own weights only, by static
+  masks, SNIP and SET. What these compute besides is left out: the scores of
+  SNIP, which are computed once, and random growth.
 
   Args:
     inference: f, the operations of a forward pass on one example.
 
   Returns:
-    Operations, multiply-adds counted as two.
+    The operations, where a multiply-add counts as two.
 
   >>> training_flops(100.0)
   300.0
@@ -264,11 +266,11 @@ def rigl_training_flops(
 
   Args:
     dense: f_D, the operations of a dense forward pass on one example.
-    sparse: f_S, those of a sparse one.
-    update_every: n, number of steps between updates.
+    sparse: f_S, the operations of a sparse one.
+    update_every: n, the number of steps between updates.
 
   Returns:
-    Operations, the average over steps with and without an update.
+    The operations, as the average over steps with and without an update.
 
   Raises:
     ValueError: if update_every is below 1.
@@ -291,10 +293,10 @@ def top_kast_training_flops(forward: float, backward: float) -> float:
 
   Args:
     forward: f_A, the operations of a forward pass on one example with A.
-    backward: f_B, those with B.
+    backward: f_B, the operations of one with B.
 
   Returns:
-    Operations, multiply-adds counted as two.
+    The operations, where a multiply-add counts as two.
 
   >>> top_kast_training_flops(forward=100.0, backward=500.0)
   700.0

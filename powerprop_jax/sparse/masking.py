@@ -8,14 +8,14 @@ rules follow, which every train step keeps:
     weight whose gradient alone is masked.
   * The gradient is masked before the optimiser too, and with it the parameters
     that the optimiser reads. Optimisers that take a norm (clipping, LAMB, LARS,
-    Muon, NovoGrad) would else count what may not move, and an infinite gradient
-    at a cut weight would stop all others.
+    Muon, NovoGrad) would otherwise count what may not move, and an infinite
+    gradient at a cut weight would stop all others.
   * Where the masks change, the moments start afresh. A weight that is freed
-    would else be moved by what it did before it was cut, and what remains of a
-    weight that was cut would still be in the norms.
+    would otherwise be moved by what it did before it was cut, and what remains
+    of a weight that was cut would still be in the norms.
 
-What shares one number among many weights, as the row sums of Adafactor do,
-knows the size of a layer; there the sparse and the small network differ.
+Statistics that many weights share, such as the row sums of Adafactor, depend on
+the size of a layer; there the sparse and the small network differ.
 """
 
 import functools
@@ -55,14 +55,17 @@ def masked_update(
     grads: the gradient, of the structure and the shapes of params.
     opt_state: the state of the optimiser.
     params: the parameters.
-    masks: what the optimiser may move is their `backward`.
-    **extra_args: what the update of tx is given beside them. For line searches
-      a gradient that comes as `grad` is masked as `grads` is, and a loss that
+    masks: the masks, whose `backward` says what the optimiser may move.
+    **extra_args: further arguments of the update of tx. For line searches a
+      gradient that comes as `grad` is masked as `grads` is, and a loss that
       comes as `value_fn` is evaluated with the values of params where the mask
       hides them.
 
   Returns:
     The updates, zero where the backward mask is False, and the new state.
+
+  Raises:
+    ValueError: if a mask has another shape than its parameter.
   """
   if 'grad' in extra_args:
     extra_args['grad'] = masks_lib.apply_mask(
@@ -95,10 +98,10 @@ def reset_moments(
 ) -> optax.OptState:
   """Puts the statistics of some parameters back to their initial values.
 
-  Works for every optimiser whose state holds one number per parameter: what
+  It works for every optimiser whose state holds one number per parameter: what
   belongs to a parameter is found by `optax.tree_utils.tree_map_params`.
   Statistics of another shape than the parameter, such as the row sums of
-  Adafactor, belong to many and stay.
+  Adafactor, belong to many parameters and stay.
 
   >>> import jax.numpy as jnp, optax
   >>> tx, params = optax.sgd(0.1, momentum=0.9), {'w': jnp.ones(2)}
@@ -135,7 +138,7 @@ def reset_moments(
     is_leaf=is_missing,
   )
   # Compiled, because an initialisation may refuse values that it can look at,
-  # such as a layer of zeros, and masked parameters may well be that. Parameters
+  # such as a layer of zeros, which masked parameters may well hold. Parameters
   # that it does not read are kept, because they tell on which devices it runs.
   fresh = jax.jit(tx.init, keep_unused=True)(params)
   return jax.tree.map(jnp.where, selected, fresh, opt_state)
@@ -148,7 +151,7 @@ def change_masks(
   old: masks_lib.Masks,
   new: masks_lib.Masks,
 ) -> optax.OptState:
-  """The state of an optimiser when its masks change.
+  """The state of an optimiser after a change of its masks.
 
   The moments of all weights that are freed, and of all that are cut, are those
   of a new network.
@@ -182,7 +185,7 @@ def check_resettable(
 ) -> None:
   """Raises ValueError if moments of single weights cannot be reset.
 
-  Costs no computation: the state is only traced.
+  The check costs no computation: the state is only traced.
 
   >>> import jax.numpy as jnp, optax
   >>> params = {'w': jnp.ones(3)}

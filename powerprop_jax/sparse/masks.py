@@ -3,17 +3,18 @@
 Sparse networks are kept as a dense tree and a tree of masks of the same
 structure. Two masks tell every sparse training method apart: the `forward` one
 says which weights the network uses, the `backward` one which weights an update
-may move. Section 3 of the paper prunes by magnitude: keep the largest |theta|.
+may move. Section 3 of the paper prunes by magnitude: it keeps the largest
+|theta|.
 
-Selection is exact: k weights, not about k; ties go to the lower index. XLA's
-sort takes seconds for the weights of a ResNet-50 on a CPU, and none is needed:
-floats are ordered as integers that are made of their bits, so the k-th largest
-score is found bit by bit, by counting how many scores reach a candidate
-threshold. Scores that tie at the threshold are ranked by their index in the
-same way. Nothing is reshaped, sorted or put together, so that scores may be
-sharded over devices along any of their axes, and lie in any number of leaves:
-counts are added over leaves and devices, weights do not travel, and a mask is
-sharded as its scores are.
+Selection is exact: it keeps k weights, not about k, and ties go to the lower
+index. XLA's sort takes seconds for the weights of a ResNet-50 on a CPU, and
+none is needed: floats are ordered as integers that are made of their bits, so
+the k-th largest score is found bit by bit, by counting how many scores reach a
+candidate threshold. Scores that tie at the threshold are ranked by their index
+in the same way. Nothing is reshaped, sorted or put together, so that scores may
+be sharded over devices along any of their axes, and lie in any number of
+leaves: counts are added over leaves and devices, weights do not travel, and a
+mask is sharded as its scores are.
 """
 
 from collections.abc import Callable, Sequence
@@ -153,7 +154,7 @@ def dense(params: types.Params) -> Masks:
 
 
 def check_shapes(tree: Any, mask: types.Mask) -> None:
-  """Checks that a mask is one of a tree.
+  """Checks that every mask has the shape of its leaf.
 
   Args:
     tree: a pytree of arrays, or None where it has no leaf.
@@ -166,12 +167,12 @@ def check_shapes(tree: Any, mask: types.Mask) -> None:
   """
 
   def check(key_path, m, x):
-    # It would be broadcast, and the mistake would be lost.
+    # Another mask would be broadcast, and the mistake would go unnoticed.
     if x is not None and jnp.shape(m) != jnp.shape(x):
       path = jax.tree_util.keystr(key_path, simple=True, separator='/')
       raise ValueError(
         f'The mask of {path!r} has the shape {jnp.shape(m)}, but the leaf has'
-        f' {jnp.shape(x)}. Make the mask of these parameters.'
+        f' {jnp.shape(x)}. Make the mask from these parameters.'
       )
 
   jax.tree_util.tree_map_with_path(check, mask, tree)
@@ -180,8 +181,8 @@ def check_shapes(tree: Any, mask: types.Mask) -> None:
 def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   """Zeroes the entries of a tree where the mask is False.
 
-  A selection and not a product: 0 * NaN is NaN, and one diverged update would
-  reach weights that the mask protects.
+  It selects and does not multiply: 0 * NaN is NaN, and one diverged update
+  would reach weights that the mask protects.
 
   Args:
     tree: a pytree of arrays. Where it has None, as a gradient has for what is
@@ -200,7 +201,7 @@ def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   """
 
   def leaf(m, x):
-    if x is None:  # As where an optimiser has no update for a leaf.
+    if x is None:  # An optimiser may have no update for a leaf.
       return None
     return jnp.where(m, x, jnp.zeros_like(x))
 
@@ -209,18 +210,18 @@ def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
 
 
 def check_scope(scope: str, scopes: Sequence[str] = ('layer', 'global')) -> str:
-  """Returns the scope of a ranking if it is one of those that there are.
+  """Returns the scope of a ranking if it is one of the allowed ones.
 
   Args:
     scope: 'layer', by which each layer is ranked by itself, or 'global', by
       which all weights are ranked together.
-    scopes: those that there are.
+    scopes: the scopes that are allowed.
 
   Returns:
     The scope.
 
   Raises:
-    ValueError: if it is none of them.
+    ValueError: if the scope is none of them.
 
   >>> check_scope('layer')
   'layer'
@@ -259,10 +260,11 @@ def check_density(density: float) -> float:
 # How far a float may be off from the number that it stands for: 1 - 0.9 is less
 # than 1/10 by 2.2e-17, and 0.29 is less than 29/100 by 2.0e-17.
 _ROUNDING = fractions.Fraction(1, 2**51)
-# In 2^-12 of millionths: 4.5e-8. A float32 number in [0, 1] is off by 2^-25 at
-# most, and its difference from 1 by one and a half times as much.
+# The same for float32, in units of 2^-12 millionths, is 4.5e-8. A number in
+# [0, 1] is off by 2^-25 at most, and its difference from 1 by one and a half
+# times as much.
 _ROUNDING_FLOAT32 = 185
-# The decimals of six places are further apart than that.
+# Decimals of six places are further apart than that.
 _DECIMALS = 10**6
 
 
@@ -297,7 +299,7 @@ def floor_multiply(
     return min(math.floor(exact * int(size)), int(size))
   fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
   size = jnp.asarray(size).astype(jnp.uint32)
-  # In 2^-12 of millionths, rounded to the nearest millionth.
+  # In units of 2^-12 millionths, rounded to the nearest millionth.
   nearest = _binary_floor(fraction, jnp.uint32(_DECIMALS << 12)) + (1 << 11)
   off = jnp.abs((nearest & 0xFFF).astype(jnp.int32) - (1 << 11))
   nearest >>= 12
@@ -382,7 +384,7 @@ def _kth_largest(
 
   Args:
     reach: which values reach a candidate, a uint32 or uint64 in the shape of k,
-      as boolean arrays. They are ranked together, and below 2^width.
+      as boolean arrays. The values are ranked together and are below 2^width.
     k: a number; or an array that broadcasts against the values, with a number
       for each group of them that is ranked by itself.
     axes: the axes over which a group extends; None for all axes.
@@ -430,19 +432,19 @@ def _kth_largest(
 def _ties(
   bits: Sequence[jax.Array], threshold: jax.Array, place: jax.Array
 ) -> list[jax.Array]:
-  """Which values are at the threshold, and not beyond a place in their order.
+  """Which values equal the threshold, and are not beyond a place in the order.
 
   Args:
     bits: arrays of unsigned integers.
     threshold: the value of interest.
-    place: the place of the last, counted from the end, from 1.
+    place: the place of the last one, counted from the end, from 1.
 
   Returns:
-    Boolean arrays.
+    Boolean arrays of the shapes of bits.
   """
-  # What does not depend on the place would be computed once, ahead of the loop
-  # over places, and be written to memory: the index of every entry, twice as
-  # much as a pass over the values takes.
+  # Without this barrier the index of every entry, which does not depend on the
+  # place, would be computed once, ahead of the loop over places, and be written
+  # to memory, which is twice as much as a pass over the values takes.
   one, threshold, place = jax.lax.optimization_barrier(
     (jnp.uint32(1), threshold, place)
   )
@@ -494,7 +496,8 @@ def group_axes(count: Any, ndim: int) -> tuple[int, ...]:
     ndim: the number of the leaf's dimensions.
 
   Returns:
-    The axes, all for a number, and for an array those that it has not.
+    The axes: all of them for a number, and for an array those along which its
+    length is 1.
 
   >>> group_axes(np.array([[[3]], [[2]]]), ndim=3)
   (1, 2)
@@ -510,7 +513,7 @@ def num_groups(count: Count | int) -> int:
     count: a number or a pattern, or an array with a number for each group.
 
   Returns:
-    An int; 1 for a pattern, whose groups are no layers.
+    An int; 1 for a pattern, whose groups are not layers.
 
   >>> num_groups(3), num_groups(np.ones([4, 1, 1]))
   (1, 4)
@@ -523,7 +526,7 @@ def count_by_group(mask: jax.Array, count: Any) -> jax.Array:
 
   Args:
     mask: a boolean array.
-    count: says what the groups are, as `group_axes` reads it.
+    count: a number or an array, which says what the groups are (`group_axes`).
 
   Returns:
     An int32 array of the shape of count.
@@ -558,7 +561,7 @@ def _check_count(count: Any, shape: Sequence[int]) -> Any:
     )
   if isinstance(count, jax.Array):
     return count
-  # Integers of numpy too.
+  # `operator.index` takes integers of numpy too.
   count = np.asarray(count) if counts else operator.index(count)
   size = math.prod(shape) // max(math.prod(counts), 1)
   if np.any(np.less(count, 0) | np.greater(count, size)):
@@ -571,19 +574,21 @@ def top_count_mask(
 ) -> jax.Array:
   """The mask of exactly `count` largest scores; ties go to the lower index.
 
-  Can be jit-compiled, with a static or traced count, and vmapped. It takes a
-  dozen passes over the scores, twice as many if there are ties at the smallest
-  score that is kept, and no sort. The mask is sharded as the scores are.
+  The function can be jit-compiled, with a static or traced count, and vmapped.
+  It takes a dozen passes over the scores, twice as many if there are ties at
+  the smallest score that is kept, and no sort. The mask is sharded as the
+  scores are.
 
   Args:
     scores: a floating point array of any shape. NaN ranks below -inf.
-    count: how many to keep, from 0 to the size of scores. An array of as many
-      dimensions as the scores has, along each, the length 1 or that of the
-      scores: what it spreads along is ranked by itself, as the layers of a
-      stack of shape [layers, inputs, outputs] by a count of [layers, 1, 1].
+    count: how many to keep, from 0 to the size of scores. An array has as many
+      dimensions as the scores, each of length 1 or of the length that the
+      scores have there, and each of its entries counts for a part of the scores
+      that is ranked by itself: a count of shape [layers, 1, 1] does so for the
+      layers of a stack of shape [layers, inputs, outputs].
 
   Returns:
-    A boolean array of the shape of scores with `count` True.
+    A boolean array of the shape of scores, of which `count` entries are True.
 
   Raises:
     ValueError: if scores are not floats, or a count is out of range or of
@@ -609,7 +614,9 @@ def top_count_mask(
 
 
 def n_of_m_mask(scores: jax.Array, count: NOfM) -> jax.Array:
-  """The mask of the n largest of every m neighbours; ties as in a ranking.
+  """The mask of the n largest of every m neighbours.
+
+  Ties go to the lower index.
 
   Args:
     scores: a floating point array of any shape. NaN ranks below -inf.
@@ -671,7 +678,7 @@ def n_of_m_axes(mask: jax.Array | np.ndarray, n: int, m: int) -> list[int]:
     m: the size of a group.
 
   Returns:
-    The axes, in order. Axes whose length m does not divide are none of them.
+    The axes, in order. Those whose length m does not divide are left out.
 
   >>> n_of_m_axes(np.array([[True, True], [False, False]]), 1, 2)
   [0]
@@ -693,14 +700,15 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
   Args:
     scores: a floating point array of any shape. NaN ranks below -inf.
     density: the fraction to keep, in (0, 1]; static or traced. Decimal
-      fractions count exactly, as `num_kept` has it.
+      fractions count exactly, as in `num_kept`.
 
   Returns:
     A boolean array of the shape of scores; exactly floor(density * size)
     entries are True, and ties go to the lower index.
 
   Raises:
-    ValueError: if a density that is not traced is outside (0, 1].
+    ValueError: if scores are not floats, or a density that is not an array is
+      outside (0, 1].
 
   >>> topk_mask(jnp.array([0.1, 0.5, 0.3, 0.5]), 0.5)
   Array([False,  True, False,  True], dtype=bool)
@@ -709,14 +717,17 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
 
 
 def layerwise_topk(scores: types.Params, counts: types.Counts) -> types.Mask:
-  """Ranks every layer by itself.
+  """The mask of the largest scores, where every layer is ranked by itself.
 
   Args:
     scores: a pytree of floating point arrays.
     counts: a `Count` for each leaf; None keeps the leaf whole.
 
   Returns:
-    A pytree of boolean arrays.
+    A pytree of boolean arrays of the structure and the shapes of scores.
+
+  Raises:
+    ValueError: as `top_count_mask` and `n_of_m_mask`.
 
   >>> scores = {'w': jnp.array([1.0, 3.0, 2.0]), 'b': jnp.zeros(1)}
   >>> layerwise_topk(scores, {'w': 2, 'b': None})['w']
@@ -737,7 +748,7 @@ def layerwise_topk(scores: types.Params, counts: types.Counts) -> types.Mask:
 
 
 def global_topk(scores: types.Params, count: Count, weights: Any) -> types.Mask:
-  """Ranks the entries of all weights together.
+  """The mask of the largest scores, where all weights are ranked together.
 
   Args:
     scores: a pytree of floating point arrays. Across layers, compare |theta|
@@ -747,8 +758,9 @@ def global_topk(scores: types.Params, count: Count, weights: Any) -> types.Mask:
       False are kept whole and not counted.
 
   Returns:
-    A pytree of boolean arrays, `count` True at weights. Ties go to the earlier
-    leaf, and to the lower index within a leaf.
+    A pytree of boolean arrays of the structure and the shapes of scores, of
+    which `count` entries are True at weights. Ties go to the earlier leaf, and
+    to the lower index within a leaf.
 
   Raises:
     ValueError: if scores are not floats or a static count is out of range.
@@ -778,8 +790,8 @@ def count(mask: types.Mask, weights: Any) -> tuple[jax.Array, int]:
 
   Args:
     mask: a pytree of boolean arrays.
-    weights: a pytree of bools. Biases are no weights, and a zero bias is not a
-      pruned one: leaves at False are left out of both numbers.
+    weights: a pytree of bools, as `leaves.weight_mask` returns it. Leaves at
+      False, such as biases, are left out of both numbers.
 
   Returns:
     An int32 scalar and an int.
@@ -840,7 +852,7 @@ def unpack(packed: Any, like: types.Params) -> types.Mask:
     like: a pytree of arrays of the shapes of the masks.
 
   Returns:
-    A pytree of boolean arrays.
+    A pytree of boolean arrays of the structure and the shapes of like.
 
   >>> unpack({'w': jnp.array([176], jnp.uint8)}, {'w': jnp.zeros([2, 2])})['w']
   Array([[ True, False],

@@ -2,10 +2,10 @@
 
 Section 3 of the paper removes the weights of least magnitude once, after
 training. Weights are always theta, never phi: across layers of different alpha
-only |theta| compares. Other scores than the magnitude are functions here too:
-the magnitude times the norm of the inputs (Wanda), and the magnitude of theta
-times its gradient, which is the first term of the rise of the loss by pruning a
-weight.
+only |theta| can be compared. Other scores than the magnitude are functions here
+too: the magnitude times the norm of the inputs (Wanda), and the magnitude of
+theta times its gradient, which is to first order the change of the loss when a
+weight is pruned.
 
 References:
   Schwarz et al, `Powerpropagation: A sparsity inducing weight
@@ -48,7 +48,7 @@ def check_finite(params: types.Params) -> None:
     params: a pytree of arrays, not traced.
 
   Raises:
-    ValueError: if one is; it names the leaf.
+    ValueError: if one is; the message names the leaf.
 
   >>> check_finite({'w': jnp.ones(2)})
   """
@@ -64,7 +64,7 @@ def check_finite(params: types.Params) -> None:
 def magnitude_scores(
   theta: types.Params, is_weight: types.IsWeight = leaves.is_weight
 ) -> types.Params:
-  """|theta|, by which section 3 of the paper prunes.
+  """The scores |theta|, by which section 3 of the paper prunes.
 
   Args:
     theta: the parameters.
@@ -96,7 +96,7 @@ def taylor_scores(
 
   Args:
     theta: the parameters.
-    grads: the gradient of the loss at theta.
+    grads: the gradient of the loss at theta, of the same structure and shapes.
     is_weight: a function of (path, leaf); other leaves are returned as they
       are.
 
@@ -123,7 +123,7 @@ def wanda_scores(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> types.Params:
-  """|theta| times the norm of what enters: weights and activations (Wanda).
+  """The scores of Wanda: |theta| times the norm of the input of the weight.
 
   A weight matters less where its input is small. As published, the weights of
   each output unit are ranked by themselves: `prune(..., scope='output')`.
@@ -133,8 +133,9 @@ def wanda_scores(
     activations: the inputs of each layer by the path of its weight: arrays
       [..., inputs], whose last dimensions are those of the weight's inputs, and
       whose others (examples, positions) are summed over. Where layers are
-      stacked the first dimensions are those of the stack. A convolution's are
-      its images [..., channels]; grouped ones have no score of this kind.
+      stacked, the first dimensions are those of the stack. The activations of a
+      convolution are its images [..., channels]; grouped convolutions have no
+      score of this kind.
     is_weight: a function of (path, leaf); other leaves are returned as they
       are.
     axes: a function of (path, leaf) that tells which dimensions are inputs.
@@ -191,8 +192,8 @@ def _check_options(
   masks.check_scope(scope, _SCOPES)
   if scope == 'global' and density_scale:
     raise ValueError(
-      f"density_scale = {density_scale} needs scope='layer': under 'global' a"
-      ' layer has no density of its own.'
+      f"density_scale = {density_scale} needs scope='layer' or 'output': under"
+      " 'global' a layer has no density of its own."
     )
   for pattern, factor in (density_scale or {}).items():
     if not 0 < factor < math.inf:
@@ -211,8 +212,8 @@ def _by_distribution(
 ) -> types.Counts | int:
   if density_scale or scope == 'output':
     raise ValueError(
-      'A distribution says itself how many weights each layer keeps: give a'
-      " density for density_scale or scope='output'."
+      'A distribution says itself how many weights each layer keeps. To use'
+      " density_scale or scope='output', give a density."
     )
   counts = distribution(theta)
   if scope == 'layer':
@@ -236,8 +237,8 @@ def total(
     The sum of the counts of the weights.
 
   Raises:
-    ValueError: if a leaf keeps n of every m weights, which no global ranking
-      can.
+    ValueError: if a leaf keeps n of every m weights, which a global ranking
+      cannot ensure.
 
   >>> total({'w': 3, 'b': 2}, {'w': jnp.ones(5), 'b': jnp.ones(2)})
   3
@@ -248,8 +249,8 @@ def total(
   for path, _, n in chosen:
     if isinstance(n, masks.NOfM):
       raise ValueError(
-        f'{path!r} keeps {n.n} of every {n.m} weights, which no global ranking'
-        " can. Use scope='layer'."
+        f'{path!r} keeps {n.n} of every {n.m} weights, which a global ranking'
+        " cannot ensure. Use scope='layer'."
       )
   return sum(masks.num_entries(n, shape) for _, shape, n in chosen)
 
@@ -266,18 +267,22 @@ def kept_counts(
 
   Args:
     theta: the parameters, or their shapes.
-    density: as in `prune`, and so are the others.
-    scope: 'layer', 'output' or 'global'.
-    density_scale: factors of the density by regular expression.
+    density: as in `prune`.
+    scope: as in `prune`.
+    density_scale: as in `prune`.
     is_weight: a function of (path, leaf).
-    axes: a function of (path, leaf).
+    axes: as in `prune`.
 
   Returns:
-    A tree of counts for `masks.layerwise_topk`, None where the leaf is no
-    weight; the number of all weights that are kept if the scope is global.
+    A tree of counts for `masks.layerwise_topk`, which has None at leaves that
+    are not weights, or their size if a distribution tells the counts. If the
+    scope is global, the number of all weights that are kept.
 
   Raises:
     ValueError: as `prune`.
+
+  Warns:
+    UserWarning: as `prune`.
 
   >>> theta = {'linear': {'w': jnp.ones([4, 5]), 'b': jnp.ones(5)}}
   >>> kept_counts(theta, 0.3), kept_counts(theta, 0.3, scope='global')
@@ -351,7 +356,7 @@ def largest(
 
   Args:
     theta: the parameters.
-    counts: how many to keep, as `kept_counts` returns it, static or traced.
+    counts: how many to keep, as `kept_counts` returns them, static or traced.
     is_weight: a function of (path, leaf).
 
   Returns:
@@ -373,21 +378,23 @@ def prune(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> types.Mask:
-  """The mask of the weights of largest scores: one-shot pruning, section 3.
+  """One-shot pruning (section 3): the mask of the weights of largest scores.
 
   Args:
     theta: the parameters. NaN is pruned first: see `check_finite`.
     density: the fraction of the weights to keep, in (0, 1], static or traced;
-      decimal fractions count exactly, as `masks.num_kept` has it. Or a
-      distribution, such as `distributions.erdos_renyi(0.9)` and
-      `distributions.n_of_m(2, 4)`, which says it layer by layer.
+      decimal fractions count exactly, as in `masks.num_kept`. It may also be a
+      distribution, such as `distributions.erdos_renyi(0.9)` or
+      `distributions.n_of_m(2, 4)`, which tells how many weights each layer
+      keeps.
     scope: 'layer' keeps floor(density * size) weights of every layer, 'output'
-      of every output unit of every layer, 'global' floor(density * total size)
-      of all weights, wherever they are: it may leave a layer without any.
-    density_scale: factors of the density by regular expression, searched in the
-      '/'-joined path; the first that matches counts. The layer then keeps the
-      fraction min(1, factor * density). `{'logits': 2.0}` is the output layer
-      of the paper's MNIST experiment.
+      of every output unit of every layer, and 'global' floor(density * total
+      size) of all weights, wherever they are, which may leave a layer without
+      any.
+    density_scale: factors of the density by regular expression, searched for in
+      the '/'-joined path; the first that matches counts. The layer then keeps
+      the fraction min(1, factor * density). `{'logits': 2.0}` is the output
+      layer of the paper's MNIST experiment.
     scores: a tree of the structure of theta, by which weights are ranked, such
       as `wanda_scores(theta, activations)` or `taylor_scores(theta, grads)`.
       None ranks by |theta|.
@@ -396,15 +403,16 @@ def prune(
       leaf, each of which is ranked by itself, and which dimensions are outputs.
 
   Returns:
-    A pytree of boolean arrays of the structure of theta, sharded as it is;
-    exact counts, ties go to the lower index.
+    A pytree of boolean arrays of the structure and the shapes of theta, sharded
+    as it is. The counts are exact, and ties go to the lower index.
 
   Raises:
-    ValueError: if the scope, a factor or a static density is impossible, a
-      pattern matches no weight, or there is no weight.
+    ValueError: if the scope, a factor or a static density is impossible, two
+      options exclude each other, a pattern matches no weight, there is no
+      weight, or scores have another structure than theta.
 
   Warns:
-    UserWarning: if a static density leaves no weight of a layer.
+    UserWarning: if a static density keeps no weight of a layer or of a unit.
 
   >>> theta = {'linear': {'w': jnp.array([[3.0, -1.0], [0.5, -2.0]])}}
   >>> prune(theta, 0.5)['linear']['w']
@@ -423,7 +431,7 @@ def prune(
 
 
 def floats(scalars: Iterable[Any]) -> list[float]:
-  """Waits for the device once, after everything has been dispatched.
+  """Makes floats of scalars, and waits for the device once for all of them.
 
   Args:
     scalars: arrays of one entry.
@@ -446,7 +454,8 @@ def make_prune_sweep(
 
   Args:
     evaluate: a function of (theta, *args) to a scalar, such as the accuracy, to
-      be compiled. Data are args: closed over, they become constants.
+      be compiled. Pass data as args: where they are closed over, they become
+      constants.
     kept: the fractions of weights to keep, each in (0, 1].
     **options: `scope`, `density_scale`, `is_weight` and `axes` of `prune`.
 
@@ -465,7 +474,7 @@ def make_prune_sweep(
   fractions = [masks.check_density(p) for p in kept]
   is_weight = options.get('is_weight', leaves.is_weight)
 
-  # Counts are traced and not densities, for they are then those of `prune`: an
+  # Counts are traced and not densities, so that they are those of `prune`: an
   # array holds a density to six decimals only.
   @jax.jit
   def evaluate_pruned(theta, counts, args):

@@ -1,4 +1,4 @@
-"""What a mask keeps of each layer, as a plain dictionary.
+"""How many weights a mask keeps in each layer, as a plain dictionary.
 
 Sparsity is counted on weights only (section 2 of the paper leaves biases and
 normalisation alone), and what is reported is the *density*, the fraction of the
@@ -51,22 +51,23 @@ def sparsity_report(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> dict[str, Any]:
-  """What a mask keeps of each layer. Weights only: biases are not counted.
+  """Counts the weights that a mask keeps in each layer, without any biases.
 
   Args:
-    mask: a pytree of boolean arrays.
+    mask: a pytree of boolean arrays, of the structure and the shapes of theta.
     theta: the parameters of that mask, or their shapes and dtypes.
     is_weight: a function of (path, leaf).
     axes: a function of (path, leaf) that tells stacked layers, each of which
       has a row of its own ('blocks/w[0]', 'blocks/w[1]', ...), and outputs.
 
   Returns:
-    A dict of 'layers', dicts of 'path', 'shape', 'size', 'kept', 'density' and
-    'dead' (output units without an incoming weight), and of 'total', a dict of
-    'size', 'kept', 'density' and 'dead'.
+    A dict of 'layers', a list of dicts of 'path', 'shape', 'size', 'kept',
+    'density' and 'dead' (the number of output units without an incoming
+    weight), and of 'total', a dict of 'size', 'kept', 'density' and 'dead'.
 
   Raises:
-    ValueError: if there is no weight.
+    ValueError: if there is no weight, or the trees differ in how many leaves
+      they have.
 
   >>> mask = {'linear': {'w': np.array([[True, False], [True, False]])}}
   >>> sparsity_report(mask, {'linear': {'w': np.zeros([2, 2], 'f')}})['total']

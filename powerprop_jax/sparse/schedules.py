@@ -1,6 +1,6 @@
 r"""When masks change, and by how much.
 
-Sparse training methods differ in few numbers that depend on the step t: whether
+Sparse training methods have a few settings that depend on the step t: whether
 the masks are updated at all (a cadence), how far gradual pruning has come,
 which raises the sparsity from 0 to s_f along a cubic,
 
@@ -46,7 +46,7 @@ def every(n: int, start: int = 0, stop: int | None = None) -> Cadence:
   Args:
     n: the number of steps from one update to the next, at least 1.
     start: the first step with an update.
-    stop: the first step from which on there are no updates; None for no end.
+    stop: the step from which on there are no updates; None for no end.
 
   Returns:
     A function of the step. It returns a bool for a Python int, as a loop on the
@@ -110,8 +110,9 @@ def drop_fraction(
 ) -> optax.Schedule:
   """The fraction of the active weights that an update drops and regrows.
 
-  The cosine ends in zero, where an update trades nothing: let the last update
-  come well before `stop`, as the first update that no longer takes place would.
+  The cosine ends in zero, where an update trades nothing. Let the last update
+  come well before `stop`: choose as `stop` the step at which the next update
+  after the last would come.
 
   Args:
     initial: the fraction f_0 at step 0, in [0, 1].
@@ -122,7 +123,8 @@ def drop_fraction(
     A function from the step to a float32 scalar.
 
   Raises:
-    ValueError: if the fraction, the step or the kind is not possible.
+    ValueError: if initial is outside [0, 1], if stop < 1, or if there is no
+      such kind.
 
   >>> fraction = drop_fraction(0.3, stop=100)
   >>> [round(float(fraction(t)), 3) for t in (0, 50, 100)]
@@ -140,20 +142,21 @@ def drop_fraction(
 
 
 def alternating(boundaries: Sequence[int]) -> Cadence:
-  """Dense and sparse phases by turns, the first dense and the last sparse.
+  """Dense and sparse phases in turn, of which the last one is sparse.
 
   Args:
-    boundaries: the first step of each phase but the first, rising and odd in
-      number: [sparse, dense, sparse, ...].
+    boundaries: the first step of each phase but the first, which is dense and
+      starts at step 0. They rise from 1 on, and are odd in number: [sparse,
+      dense, sparse, ...].
 
   Returns:
     A function of the step that is true in sparse phases, as `updaters.acdc`
     takes it: a bool for a Python int, a boolean scalar for an array.
 
   Raises:
-    ValueError: if the steps do not rise, or their number is even.
+    ValueError: if the steps do not rise from 1 on, or their number is even.
 
-  Reference:
+  References:
     Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, NeurIPS 2021.
 
   >>> compressed = alternating([2, 4, 5])

@@ -1,6 +1,6 @@
 """Sparse training in anybody's loop: an updater around an optax optimiser.
 
-`sparsify` makes a gradient transformation of an optimiser and a method of
+`sparsify` makes a gradient transformation from an optimiser and a method of
 `updaters`. The parameters stay those of the caller, ordinary dense weights
 theta; the masks lie in the state of the transformation. A loop changes in two
 places, the optimiser and the weights that the loss reads:
@@ -13,7 +13,7 @@ places, the optimiser and the weights that the loss reads:
   updates, state = tx.update(grads, state, params)
   params = optax.apply_updates(params, updates)
 
-The masks are not made by zeros among the parameters. With Powerpropagation (and
+Zeros among the parameters do not stand for masks. With Powerpropagation (and
 the methods of sparse training that section 1 of the paper combines it with)
 zero is a fixed point: a weight that is zero when it is grown would never move.
 Instead a grown weight gets its value through the update, which is the new value
@@ -52,7 +52,7 @@ class SparseState(NamedTuple):
   inner_state: optax.OptState
 
 
-#: (gradients, state, params) -> (updates, state), with other masks
+#: Maps (gradients, state, params) to (updates, state) with other masks.
 UpdateMasks = Callable[
   [types.Updates, optax.OptState, types.Params],
   tuple[types.Updates, optax.OptState],
@@ -75,8 +75,8 @@ class Sparse(optax.GradientTransformationExtraArgs):
       that at the masked weights, with respect to all of them; methods that grow
       weights by their gradient need it, and `update` masks it.
     update_masks: maps (grads, state, params) to (updates, state), as `update`
-      does, but changes the masks and makes no step. It is for masks that change
-      on the cadence of the host, as a second compiled function.
+      does, but changes the masks and makes no step. It is a second function to
+      compile, for masks that change when the host decides it.
   """
 
   weights: Callable[[types.Params, optax.OptState], types.Params]
@@ -153,8 +153,8 @@ def _short_of_zero(update: jax.Array, old: jax.Array, new: Any) -> jax.Array:
   """An update of half precision that does not lead to zero by rounding.
 
   What is small is lost beside a large old value: 1 - 0.999 is 0 in bfloat16.
-  A power never moves a weight from zero, so that it gets the first value beyond
-  zero to which an update can lead, of the sign of the new one.
+  As a power never moves a weight from zero, the weight gets a small value of the
+  sign of the new one instead, to which an update can lead.
   """
   info = jnp.finfo(old.dtype)
 
@@ -172,7 +172,7 @@ def _is_half(x: jax.Array) -> bool:
 
 
 def _difference(new: types.Params, old: types.Params) -> types.Updates:
-  """What makes new values of old ones; exactly 0 where they are equal."""
+  """The updates from old values to new ones; exactly 0 where they are equal."""
 
   def difference(x, y):
     update = jnp.where(x == y, jnp.zeros_like(y), x - y)
@@ -246,7 +246,9 @@ def sparsify(
   Returns:
     A `Sparse`, which is an `optax.GradientTransformationExtraArgs` whose state
     is a `SparseState`. Its init raises ValueError if the state of the inner
-    optimiser cannot follow masks (see `masking.check_resettable`).
+    optimiser cannot follow masks (see `masking.check_resettable`), its update
+    if it is not given the parameters, and its other functions if they are given
+    the state of another transformation.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 1.
@@ -299,7 +301,7 @@ def sparsify(
     return jax.tree.map(lambda x, y: x.astype(y.dtype), values, params), new
 
   def with_masks(state, values, new):
-    """The state under new masks; the same if they are those it has."""
+    """The state under new masks; the same if the masks have not changed."""
     count, masks, inner_state = state
     inner_state = masking.change_masks(inner, inner_state, values, masks, new)
     return SparseState(count, new, inner_state)

@@ -1,14 +1,16 @@
-"""Which weights a sparse network has, and when it trades them for others.
+"""Methods that choose which weights a sparse network has, and change them.
 
 Section 1 of the paper combines Powerpropagation with weight pruning and with
 sparse-to-sparse training. Each method is a `MaskUpdater`: a pair of pure
 functions, as an optax transformation is, that choose masks at the start and
 change them now and then. They see the weights theta and the gradient at theta,
-and know nothing of phi: scores of methods with and without Powerpropagation are
-the same functions. (RigL grows by |dL/dtheta|; |dL/dphi| is zero at phi = 0.)
+and know nothing of phi: the scores of a method are the same functions with and
+without Powerpropagation. (RigL grows by |dL/dtheta|; |dL/dphi| is zero at
+phi = 0.)
 
-A weight that is grown starts from a value that is given. It must not start from
-zero, which is a critical point for alpha > 1 (section 2): it would never move.
+The caller gives the values from which grown weights start. They must not be
+zero, which is a critical point for alpha > 1 (section 2): such a weight would
+never move.
 
 References:
   Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_,
@@ -18,6 +20,7 @@ References:
   sparse connectivity <https://arxiv.org/abs/1707.04780>`_, 2018 (SET).
   Evci et al, `Rigging the lottery <https://arxiv.org/abs/1911.11134>`_, 2020
   (RigL).
+  Jayakumar et al, `Top-KAST <https://arxiv.org/abs/2106.03517>`_, 2020.
   Peste et al, `AC/DC <https://arxiv.org/abs/2106.12379>`_, 2021.
 """
 

@@ -1,10 +1,10 @@
 """AC/DC: phases of training with all weights, and with the largest only.
 
 Training alternates between decompressed phases, in which all weights are used
-and updated, and compressed ones, in which the weights of largest magnitude are,
-as chosen at the start of the phase. What was pruned has the chance to come back
-in the next dense phase, and both a dense and a sparse network are trained. The
-paper's Powerpropagation goes with it as with the other methods of section 1:
+and updated, and compressed ones, in which only the weights of largest magnitude
+at the start of the phase are. What was pruned has the chance to come back in
+the next dense phase, and both a dense and a sparse network are trained.
+Powerpropagation combines with it as with the methods of section 1 of the paper:
 magnitudes are those of theta.
 
 References:
@@ -37,8 +37,8 @@ def acdc(
   nothing.
 
   Args:
-    counts: how many weights each leaf keeps in compressed phases; their sum if
-      the scope is global.
+    counts: maps parameters to how many weights each leaf keeps in compressed
+      phases; only the sum over the weights matters if the scope is global.
     compressed: whether a step belongs to a compressed phase, such as
       `schedules.alternating(boundaries)`.
     regrow: maps a key to a tree of weights theta, with which pruned weights
@@ -53,7 +53,8 @@ def acdc(
     A `MaskUpdater` that starts dense.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `update`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> compressed = schedules.alternating([10])
   >>> updater = acdc(lambda theta: {'w': 1}, compressed, regrow=None)

@@ -19,7 +19,7 @@ from powerprop_jax.sparse.updaters import protocol
 
 
 def dense() -> protocol.MaskUpdater:
-  """All weights, always: the baseline.
+  """Keeps all weights: the dense baseline.
 
   Returns:
     A `MaskUpdater`.
@@ -36,7 +36,7 @@ def dense() -> protocol.MaskUpdater:
 
 
 def given(mask: types.Mask) -> protocol.MaskUpdater:
-  """A given mask, kept; for training on from a sparse network.
+  """Keeps a given mask, to train on from a sparse network.
 
   Args:
     mask: a pytree of boolean arrays, such as that of a finished run.
@@ -56,14 +56,14 @@ def given(mask: types.Mask) -> protocol.MaskUpdater:
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.bool_):
       raise ValueError(
-        f'The mask of {str(path)!r} must be boolean, got {dtype}. Compare it,'
-        ' as by jax.tree.map(lambda m: m > 0, mask).'
+        f'The mask of {str(path)!r} must be boolean, got {dtype}. Convert it,'
+        ' for example by jax.tree.map(lambda m: m > 0, mask).'
       )
 
   def init(key, theta, grads):
     del key, grads
     masks_lib.check_shapes(theta, mask)  # It may be of another network.
-    # Sharded as the weights are, from wherever the mask comes.
+    # The mask is sharded as the weights are, wherever it comes from.
     shard = lambda m, x: jnp.logical_and(m, masks_lib.ones_like(x))
     return protocol.same(jax.tree.map(shard, mask, theta))
 
@@ -71,10 +71,11 @@ def given(mask: types.Mask) -> protocol.MaskUpdater:
 
 
 def random(counts: protocol.Counts) -> protocol.MaskUpdater:
-  """A random mask, kept.
+  """Keeps a random mask.
 
   Args:
-    counts: how many weights each leaf keeps, as `distributions` tells it.
+    counts: maps parameters to how many weights each leaf keeps, such as
+      `distributions.erdos_renyi(0.9)`.
 
   Returns:
     A `MaskUpdater`.
@@ -92,19 +93,21 @@ def snip(
   scope: str = 'global',
   is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
-  """The weights of largest |theta dL/dtheta| at initialisation, kept.
+  """SNIP: keeps the weights of largest |theta dL/dtheta| at initialisation.
 
   Args:
-    counts: how many weights each leaf keeps; their sum if the scope is global.
+    counts: maps parameters to how many weights each leaf keeps; only the sum
+      over the weights matters if the scope is global.
     scope: 'global' ranks all weights together, as published; 'layer' each layer
       by itself.
     is_weight: a function of (path, leaf).
 
   Returns:
-    A `MaskUpdater`.
+    A `MaskUpdater` that starts from a gradient.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `init`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> theta, grads = {'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([3.0, 1.0])}
   >>> updater = snip(lambda theta: {'w': 1})

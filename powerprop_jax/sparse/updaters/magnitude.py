@@ -1,7 +1,8 @@
 """Iterative magnitude pruning: what is pruned stays pruned.
 
-Training starts dense, and the smallest weights go bit by bit. Section 1 of the
-paper names iterative pruning among the methods that Powerpropagation improves.
+Training starts dense, and the smallest weights are pruned gradually. Section 1
+of the paper names iterative pruning among the methods that Powerpropagation
+improves.
 
 References:
   Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_,
@@ -23,7 +24,7 @@ from powerprop_jax.sparse.updaters import protocol
 def _kept(
   done: jax.Array | None, size: int, final: masks_lib.Count
 ) -> masks_lib.Count:
-  """How many are kept on the way; what is left to prune is rounded down."""
+  """How many are kept on the way; the number pruned so far is rounded down."""
   if done is None or (isinstance(final, int) and final == size):
     return final
   if isinstance(final, masks_lib.NOfM):
@@ -41,8 +42,9 @@ def magnitude(
   """Prunes the weights of smallest |theta|; what is pruned stays pruned.
 
   Args:
-    counts: how many weights each leaf keeps in the end; their sum if the scope
-      is global. Of every m weights, m are kept at the start and n in the end.
+    counts: maps parameters to how many weights each leaf keeps in the end; only
+      the sum over the weights matters if the scope is global. A pattern of n of
+      every m keeps all m at the start and n in the end.
     progress: maps the step to the fraction of the pruning that is done, from 0
       to 1, such as `schedules.cubic(start, stop)`. None prunes all at once, at
       the first update.
@@ -53,7 +55,8 @@ def magnitude(
     A `MaskUpdater` that starts dense.
 
   Raises:
-    ValueError: if there is no such scope.
+    ValueError: if there is no such scope; from `update`, if the scope is global
+      and a leaf keeps n of every m weights.
 
   >>> updater = magnitude(lambda theta: {'w': 1})
   >>> theta = {'w': jnp.array([3.0, 9.0])}

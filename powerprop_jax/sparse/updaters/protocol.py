@@ -5,7 +5,8 @@ training. Each is a `MaskUpdater`: a pair of pure functions, as an optax
 transformation is, that choose masks at the start and change them now and then.
 How many weights a method keeps is told by a distribution, leaf by leaf: by an
 int, by an array with a number for each layer of a stack, or by a pattern of n
-of every m. The methods read from it what is ranked by itself.
+of every m. The counts also tell the methods which weights are ranked by
+themselves.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
 from powerprop_jax.sparse import pruning
 
-#: Maps parameters to counts, as the functions that `distributions` makes.
+#: Maps parameters to counts, as the functions do that `distributions` makes.
 Counts = Callable[[types.Params], types.Counts]
 Schedule = optax.Schedule
 Masks = masks_lib.Masks
@@ -57,7 +58,7 @@ class MaskUpdater(NamedTuple):
 
 
 def same(mask: types.Mask) -> Masks:
-  """Masks of which the forward and the backward one are alike.
+  """Masks of which the forward and the backward one are the same.
 
   Args:
     mask: a pytree of boolean arrays.
@@ -127,7 +128,7 @@ def random_masks(
   """The `init` of methods that start from a random mask.
 
   Args:
-    counts: how many weights each leaf keeps.
+    counts: maps parameters to how many weights each leaf keeps.
 
   Returns:
     A function of (key, theta, grads) that returns `Masks`.
@@ -154,12 +155,16 @@ def largest(
 
   Args:
     scores: a pytree of arrays.
-    counts: how many each leaf keeps; their sum if the scope is global.
+    counts: how many entries each leaf keeps, a tree; only the sum over the
+      weights matters if the scope is global.
     scope: 'layer' or 'global'.
     is_weight: a function of (path, leaf).
 
   Returns:
-    A pytree of boolean arrays.
+    A pytree of boolean arrays of the structure and the shapes of scores.
+
+  Raises:
+    ValueError: if the scope is global and a leaf keeps n of every m weights.
 
   >>> scores = {'a': {'w': jnp.array([1.0, 2.0])}, 'b': {'w': jnp.array([3.0])}}
   >>> counts = {'a': {'w': 1}, 'b': {'w': 1}}
@@ -183,10 +188,10 @@ def grown_values(
 
   Args:
     theta: all weights.
-    before: the mask before the update.
+    before: the mask before the update, a pytree of boolean arrays.
     after: the mask after it.
-    fresh: a tree of values for what is grown; None leaves the values that there
-      are.
+    fresh: a tree of values for what is grown, of the structure and the shapes
+      of theta; None leaves theta as it is.
 
   Returns:
     A pytree of the structure of theta.

@@ -53,10 +53,12 @@ def top_kast(
   `exploration_penalty` to the gradient.
 
   Args:
-    forward: how many weights of each leaf are in A, as `distributions` tells
-      it. It decides the first A; from then on, and in a network that was sparse
-      before, the number of weights in A does not change.
-    backward: how many are in B, if they are not fewer than those in A.
+    forward: maps parameters to how many weights of each leaf are in A, such as
+      `distributions.erdos_renyi(0.9)`. It decides the first A; from then on,
+      and in a network that was sparse before, the number of weights in A does
+      not change. A pattern of n of every m holds at every update.
+    backward: maps parameters to how many weights of each leaf are in B. If A
+      has more by then, an update gives B as many as A has.
     is_weight: a function of (path, leaf); the masks of other leaves stay.
 
   Returns:
@@ -118,7 +120,7 @@ def exploration_penalty(
   is_weight: types.IsWeight = leaves.is_weight,
   axes: types.AxesOf = leaves.axes,
 ) -> types.Updates:
-  """The gradient of Top-KAST's exploration penalty, an L2 one.
+  """The gradient of the exploration penalty of Top-KAST, an L2 penalty.
 
   Weights in A are decayed by `strength` and those in B but not in A by
   `strength / density of A`, which keeps A from freezing to its first choice: a
@@ -126,14 +128,15 @@ def exploration_penalty(
 
   Args:
     theta: all weights, masked or not.
-    masks: forward A and backward B.
-    strength: that of the penalty strength / 2 |theta|^2 in A.
+    masks: the masks, of which the forward one is A and the backward one B.
+    strength: the factor of the penalty, which is strength / 2 |theta|^2 in A.
     is_weight: a function of (path, leaf); other leaves have no penalty.
     axes: a function of (path, leaf) that tells which layers are stacked, each
       of which has a density of its own.
 
   Returns:
-    A pytree to add to the gradient at theta.
+    A pytree of the structure, shapes and dtypes of theta, to be added to the
+    gradient at theta.
 
   >>> theta = {'w': jnp.array([1.0, 2.0])}
   >>> a, b = {'w': jnp.array([False, True])}, {'w': jnp.array([True, True])}

@@ -33,10 +33,10 @@ def _drop_and_grow(
 ) -> jax.Array:
   """The mask of a leaf after it trades its smallest weights for others.
 
-  The number of active weights stays what it is, whoever has chosen them. What
-  is wanted says only what is ranked by itself: the leaf, or each layer of a
-  stack. In a pattern of n of every m, weights are dropped wherever they are
-  smallest, and each group grows as many as it has lost.
+  The number of active weights stays what it is, whoever has chosen them.
+  `wanted` says only which weights are ranked by themselves: those of the leaf,
+  or of each layer of a stack. In a pattern of n of every m, weights are dropped
+  wherever they are smallest, and each group grows as many as it has lost.
   """
   pattern = isinstance(wanted, masks_lib.NOfM)
   groups = 0 if pattern else wanted
@@ -48,9 +48,9 @@ def _drop_and_grow(
   remaining = masks_lib.top_count_mask(
     jnp.where(active, jnp.abs(theta), -1.0), count - changes
   )
-  # Ranks, from the last: what stays active, what was just dropped if that may
-  # not come back, the others. A dropped weight does come back at once, though
-  # it may not, if there are too few others.
+  # The lowest ranks are of weights that stay active, the next of those just
+  # dropped if they may not come back, and the highest of the others. If there
+  # are too few others, a dropped weight comes back at once all the same.
   just_dropped = active & ~remaining
   growth = jnp.where(jnp.isnan(growth), 0.0, growth)  # NaN ranks below -inf.
   growth = jnp.where(remaining, -jnp.inf, growth)
@@ -79,7 +79,7 @@ def _trading(
   regrow_dropped: bool,
   is_weight: types.IsWeight,
 ) -> protocol.MaskUpdater:
-  """What SET and RigL have in common: all but the scores of growth."""
+  """The method of both SET and RigL, which differ in `growth_scores` alone."""
 
   def update(key, step, theta, masks, grads):
     score_key, value_key = jax.random.split(key)
@@ -111,9 +111,10 @@ def set_(
   """SET: drops the smallest active weights and grows as many at random.
 
   Args:
-    counts: how many weights each leaf has, as `distributions` tells it. It
-      decides the first mask; from then on, and in a network that was sparse
-      before, the number of active weights of a layer does not change.
+    counts: maps parameters to how many weights each leaf has, such as
+      `distributions.erdos_renyi(0.9)`. It decides the first mask; from then on,
+      and in a network that was sparse before, the number of active weights of a
+      layer does not change.
     drop_fraction: maps the step to the fraction of active weights to trade,
       such as `schedules.drop_fraction(0.3, stop)`.
     regrow: maps a key to a tree of weights theta, from which grown weights take
@@ -152,17 +153,16 @@ def rigl(
   regrow_dropped: bool = True,
   is_weight: types.IsWeight = leaves.is_weight,
 ) -> protocol.MaskUpdater:
-  """RigL: drops the smallest active weights, grows the largest gradients.
+  """RigL: drops the smallest active weights and grows by the gradient.
 
   As published, grown weights start at zero, from which they would never move
-  for alpha > 1 (section 2 of the paper).
+  for alpha > 1 (section 2 of the paper); here `regrow` gives their values.
 
   Args:
-    counts: as in `set_`, and so are the others.
-    drop_fraction: maps the step to the fraction of active weights to trade.
-    regrow: maps a key to a tree of weights theta for grown weights, or None.
-    regrow_dropped: whether a weight that is dropped competes for growth in the
-      same update, as published.
+    counts: as in `set_`.
+    drop_fraction: as in `set_`.
+    regrow: as in `set_`.
+    regrow_dropped: as in `set_`.
     is_weight: a function of (path, leaf); the masks of other leaves stay.
 
   Returns:
