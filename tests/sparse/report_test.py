@@ -1,4 +1,4 @@
-"""Tests of what a report says of stacked layers and of the kinds of kernels."""
+"""Tests of reports on stacked layers and on the kinds of kernels."""
 
 import functools
 
