@@ -25,7 +25,8 @@ def test_examples(name):
   assert not failed
 
 
-# Functions, whose examples show them, make these, and not their users.
+# Functions make these, and not their users; the examples of the functions show
+# them.
 _RESULTS = {
   'continual.efficient_packnet.Choice',
   'continual.ewc.Anchor',

@@ -658,7 +658,7 @@ AXES_LINEN = {
     (_IMAGE,),
     {'VmapConv_0/kernel': ((4,), (7,), (3,))},
   ),
-  # Users may give any names to these: those that Flax gives inside are enough.
+  # Users named these; the names that Flax gives inside are enough.
   'scan of Dense under a name': (
     _Lifted(lambda: nn.scan(_Dense, length=4, **_OF_LAYERS)(name='layers')),
     (_X7,),

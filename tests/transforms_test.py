@@ -267,7 +267,7 @@ def test_drop_in_adds_up_no_rounding(alpha, traced):
   """It is as exact after 1,000 noisy steps as phi, against float64 by hand.
 
   A step rounds theta by some units in the last place, at random: in 1,000 steps
-  they add up as the square root of 1,000, and a bias would as 1,000.
+  they add up as the square root of 1,000, and a bias would add up as 1,000.
   """
   rng = np.random.default_rng(0)
   theta = rng.standard_normal(200).astype(np.float32) / 16
@@ -723,7 +723,7 @@ def test_wrappers_that_go_outside_are_refused_inside(name):
   for tx, parameters in _forms(wrap(optax.sgd(0.1)), 2.0):
     with pytest.raises(ValueError, match='State counts on .* Put it outside'):
       tx.init(parameters(theta))
-  # Outside they are welcome, and inside of what changes nothing.
+  # They are accepted outside, and inside of a power that changes nothing.
   for tx, parameters in _forms(optax.sgd(0.1), 2.0):
     wrap(tx).init(parameters(theta))
   for tx, parameters in _forms(wrap(optax.sgd(0.1)), 1.0):

@@ -556,7 +556,7 @@ def test_a_task_takes_a_bit_a_weight():
 
 
 def test_recall_needs_nothing_that_is_not_masked():
-  """A task needs the weights in its mask, and no others."""
+  """A task needs the weights in its mask and its own leaves, nothing else."""
   learner = _Learner()
   learner.learn()
   recorded = learner.recorded(0)

@@ -76,7 +76,7 @@ def test_mnist_pruning_writes_and_prints_its_results(run, tmp_path):
   code, out, err = run(*args)
   assert code == 0, err
   for path in (tmp_path / 'runs').glob('*.safetensors'):
-    assert export.load_compressed(path).alpha == 3.0  # That of the end.
+    assert export.load_compressed(path).alpha == 3.0  # The last power.
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert summary['kept'] == [0.1, 1.0]
   assert list(summary['results']) == ['1.0', '2.0', '1.0 global', '2.0 global']

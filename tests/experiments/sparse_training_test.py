@@ -609,7 +609,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
   assert losses(tmp_path) == losses(uninterrupted)
   network = trained.load(str(tmp_path), None)
   assert isinstance(network, trained.Network)
-  assert network.alpha == 3.0  # That of the end.
+  assert network.alpha == 3.0  # The last power.
   accuracy = network.evaluate(network.theta, network.state)
   assert accuracy['test_accuracy'] == wanted['test_accuracy']
 
@@ -876,7 +876,7 @@ def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
       for i in range(2)
     ]
 
-  # One of two hosts is asked to stop, whereupon both do.
+  # One of two hosts is asked to stop, and then both do.
   hosts = start_hosts()
   wait_until(hosts[1], lambda: saved(two)[0] > 0)
   hosts[1].send_signal(signal.SIGTERM)

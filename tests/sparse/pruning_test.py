@@ -260,7 +260,7 @@ def test_wanda_by_hand():
   assert scores['linear']['w'].tolist() == [[5.0, 10.0], [3.0, 0.5]]
   mask = pruning.prune(theta, 0.5, scores=scores, scope='output')
   assert mask['linear']['w'].tolist() == [[T, T], [F, F]]
-  # By magnitude it would be the other one of the first unit.
+  # By magnitude the first unit would keep its other weight.
   mask = pruning.prune(theta, 0.5, scope='output')
   assert mask['linear']['w'].tolist() == [[F, T], [T, F]]
 

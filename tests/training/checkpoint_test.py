@@ -297,8 +297,8 @@ def _flip(path):
   path.write_bytes(data)
 
 
-# Of many arrays that cannot be read, Orbax waits for the first only; the others
-# complain that nobody listens.
+# If many arrays cannot be read, Orbax waits for the first only; the others warn
+# that nobody retrieved their errors.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', [_delete, _truncate, _scramble, _flip])
 def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):

@@ -69,7 +69,7 @@ def test_hooks_come_between_chunks():
     'masks 8',
     (8, 12),
   ]
-  assert saved == [(8, 5)]  # Without the masks of step 8.
+  assert saved == [(8, 5)]  # It lacks the masks of step 8.
   assert reports == [(4, 1.5), (6, 4.5), (8, 6.5), (12, 9.5)]
 
 
