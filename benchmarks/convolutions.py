@@ -1,16 +1,16 @@
-"""The time of a step of convolutional networks on a CPU, beside PyTorch's.
+"""Times a step of convolutional networks on a CPU, beside that of PyTorch.
 
   python -m benchmarks.convolutions
 
 LeNet-5 and a ResNet-8 of 16, 32 and 64 channels (`wide_resnet` of depth 10 and
-width 1), batches of 128 random images, plain SGD, one core. JAX is timed in
-three forms: by the operations of Haiku with a Python loop over compiled steps,
-as networks with convolutions were trained before; by those of
-`models.convolutions`, likewise; and by the latter in a compiled chunk of steps,
-as everything is trained now. In a chunk Haiku's take 0.6 s per step of LeNet-5
-and 10 s of the ResNet-8, and are left out. The forms take turns, and of the
-seconds of CPU of each form the fastest turn counts, as other work on the
-machine comes and goes.
+width 1) are trained on batches of 128 random images with plain SGD on one core.
+JAX is timed in three forms: with the operations of Haiku in a Python loop over
+compiled steps, as networks with convolutions were trained before; with those of
+`models.convolutions` in the same loop; and with the latter in a compiled chunk
+of steps, as everything is trained now. In a chunk Haiku's operations take 0.6 s
+per step of LeNet-5 and 10 s per step of the ResNet-8, and are left out. The
+forms take turns. The seconds of CPU are those of the fastest turn of each form,
+as other work on the machine comes and goes.
 
 PyTorch is no dependency of this package. If it can be imported it is timed in
 the same turns, in its own layout of images and in `channels_last`:
@@ -46,7 +46,7 @@ from powerprop_jax.models import networks
 from powerprop_jax.training import classification
 
 BATCH = 128
-STEPS = 4  # Of a turn.
+STEPS = 4  # In each turn.
 NETWORKS: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]] = {
   'LeNet-5': (networks.lenet_5, (28, 28, 1)),
   'ResNet-8': (
@@ -54,7 +54,8 @@ NETWORKS: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]] = {
     (32, 32, 3),
   ),
 }
-# Size and channels of the images, outputs, size of the kernel, stride, padding.
+# The size and channels of the images, the output channels, and the size, the
+# stride and the padding of the kernel.
 LAYERS = (
   (28, 1, 20, 5, 1, 'VALID'),
   (12, 20, 50, 5, 1, 'VALID'),
@@ -79,7 +80,7 @@ def _haiku_max(images: jax.Array, side: int) -> jax.Array:
 
 
 def jax_forms(name: str) -> dict[str, Turn]:
-  """The three forms of JAX."""
+  """The three forms of training in JAX, by name."""
   function, shape = NETWORKS[name]
   transform = power.power_transform(1.0)
   tx = transforms.target_propagation(optax.sgd(0.01), transform)
@@ -149,7 +150,7 @@ def _torch_network(torch: Any, name: str) -> Any:
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), layer)
 
   class Block(nn.Module):
-    """`networks._wide_block`."""
+    """The same block as `networks._wide_block`."""
 
     def __init__(self, inputs, outputs, stride):
       super().__init__()
@@ -180,7 +181,7 @@ def _torch_network(torch: Any, name: str) -> Any:
 
 
 def torch_forms(name: str) -> dict[str, Turn]:
-  """The two layouts of PyTorch; {} where it cannot be imported."""
+  """Training in two layouts of PyTorch; {} if it cannot be imported."""
   if importlib.util.find_spec('torch') is None:
     return {}
   torch: Any = importlib.import_module('torch')
@@ -210,7 +211,7 @@ def torch_forms(name: str) -> dict[str, Turn]:
 
 
 def fastest(turns: dict[str, Turn], count: int) -> dict[str, float]:
-  """Milliseconds of CPU per step: the fastest of some turns of each form."""
+  """Milliseconds of CPU per step, in the fastest turn of each form."""
   seconds = {form: [] for form in turns}
   for turn in range(count + 1):
     for form, take in turns.items():
@@ -222,7 +223,7 @@ def fastest(turns: dict[str, Turn], count: int) -> dict[str, float]:
 
 
 def _in_a_loop(function: Callable[..., Any], *args: Any) -> Turn:
-  """Computes a function of arrays STEPS times, each after the one before."""
+  """Makes a turn that computes a function STEPS times, one after another."""
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
   )
@@ -239,12 +240,16 @@ def _in_a_loop(function: Callable[..., Any], *args: Any) -> Turn:
 
 
 def _gradient(function: Callable[..., Any], x: Any, y: Any) -> Any:
-  """The gradient at x for a cotangent y; needs no output of the function."""
+  """The gradient at x for a cotangent y, without the output of the function."""
   return jax.vjp(function, x)[1](y)[0]
 
 
 def pieces(count: int) -> list[list[str]]:
-  """Rows of a table: a layer, and the times of its output and gradients."""
+  """Rows of a table: a layer, and the times of its output and gradients.
+
+  Args:
+    count: how many turns each piece takes.
+  """
   rows = []
 
   def add(name, **functions):
@@ -310,9 +315,11 @@ def pieces(count: int) -> list[list[str]]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--turns', type=int, default=8)
+  parser.add_argument(
+    '--turns', type=int, default=8, help='How many turns each form takes.'
+  )
   args = parser.parse_args()
-  # XLA and PyTorch ask how many cores there are when they are first used.
+  # XLA and PyTorch read the number of cores when they are first used.
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
   print(f'{jax.devices()[0].device_kind}, one core, jax {jax.__version__}')
   rows = []
@@ -325,7 +332,7 @@ def main() -> None:
   headers = ['network', 'form', 'ms per step', 'chunk / form']
   print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True))
   if importlib.util.find_spec('torch') is None:
-    print('PyTorch is not installed; the docstring has the command.')
+    print('PyTorch is not installed; --help shows the command.')
   headers = ['piece, ms', 'output', 'gradient by images', 'by kernel']
   print()
   print(

@@ -1,15 +1,16 @@
-"""Images per second of decoding alone, of the step alone, and of both together.
+"""Measures whether the decoding of images keeps up with the training step.
 
   python -m benchmarks.input
 
-Training decodes the next batches in processes of its own, and moves one to the
-device while a step runs, so that both together should be as fast as the slower
-of the two. On a CPU they share the cores, and are slower than either. --apart
-gives one core to the step and the others to the processes that decode, as if
-the first were an accelerator; a small network (--network=lenet_5 --batch=64
---image_size=64) then shows what the loop itself costs. The images are JPEGs of
-noise under large shapes, which this script makes; photographs of the same size
-take about as long to decode.
+Prints the images per second of decoding alone, of the step alone, and of both
+together. Training decodes the next batches in processes of their own, and moves
+one batch to the device while a step runs, so that both together should be as
+fast as the slower of the two. On a CPU they share the cores, and are slower
+than either. --apart gives one core to the step and the others to the processes
+that decode, as if the first were an accelerator; a small network
+(--network=lenet_5 --batch=64 --image_size=64) then shows what the loop itself
+costs. The images are JPEGs of noise under large shapes, which this script
+makes; photographs of the same size take about as long to decode.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from powerprop_jax.training import devices
 
 
 def make_folder(root: pathlib.Path, count: int, height: int, width: int):
-  """Writes JPEGs, in `train` and a few in `val`, of two classes."""
+  """Writes JPEGs of two classes: `count` in `train`, and two in `val`."""
   rng = np.random.default_rng(0)
   for split, images in (('train', count), ('val', 2)):
     for i in range(images):
@@ -47,7 +48,13 @@ def make_folder(root: pathlib.Path, count: int, height: int, width: int):
 
 
 def speed(take: Callable[[], object], images: int, seconds: float) -> float:
-  """How many images are taken per second, after a first time."""
+  """Images per second of a function that takes some, after a first call.
+
+  Args:
+    take: takes a batch, or several.
+    images: how many images a call takes.
+    seconds: how long to measure.
+  """
   take()
   done, begun = 0, time.perf_counter()
   while (passed := time.perf_counter() - begun) < seconds:
@@ -58,14 +65,33 @@ def speed(take: Callable[[], object], images: int, seconds: float) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--network', default='resnet50')
-  parser.add_argument('--batch', type=int, default=256)
-  parser.add_argument('--image_size', type=int, default=224)
-  parser.add_argument('--images', type=int, default=2_000, help='JPEGs made.')
-  parser.add_argument('--seconds', type=float, default=30, help='Each takes.')
-  parser.add_argument('--workers', type=int, help='Default: a core for each.')
   parser.add_argument(
-    '--apart', action='store_true', help='The step has a core of its own.'
+    '--network', default='resnet50', help='The network to train.'
+  )
+  parser.add_argument(
+    '--batch', type=int, default=256, help='The number of images per step.'
+  )
+  parser.add_argument(
+    '--image_size', type=int, default=224, help='Their height and width.'
+  )
+  parser.add_argument(
+    '--images', type=int, default=2_000, help='How many JPEGs are made.'
+  )
+  parser.add_argument(
+    '--seconds',
+    type=float,
+    default=30,
+    help='How long each of the three is measured.',
+  )
+  parser.add_argument(
+    '--workers',
+    type=int,
+    help='How many processes decode; the number of cores if not given.',
+  )
+  parser.add_argument(
+    '--apart',
+    action='store_true',
+    help='Whether the step has a core of its own.',
   )
   args = parser.parse_args()
   if args.apart:
@@ -86,7 +112,7 @@ def main() -> None:
       f'--data_dir={place}',
       '--method=static',
       '--learning_rate=0',  # Noise has nothing to be learnt.
-      # CPUs emulate it, slowly.
+      # CPUs emulate bfloat16, slowly.
       f'--bfloat16={jax.default_backend() != "cpu"}',
       f'--network={args.network}',
       f'--batch_size={args.batch}',
@@ -107,7 +133,7 @@ def main() -> None:
       num_workers=workers,
     )
     decoding = speed(lambda: next(stream), args.batch, args.seconds)
-    # What is shared with workers ends with them.
+    # The memory of a batch is shared with workers, and ends with them.
     batch = devices.put(jax.tree.map(np.copy, next(stream)), axis)
     stream.close()
 

@@ -1,17 +1,17 @@
-"""Accuracy of networks that are pruned once, against the length of training.
+"""Measures accuracy after pruning once, against the length of training.
 
   python -m benchmarks.lengths --data_dir=DIR
 
 trains LeNet-300-100 on full MNIST for 2,500 to 100,000 steps by each recipe,
 and prunes it by magnitude, without retraining. It takes two or three hours on
-two cores, and continues when it is given again. The results go to --out_dir,
-and together to experiments/results/lengths.json, of which `experiments.render`
-makes a figure and tables.
+two cores, and the same command continues a run that was stopped. The results go
+to --out_dir, and a summary to experiments/results/lengths.json, from which
+`experiments.render` makes a figure and tables.
 
 The recipes were chosen at 10,000 steps by the validation accuracy of one seed,
 after seventeen trials each (experiments/results/trials-lengths.json). At other
 lengths the rate is the same, and the decay per step is that at 10,000 steps
-times the square root of 10,000 / steps. The square root was chosen since it
+times the square root of 10,000 / steps. The square root was chosen because it
 leads from the recipes at 10,000 steps to those that had been found at 100,000
 steps for alpha = 1 and for alpha = 2 by trials of their own.
 """
@@ -40,7 +40,16 @@ _COMMON = (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What was chosen at 10,000 steps."""
+  """The settings that were chosen at 10,000 steps.
+
+  Attributes:
+    label: the name in tables.
+    alpha: the power, or the first of several.
+    rate: the learning rate.
+    decay: the decay of phi per step at 10,000 steps.
+    factors: the factors of the decay by layer.
+    more: further flags.
+  """
 
   label: str
   alpha: float
@@ -64,8 +73,8 @@ class Recipe:
 
 
 _FACTORS, _MORE_FACTORS = 'logits=5,linear_1=2', 'logits=8,linear_1=3'
-# The best of the trials of each kind. That of the power that grows is within
-# 0.1 points of its best, at a smaller rate: at 0.2 longer runs may diverge.
+# Each is the best trial of its kind. For the power that grows it is one within
+# 0.1 points of the best, at a smaller rate: at 0.2 longer runs may diverge.
 RECIPES = {
   'l1': Recipe(
     '1.0 with L1', 1.0, 0.1, 6e-4, _FACTORS, ('--phi_decay_norm=l1',)
@@ -93,18 +102,21 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(config.Settings):
-  """What is trained, and where the results go."""
+  """The lengths and seeds to train, and where the results go."""
 
   data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/lengths', 'The folder of results.')
-  seeds: int = config.flag(3, 'The number of runs of each kind.', low=1)
+  seeds: int = config.flag(3, 'The number of seeds of each recipe.', low=1)
   lengths: tuple[int, ...] = config.flag(
-    _LENGTHS, 'The numbers of training steps, of those that there are.', low=1
+    _LENGTHS,
+    'The numbers of training steps. Only those of the default are written to'
+    ' the summary.',
+    low=1,
   )
 
 
 def main(settings: Settings) -> None:
-  """Trains what is not finished, and writes what there is."""
+  """Trains what is not finished, and writes the results so far."""
   data = [f'--data_dir={settings.data_dir}'] if settings.data_dir else []
   root = pathlib.Path(settings.out_dir)
   for steps in settings.lengths:
@@ -117,7 +129,7 @@ def main(settings: Settings) -> None:
 
 
 def write(root: pathlib.Path) -> None:
-  """Writes the numbers of all recipes and lengths."""
+  """Writes the results of all recipes and lengths that are finished."""
   results = []
   for name, steps in itertools.product(RECIPES, _LENGTHS):
     path = root / f'{name}-{steps}' / 'summary.json'

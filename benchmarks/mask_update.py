@@ -1,10 +1,10 @@
-"""One exact mask update of RigL on a tree of the size of ResNet-50.
+"""Times an exact mask update of RigL on a tree of the size of ResNet-50.
 
   python -m benchmarks.mask_update
 
-Prints the seconds for all layers, after compilation. Drawing values for the
-weights that are grown is left out. The masks must be identical to those of a
-stable argsort in numpy, or the script fails.
+Prints the seconds of one update of all layers, after compilation. Values for
+the weights that are grown are not drawn. The masks must be identical to those
+of a stable argsort in numpy, or the script fails.
 """
 
 import time
@@ -25,7 +25,10 @@ _DROP = 0.3
 
 
 def largest(scores: np.ndarray, count: int) -> np.ndarray:
-  """The mask of the `count` largest scores; ties go to the lower index."""
+  """The mask of the `count` largest scores, of the shape of `scores`.
+
+  Ties go to the lower index.
+  """
   mask = np.zeros(scores.size, bool)
   mask[np.argsort(-scores.ravel(), kind='stable')[:count]] = True
   return mask.reshape(scores.shape)
@@ -34,7 +37,16 @@ def largest(scores: np.ndarray, count: int) -> np.ndarray:
 def update_by_sorting(
   theta: np.ndarray, grad: np.ndarray, active: np.ndarray
 ) -> np.ndarray:
-  """RigL's update of the mask of one layer, as published."""
+  """RigL's update of the mask of one layer, as published.
+
+  Args:
+    theta: the weights, of any shape.
+    grad: their gradient, of the same shape.
+    active: the mask before, of the same shape.
+
+  Returns:
+    The mask after the update, of the same shape.
+  """
   count = int(active.sum())
   changes = int(masks.floor_multiply(_DROP, count))
   remaining = largest(np.where(active, np.abs(theta), -1.0), count - changes)

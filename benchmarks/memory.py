@@ -1,12 +1,13 @@
-"""The memory that training needs, counted from shapes: nothing is measured.
+"""Counts the memory that training needs from shapes: nothing is measured.
 
   python -m benchmarks.memory
 
-What grows with the number of images are the arrays of the forward pass that the
-backward pass reads: those that `jax.vjp` of the loss keeps. Among them are all
-that BatchNorm holds in float32, which a compiler may compute again from what is
-bfloat16. So there are two counts, with these and without them, and the truth
-lies between, plus what the compiler needs for one operation at a time.
+The arrays of the forward pass that the backward pass reads, which are those
+that `jax.vjp` of the loss keeps, grow with the number of images. Among them are
+arrays of BatchNorm in float32, which a compiler may recompute from arrays in
+bfloat16. So there are two counts, with the former and without them. The truth
+lies between, plus the memory that the compiler needs for one operation at a
+time.
 """
 
 import argparse
@@ -30,14 +31,14 @@ _CLASSES = 1000
 
 
 def size(tree: Any, without: Any = None) -> int:
-  """The bytes of the arrays of a tree, or of their shapes.
+  """The number of bytes of the arrays of a tree.
 
   Args:
-    tree: the arrays.
-    without: a type of arrays that do not count.
+    tree: arrays, or structs of their shapes and types.
+    without: a type; arrays of it are not counted.
 
   Returns:
-    Their number.
+    The number of bytes.
   """
   return sum(
     math.prod(x.shape) * x.dtype.itemsize
@@ -48,10 +49,21 @@ def size(tree: Any, without: Any = None) -> int:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--network', default='resnet50')
-  parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument(
-    '--batches', type=int, nargs='+', default=[64, 128, 256], help='Images.'
+    '--network', default='resnet50', help='The network to train.'
+  )
+  parser.add_argument(
+    '--image_size',
+    type=int,
+    default=224,
+    help='The height and width of images.',
+  )
+  parser.add_argument(
+    '--batches',
+    type=int,
+    nargs='+',
+    default=[64, 128, 256],
+    help='The numbers of images per step for which the memory is counted.',
   )
   args = parser.parse_args()
   flags = ['--preset=imagenet', f'--network={args.network}']
@@ -64,7 +76,7 @@ def main() -> None:
   )
   state = jax.eval_shape(problem.init)
   held = size((state.phi, state.opt_state, state.masks, state.model_state))
-  fixed = held + 2 * size(state.phi)  # theta and its gradient, in a step.
+  fixed = held + 2 * size(state.phi)  # A step has theta and its gradient too.
 
   network = networks.build(args.network, _CLASSES, dtype=jnp.bfloat16)
   loss_fn = classification.make_loss(

@@ -1,13 +1,13 @@
-"""The time of a step of each sparse training method, against dense training.
+"""Times a step of each sparse training method, against dense training.
 
   python -m benchmarks.methods
 
-LeNet-5 on mnist_5k, batches of 128, SGD with momentum, alpha = 2: the steps
-between two mask updates. Masks are part of the state, so methods whose steps
-lower to the same program are timed as one, against a step without any masks.
-Top-KAST is given once more with new masks in every step. The programs take
-turns, and the ratios are those within a turn: other work on the machine comes
-and goes.
+The steps between two mask updates are timed, of LeNet-5 on mnist_5k with
+batches of 128, SGD with momentum and alpha = 2. Masks are part of the state, so
+methods whose steps lower to the same program are timed as one, against a step
+without any masks. Top-KAST is timed once more with new masks in every step. The
+programs take turns, and the ratios are those within a turn, as other work on
+the machine comes and goes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_problem(data: in_memory.Dataset, *args: str) -> problem_lib.Problem:
 
 
 def unmasked(step: training.TrainStep) -> training.TrainStep:
-  """The step under masks of ones that the compiler knows, and removes."""
+  """A step whose masks are all ones, which the compiler knows and removes."""
 
   def step_without(state, batch):
     constant = masks.dense(state.phi)
@@ -48,12 +48,22 @@ def unmasked(step: training.TrainStep) -> training.TrainStep:
 def make_steps(
   problems: Mapping[str, problem_lib.Problem], state: Any, batch: Any
 ) -> dict[str, tuple[str, Step]]:
-  """Every program there is: the methods that run it, and its compiled step."""
+  """The different programs: the methods that run each, and its compiled step.
+
+  Args:
+    problems: the problem of each method.
+    state: a state of training, for its shapes.
+    batch: images and labels of a step, for their shapes.
+
+  Returns:
+    By the first method that runs a program: the names of all of them, and the
+    step.
+  """
   dense = problems['dense'].step
   steps = {UNMASKED: unmasked(dense)} | {m: p.step for m, p in problems.items()}
   programs: dict[str, tuple[list[str], Any]] = {}
   for name, step in steps.items():
-    # One name for all, as it is part of the program's text.
+    # All get one name, as the name is part of the program's text.
     step = jax.jit(lambda s, b, step=step: step(s, b), donate_argnums=0)
     lowered = step.lower(state, batch)
     programs.setdefault(lowered.as_text(), ([], lowered))[0].append(name)
@@ -66,7 +76,7 @@ def make_steps(
 def take_turns(
   chunks: Mapping[str, Callable[[], Any]], turns: int
 ) -> dict[str, np.ndarray]:
-  """The seconds of each chunk in each turn, after a first."""
+  """The seconds of each chunk in each turn, [turns], after a first turn."""
   seconds = {name: [] for name in chunks}
   for _ in range(turns + 1):
     for name, chunk in chunks.items():
@@ -78,8 +88,12 @@ def take_turns(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--steps', type=int, default=10)
-  parser.add_argument('--turns', type=int, default=30)
+  parser.add_argument(
+    '--steps', type=int, default=10, help='The number of steps in a turn.'
+  )
+  parser.add_argument(
+    '--turns', type=int, default=30, help='How many turns each program takes.'
+  )
   args = parser.parse_args()
   data = in_memory.load('mnist_5k')
   common = ('--network=lenet_5', '--momentum=0.9', '--batch_size=128')

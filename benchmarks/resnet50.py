@@ -1,10 +1,12 @@
-"""Images per second of ResNet-50: dense, Powerprop, RigL and Top-KAST.
+"""Measures images per second of ResNet-50, dense and under sparse training.
 
   python -m benchmarks.resnet50
 
-Synthetic images that lie on the device, bfloat16 activations, SGD with Nesterov
-momentum; ERK at a sparsity of 0.9, and new masks every 100 steps. All in one
-run: the four take turns, and the fastest of their turns count. For one GPU.
+Dense training, Powerpropagation, RigL and Top-KAST take turns in one run, and
+the fastest turn of each counts. The images are synthetic and lie on the device.
+Activations are bfloat16, the optimiser is SGD with Nesterov momentum, and masks
+have a sparsity of 0.9 by ERK and change every 100 steps. The script is for one
+GPU.
 """
 
 import argparse
@@ -26,7 +28,7 @@ _RUNS = {
 
 
 def synthetic(batch: int, side: int) -> in_memory.Dataset:
-  """One batch of random images and labels."""
+  """One batch of random images [batch, side, side, 3] and labels [batch]."""
   rng = np.random.default_rng(0)
   images = rng.integers(256, size=[batch, side, side, 3], dtype=np.uint8)
   labels = rng.integers(1000, size=batch, dtype=np.int32)
@@ -71,11 +73,24 @@ def make_chunk(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--batch', type=int, default=256)
-  parser.add_argument('--image_size', type=int, default=224)
-  parser.add_argument('--steps', type=int, default=100, help='In a turn.')
-  parser.add_argument('--turns', type=int, default=3)
-  parser.add_argument('--update_every', type=int, default=100)
+  parser.add_argument(
+    '--batch', type=int, default=256, help='The number of images per step.'
+  )
+  parser.add_argument(
+    '--image_size', type=int, default=224, help='Their height and width.'
+  )
+  parser.add_argument(
+    '--steps', type=int, default=100, help='The number of steps in a turn.'
+  )
+  parser.add_argument(
+    '--turns', type=int, default=3, help='How many turns each method takes.'
+  )
+  parser.add_argument(
+    '--update_every',
+    type=int,
+    default=100,
+    help='The number of steps from one update of the masks to the next.',
+  )
   args = parser.parse_args()
   data = synthetic(args.batch, args.image_size)
   chunks = {

@@ -1,9 +1,9 @@
-"""Where sparse matrices make a pruned network faster, and where they do not.
+"""Measures at which sparsities sparse matrices make a pruned network faster.
 
 Times inference with the matrices of `export.to_sparse` against that with dense
 ones, in one run: `csr` of scipy, on the CPU, against the faster of numpy and
 jax there; `bcoo` of jax, compiled, against jax on the default device. Prints
-the ratio sparse / dense of median times: below one sparse is faster.
+the ratio sparse / dense of median times: below one, sparse is faster.
 
   python -m benchmarks.sparse_inference
 """
@@ -29,7 +29,16 @@ LARGEST = 50_000_000
 
 
 def make(widths: tuple[int, ...], density: float) -> tuple[Any, Any]:
-  """Random weights, and masks that keep some of them."""
+  """Random weights and biases of linear layers, and masks of the weights.
+
+  Args:
+    widths: the number of inputs, and that of the outputs of each layer.
+    density: the probability with which a mask keeps a weight.
+
+  Returns:
+    (theta, masks), lists of a dict for each layer: `w` has the shape [inputs,
+    outputs], and `b` [outputs].
+  """
   rng = np.random.default_rng(0)
   theta, masks = [], []
   for shape in itertools.pairwise(widths):
@@ -47,7 +56,7 @@ def forward(theta: Any, x: Any) -> Any:
 
 
 def median_time(f: Callable[[], Any], seconds: float = 0.05) -> float:
-  """The median time of a call, of as many as fit into the seconds, or three."""
+  """The median time of a call, of those in `seconds`, and of three at least."""
   jax.block_until_ready(f())  # Compiles.
   times, start = [], time.perf_counter()
   while len(times) < 3 or time.perf_counter() - start < seconds:
@@ -60,7 +69,7 @@ def median_time(f: Callable[[], Any], seconds: float = 0.05) -> float:
 def compare(
   widths: tuple[int, ...], sparsity: float, batch: int
 ) -> dict[str, float]:
-  """The ratios sparse / dense of a network, by the kind of matrix."""
+  """The ratios sparse / dense of the times of a network, by kind of matrix."""
   theta, masks = make(widths, 1 - sparsity)
   x = np.random.default_rng(1).standard_normal((batch, widths[0]), np.float32)
   compiled, ratios = jax.jit(forward), {}
@@ -79,7 +88,7 @@ def compare(
       functools.partial(f, jax.tree.map(place, theta), place(x))
       for f, place in rivals
     ]
-    # By turns, of which the fastest counts: other work comes and goes.
+    # They take turns and the fastest counts: other work comes and goes.
     sparse, *dense = np.min(
       [[median_time(call) for call in calls] for _ in range(4)], axis=0
     )

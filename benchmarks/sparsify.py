@@ -1,19 +1,20 @@
-"""What `sparsify` costs in the steps that leave the masks as they are.
+"""Measures what `sparsify` costs in steps that leave the masks as they are.
 
   python -m benchmarks.sparsify
 
-A multilayer perceptron of 5 M weights with Adam under RigL at 90 %, with and
-without Powerpropagation, as ratios to the step of the bare optimiser, in
-seconds and, in brackets, in seconds of the processor, which programs beside
-this one disturb less. The masks change on the cadence of the host (`due=None`)
-or inside `update`; no change falls among the steps that are timed. Forms take
-turns, and a ratio is the median over the turns.
+A multilayer perceptron of 5 M weights is trained with Adam under RigL at 90 %,
+with and without Powerpropagation. The times are ratios to the step of the bare
+optimiser, in seconds and, in brackets, in seconds of the processor, which
+programs beside this one disturb less. The masks change when the host calls for
+it (`due=None`) or inside `update`; none of the steps that are timed changes
+them. Forms take turns, and a ratio is the median over the turns.
 
-The inside form has a larger buffer, for the selection of the masks. The malloc
+If masks change inside `update`, the step has a larger buffer, for their
+selection. The malloc
 of glibc returns buffers above 32 MB to the kernel after every step and gets
 them back page by page, which on a CPU may cost more than all the rest. With
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 in the environment it keeps
-them. Accelerators allocate in another way.
+them. Accelerators allocate memory in another way.
 """
 
 import functools
@@ -31,8 +32,9 @@ from powerprop_jax.sparse import schedules
 from powerprop_jax.sparse import updaters
 
 _SIZES = (784, 2048, 1640, 10)
-# The step without masks grows with the batch, and what masks cost does not.
-_KINDS = ((128, False), (128, True), (512, True))  # Batch, donated.
+# Sizes of a batch, and whether the state is donated. The time of the step
+# without masks grows with the batch, and the cost of masks does not.
+_KINDS = ((128, False), (128, True), (512, True))
 _TURNS = 60
 
 
@@ -46,7 +48,7 @@ def loss_fn(params, x, labels):
 
 
 def make_turn(tx, batch: int, donate: bool):
-  """A function that takes a step and waits for it."""
+  """A function without arguments that takes a step and waits for it."""
   rng = np.random.default_rng(0)
   params = {
     f'layer_{i}': {

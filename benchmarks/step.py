@@ -1,9 +1,10 @@
-"""The cost of Powerpropagation in a training step, as a ratio to alpha = 1.
+"""Measures the cost of a power in a training step, as a ratio to alpha = 1.
 
   python -m benchmarks.step
 
-LeNet-300-100 on mnist_5k, batches of 60, plain SGD, compiled chunks of 500
-steps. The alphas take turns, and the fastest of their turns count.
+LeNet-300-100 is trained on mnist_5k with batches of 60 and plain SGD, in
+compiled chunks of 500 steps. The alphas take turns, and the fastest turn of
+each counts.
 """
 
 import time
@@ -59,7 +60,7 @@ def main() -> None:
   for alpha in ALPHAS:
     best = min(seconds[alpha])
     print(
-      f'alpha = {alpha:<5g}  {1e6 * best / STEPS:7.0f} us a step '
+      f'alpha = {alpha:<5g}  {1e6 * best / STEPS:7.0f} us per step '
       f' {best / base:.2f} x alpha = 1'
     )
 

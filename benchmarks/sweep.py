@@ -1,13 +1,14 @@
-"""Training several alphas as the package does, against the obvious way.
+"""Times training at several alphas, against an obvious Python loop.
 
   python -m benchmarks.sweep
 
-The package: compiled chunks of steps over data on the device, one network on
-each core. The obvious way: a Python loop over a compiled step that
-differentiates phi |phi|^(alpha - 1), fed with batches by numpy. Five alphas of
-LeNet-300-100 on mnist_5k, batches of 60, plain SGD. Prints the ratio of the
-times; compilation is left out of both. What can be had is bounded by the matrix
-products of the steps, which are timed alone, compiled and on all cores.
+The package runs compiled chunks of steps over data on the device, with one
+network on each core. The obvious way is a Python loop over a compiled step that
+differentiates phi |phi|^(alpha - 1), fed with batches by numpy. Both train
+LeNet-300-100 at five alphas on mnist_5k with batches of 60 and plain SGD.
+Prints the ratio of the times; compilation is left out of both. The matrix
+products of the steps, which are timed alone, compiled and on all cores, bound
+the ratio that can be reached.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def on_all_devices(work: Callable[[int], None]) -> float:
 
 
 def package(data: in_memory.Dataset, steps: int) -> float:
-  """Seconds for all alphas, on all cores."""
+  """Seconds of the training of the package at all alphas, on all cores."""
   network = networks.build('lenet_300_100', data.num_classes)
   split = (data.train.images, data.train.labels)
   key = jax.random.key(0)
@@ -84,7 +85,7 @@ def package(data: in_memory.Dataset, steps: int) -> float:
         state = loop.run(advance, init(), start=0, stop=steps, chunk=500)
         jax.block_until_ready(state)
 
-  # Compiles, the order of the examples for as many steps as are drawn at once.
+  # This compiles; the order of examples is drawn for 1,000 steps at a time.
   on_all_devices(functools.partial(train, steps=min(steps, 1000)))
   return on_all_devices(functools.partial(train, steps=steps))
 
@@ -117,7 +118,7 @@ def products(data: in_memory.Dataset, steps: int) -> float:
 
 
 def obvious(data: in_memory.Dataset, steps: int) -> float:
-  """Seconds for all alphas, one after another, on all cores each."""
+  """Seconds of the Python loop at all alphas in turn, on all cores."""
   network = networks.build('lenet_300_100', data.num_classes)
   theta, _ = network.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), True)
   tx = optax.sgd(RATE)
@@ -165,8 +166,14 @@ TIMED = (package, obvious, products)
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--steps', type=int, default=2000)
-  parser.add_argument('--only', choices=[f.__name__ for f in TIMED])
+  parser.add_argument(
+    '--steps', type=int, default=2000, help='The number of steps of each alpha.'
+  )
+  parser.add_argument(
+    '--only',
+    choices=[f.__name__ for f in TIMED],
+    help='Times one of them only, in this process, and prints the seconds.',
+  )
   args = parser.parse_args()
   if args.only:
     data = in_memory.load('mnist_5k')
@@ -175,8 +182,8 @@ def main() -> None:
     (timed,) = (f for f in TIMED if f.__name__ == args.only)
     print(timed(data, args.steps))
     return
-  # A process each, since the package sets how XLA uses the cores; by turns,
-  # since other work on the machine comes and goes.
+  # Each has a process of its own, since the package sets how XLA uses the
+  # cores. They take turns, since other work on the machine comes and goes.
   seconds = {f.__name__: [] for f in TIMED}
   for _ in range(2):
     for name, times in seconds.items():
@@ -189,7 +196,7 @@ def main() -> None:
     f'{len(ALPHAS)} alphas x {args.steps} steps: {theirs / ours:.1f} times'
     f' faster than a Python loop ({ours:.1f} s against {theirs:.1f} s; the'
     f' matrix products alone take {bound:.1f} s, so that at most'
-    f' {theirs / bound:.1f} times could be had);'
+    f' {theirs / bound:.1f} times could be reached);'
     f' {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax'
     f' {jax.__version__}'
   )

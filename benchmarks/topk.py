@@ -1,4 +1,4 @@
-"""The exact top-k mask of one large leaf, against one made by sorting.
+"""Times the exact top-k mask of one large leaf, against one made by sorting.
 
 Prints how many times faster `masks.topk_mask` is than `jnp.argsort`, timed in
 one run on as many scores as ResNet-50 has parameters. The masks must be
@@ -22,7 +22,7 @@ _DENSITY = 0.1
 
 
 def best_of(n: int, f: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-  """The result of f, and the least time in seconds of n calls after a first."""
+  """The result of f, and the seconds of the fastest of n calls after one."""
   result = jax.block_until_ready(f(*args))  # Compiles.
   seconds = []
   for _ in range(n):
@@ -34,14 +34,16 @@ def best_of(n: int, f: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--size', type=int, default=25_500_000)
+  parser.add_argument(
+    '--size', type=int, default=25_500_000, help='The number of scores.'
+  )
   size = parser.parse_args().size
 
   rng = np.random.default_rng(0)
   scores = jnp.abs(jnp.asarray(rng.standard_normal(size, dtype=np.float32)))
   find = jax.jit(masks.topk_mask, static_argnums=1)
   mask, ours = best_of(7, find, scores, _DENSITY)
-  # Only the sort is timed: what it takes to make a mask of it is on top.
+  # Only the sort is timed: making a mask from the order takes extra time.
   order, sorting = best_of(2, jax.jit(lambda s: jnp.argsort(-s)), scores)
   kept = np.asarray(order)[: masks.num_kept(_DENSITY, size)]
   expected = np.zeros(size, bool)

@@ -37,10 +37,10 @@ extensions = [
 myst_enable_extensions = ['deflist', 'dollarmath']
 myst_heading_anchors = 3
 
-# Lists of names only, of what other pages describe.
+# Summaries only list names: other pages describe the objects.
 autosummary_generate = False
 
-# Names between single backticks are links where there is something to link to.
+# Names between single backticks become links if the reference describes them.
 default_role = 'py:obj'
 add_module_names = False
 autodoc_member_order = 'bysource'
@@ -49,10 +49,10 @@ autodoc_typehints_format = 'short'
 autodoc_default_options = {'members': True}
 python_maximum_signature_line_length = 76
 napoleon_numpy_docstring = False
-# As a list inside of the class: Sphinx would list the fields a second time.
+# Fields are a list inside the class, or Sphinx would list them a second time.
 napoleon_use_ivar = True
 napoleon_use_rtype = False
-smartquotes_action = 'D'  # Dashes only: psi'(phi) has a prime.
+smartquotes_action = 'D'  # Only dashes: the prime of psi'(phi) is no quote.
 
 html_theme = 'alabaster'
 html_theme_options = {
@@ -108,14 +108,20 @@ def _programs(match):
 
 
 def _expand(app, docname, source):
-  """Writes out what a page asks for, so that it forgets nothing."""
+  """Replaces the comments of a page that ask for modules or programs.
+
+  Whatever is in the package or in the folder is listed, so none is forgotten.
+  """
   del app, docname
   for kind, sections in ('modules', _modules), ('programs', _programs):
     source[0] = re.sub(rf'<!-- {kind}: (\S+) -->', sections, source[0])
 
 
 def _as_restructured_text(app, what, name, obj, options, lines):
-  """Docstrings are plain text with backticks: |phi| is no substitution."""
+  """Escapes docstrings, which are plain text with backticks.
+
+  |phi| is no substitution there, and * marks no emphasis.
+  """
   del app, what, name, obj, options
   # Examples stay what they are: each from its prompt to the next empty line.
   parts = re.split(r'((?:^|\n) *>>> (?:.+\n?)+)', '\n'.join(lines))
@@ -124,7 +130,7 @@ def _as_restructured_text(app, what, name, obj, options, lines):
 
 
 def _escape(text):
-  """What is not an example, with its special characters escaped."""
+  """Text that is not an example, with its special characters escaped."""
   parts = re.split(r'(`[^`]*`_*)', text)
   parts[::2] = [re.sub(r'([|*])(?! )', r'\\\1', x) for x in parts[::2]]
   text = re.sub(r'`(?=[a-z])(?<=\w`)', r'`\\ ', ''.join(parts))
@@ -150,7 +156,7 @@ class _Exports(autosummary.Autosummary):
     ]
     self.content = statemachine.StringList(names, package)
     self.options['nosignatures'] = None
-    # The package itself has no page: what names it is linked to this list.
+    # The package itself has no page: names of it link to this list.
     text = (
       f'.. py:module:: {package}\n\n.. py:currentmodule:: None\n\n'
       f'These names are taken from ``{package}``:'
@@ -162,7 +168,7 @@ class _Exports(autosummary.Autosummary):
 
 
 def _value(name):
-  """What a dotted name stands for; None if it is nothing."""
+  """The object of a dotted name; None if there is no such object."""
   parts = name.split('.')
   for i in range(len(parts), 0, -1):
     try:
@@ -176,7 +182,7 @@ def _value(name):
 
 
 def _candidates(objects, target):
-  """The objects that a name can mean, of which it may leave out the start."""
+  """The objects that a name can mean, whose first parts it may leave out."""
   parts = target.split('.')
   found = [
     name
@@ -185,7 +191,7 @@ def _candidates(objects, target):
   ]
   if len(found) > 1:  # A function comes before the module of its name.
     found = [x for x in found if objects[x].objtype != 'module']
-  if len(found) > 1:  # Several modules have the name: which is exported here?
+  if len(found) > 1:  # Several modules have the name: which object is it?
     value = _value(target)
     found = [x for x in found if value is not None and _value(x) is value]
   return found
@@ -213,7 +219,7 @@ def _find(app, env, node, contnode):
   here = node.get('py:module')
   is_module = domain.objects[found[0]].objtype == 'module'
   if is_module and here and match[1] in _arguments(here):
-    return None  # Such a word is the argument.
+    return None  # In a docstring of it, such a word is the argument.
   return domain.resolve_xref(
     env, node['refdoc'], app.builder, 'obj', found[0], node, contnode
   )

@@ -2,9 +2,9 @@
 
   python -m examples.equinox_transformer
 
-keeps the largest 1/50 of each matrix after every step of AdamW, a share that
-falls from 1 along a cubic. What is cut stays cut. The text is Python's own
-manual. alpha = 1 is the ordinary network. Changes are numbered."""
+prunes each matrix to its largest weights after every step of AdamW. The share
+kept falls from 1 to 1/50 along a cubic, and what is cut stays cut. The text is
+Python's own manual; alpha = 1 is the ordinary network. Changes are numbered."""
 
 from pydoc_data import topics
 
@@ -20,7 +20,7 @@ from powerprop_jax.sparse import distributions
 from powerprop_jax.sparse import schedules
 from powerprop_jax.sparse import updaters
 
-# The best of 0.003, 0.005, 0.01, 0.02 for 1, and of 0.01, 0.02, 0.03 for 2.
+# The best of 0.003, 0.005, 0.01 and 0.02 at 1, and of 0.01, 0.02, 0.03 at 2.
 RATES = {1.0: 1e-2, 2.0: 2e-2}
 
 
@@ -48,7 +48,7 @@ class Transformer(eqx.Module):
 
 @eqx.filter_jit
 def bits(model, tx, state, text):
-  """Bits per character; rows of text hold 48 and the one after."""
+  """Bits per character; text is [rows, 49], of which 48 are inputs."""
   params, rest = eqx.partition(model, eqx.is_array)  # 1
   model = eqx.combine(tx.weights(params, state), rest)  # 2
   logits = jax.nn.log_softmax(jax.vmap(model)(text[:, :-1])) / jnp.log(2.0)

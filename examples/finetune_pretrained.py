@@ -1,4 +1,4 @@
-"""From a pretrained network: convert it, fine-tune it, prune it.
+"""Fine-tuning: a pretrained network is converted, trained further and pruned.
 
   python -m examples.finetune_pretrained
 
@@ -23,12 +23,12 @@ NETWORK = networks.build('lenet_300_100', 10)
 
 
 def train(theta, transform, decay, split, steps, learning_rate):
-  """Trains on from any weights theta; returns weights theta."""
+  """Trains a network further from weights theta; returns its new theta."""
   schedule = optax.cosine_decay_schedule(learning_rate, steps)
   tx = powerprop_jax.target_propagation(
     optax.sgd(schedule, momentum=0.9), transform
   )
-  if decay:  # Of phi, and over before training is: phi -= decay(t) * phi.
+  if decay:  # Of phi, which ends before training: phi -= decay(t) * phi.
     rate = optax.cosine_decay_schedule(-decay, round(0.8 * steps))
     shrink = optax.inject_hyperparams(
       optax.add_decayed_weights, static_args='mask'
@@ -45,7 +45,7 @@ def train(theta, transform, decay, split, steps, learning_rate):
 
 
 def main(steps: int = 4000, density: float = 0.02) -> dict[str, list[float]]:
-  """Prints and returns the test accuracy, dense and pruned, of each way."""
+  """Prints and returns test accuracies, dense and pruned, at both alphas."""
   data = in_memory.load('mnist_5k')
   few = data.train.labels < 5
   half = in_memory.Split(data.train.images[few], data.train.labels[few])

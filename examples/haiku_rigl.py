@@ -2,8 +2,8 @@
 
   python -m examples.haiku_rigl
 
-trains with a tenth of the weights, chosen by RigL, on all devices there are;
-XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two of a CPU.
+trains with a tenth of the weights, chosen by RigL, on all devices.
+XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of a CPU.
 """
 
 import functools
@@ -33,8 +33,8 @@ def forward(x, is_training, axis=None):
 
 
 def train(data, alpha: float, steps: int, sparsity: float) -> float:
-  """The test accuracy of the sparse network."""
-  # The axis over which BatchNorm averages is there in the mapped step only.
+  """Trains a sparse network and returns its test accuracy."""
+  # The axis over which BatchNorm averages exists only in the mapped step.
   network = hk.transform_with_state(functools.partial(forward, axis=AXIS))
   single = hk.transform_with_state(forward)
   key, images = jax.random.key(0), data.train.images[:1] / 255.0
@@ -44,8 +44,8 @@ def train(data, alpha: float, steps: int, sparsity: float) -> float:
   rigl = updaters.rigl(
     distributions.erdos_renyi(sparsity),
     schedules.drop_fraction(0.3, steps),
-    # Grown weights go on from the value they had, or start from their initial
-    # one. Zero, as is usual for RigL, they would never leave.
+    # Grown weights go on from the value that they had, or from their initial
+    # one. From zero, which is usual for RigL, they would never move.
     regrow=None,
   )
   loss_fn = classification.make_loss(network.apply)

@@ -1,8 +1,8 @@
-"""Sharded: the weight-sparse transformer, cut into pieces on a mesh of devices.
+"""Sharding: the weight-sparse transformer, cut into pieces on many devices.
 
   python -m examples.sharded
 
-Eight virtual devices of a CPU are a mesh of 4 x 2. Matrices are cut along both
+Eight virtual devices of a CPU form a mesh of 4 x 2. Matrices are cut along both
 axes, and batches along the first. The training loop is that of the example
 `equinox_transformer`, without a change: masks, moments and the ranking of the
 weights follow where the arrays lie, and no device ever holds a whole matrix.
@@ -40,6 +40,6 @@ def main(steps: int = 200, density: float = 0.05) -> dict[float, float]:
 
 
 if __name__ == '__main__':
-  os.environ['NPROC'] = '64'  # Threads: devices wait for each other in them.
+  os.environ['NPROC'] = '64'  # Threads, in which devices wait for each other.
   jax.config.update('jax_num_cpu_devices', 8)
   main()

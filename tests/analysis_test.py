@@ -1,4 +1,4 @@
-"""Tests of one-shot pruning and of what is measured around it."""
+"""Tests of what is measured of networks, pruned or not."""
 
 import json
 import math
@@ -35,11 +35,12 @@ def _random(seed, sizes):
   ('options', 'overlap', 'chance'),
   [
     # Layers keep 2 of 4 and 1 of 2: after training {0, 3} and {0}, before it
-    # {0, 1} and {0}. By chance (2 * 2/4 + 1 * 1/2) / 3.
+    # {0, 1} and {0}. By chance it is (2 * 2/4 + 1 * 1/2) / 3.
     ({}, 2 / 3, 1 / 2),
-    # 2 of 4 and both of 2, by chance (2 * 2/4 + 2 * 2/2) / 4.
+    # Layers keep 2 of 4 and both of 2: by chance it is (2 * 2/4 + 2 * 2/2) / 4.
     ({'density_scale': {'logits': 2.0}}, 3 / 4, 3 / 4),
-    # 3 of 6, all in the first layer: {0, 1, 3} after and {0, 1, 2} before.
+    # 3 of 6 are kept, all in the first layer: {0, 1, 3} after training, and
+    # {0, 1, 2} before it.
     ({'scope': 'global'}, 2 / 3, 1 / 2),
   ],
 )
@@ -88,7 +89,7 @@ def test_average_overlap():
   assert result['kept'] == [1.0, 0.1]
   assert result['chance'] == [1.0, 0.1]
   assert result['overlap'] == pytest.approx([1.0, 0.3])
-  # Of 0.2 and 0.4: sqrt(2 * 0.1^2 / (2 - 1)).
+  # The deviation of 0.2 and 0.4 is sqrt(2 * 0.1^2 / (2 - 1)).
   assert result['std'] == pytest.approx([0.0, 0.1 * math.sqrt(2)])
   assert analysis.average_overlap(runs[:1])['std'] == [0.0, 0.0]
 
@@ -111,12 +112,12 @@ def _trained_curve(values):
 
 def test_density_of_two_values_by_hand():
   x, density = _trained_curve([0.0, 1.0])
-  # Quartiles 0.25 and 0.75; the spread is 0.5 / 1.34, less than sqrt(0.5).
+  # Quartiles are 0.25 and 0.75; the spread is 0.5 / 1.34, below sqrt(0.5).
   h = 0.9 * (0.5 / 1.34) / 2**0.2
   normal = [math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) for z in (0, 1 / h)]
   at_values = density[np.isin(x, [0.0, 1.0])]
   np.testing.assert_allclose(at_values, 2 * [sum(normal) / (2 * h)], rtol=1e-9)
-  # Where the quartiles coincide the standard deviation stands in: sqrt(0.8).
+  # If the quartiles coincide, the standard deviation is used: sqrt(0.8).
   x, density = _trained_curve([0.0, 0.0, 0.0, 0.0, 2.0])
   h = 0.9 * math.sqrt(0.8) / 5**0.2
   expected = (1 + 4 * math.exp(-((2 / h) ** 2) / 2)) / math.sqrt(2 * math.pi)
@@ -133,7 +134,7 @@ def test_density_of_a_normal_sample():
 
 def test_weight_distribution_of_all_weights():
   before, after = _theta(), _theta()
-  # One of the two largest, the first, and one of the others change sign.
+  # The first of the two largest, and one of the others, change their sign.
   after['linear']['w'] = jnp.array([[-3.0, 1.0], [1.0, -2.0]])
   result = analysis.weight_distribution(before, after, 0.5)
   rows = sorted(zip(result['initial'], result['trained'], result['survives']))
@@ -195,7 +196,7 @@ def test_zero_has_no_sign_to_change():
 
 def test_density_curves_have_area_one():
   before = _random(0, {'a': 20_000})
-  # Heavier tails than before, as after training with alpha > 1.
+  # The tails are heavier than before, as after training with alpha > 1.
   after = jax.tree.map(lambda x: x * jnp.abs(x), _random(1, {'a': 20_000}))
   result = analysis.weight_distribution(before, after, 0.1)
   for curve in result['kde'].values():
@@ -299,7 +300,8 @@ def test_sign_changes_of_what_survives():
   mask = {
     'linear': {'w': np.array([[1, 1, 1, 1, 0]], bool), 'b': bias['b'] > 0}
   }
-  # Of four survivors the first; zeros have no sign, and biases do not count.
+  # The first of four survivors does; zeros have no sign, and biases do not
+  # count.
   assert analysis.sign_changes(before, after, mask) == 0.25
   none = jax.tree.map(np.zeros_like, mask)
   assert analysis.sign_changes(before, after, none) == 0

@@ -1,4 +1,4 @@
-"""Which room of the package may import which: one line for each."""
+"""Tests of which room (subpackage) may import which: one line for each."""
 
 import ast
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 _ROOT = pathlib.Path(__file__).parent.parent
 _PACKAGE = _ROOT / 'powerprop_jax'
 _CORE = {'types', 'leaves', 'power'}
-# What each room may import of the package, beside itself.
+# The rooms of the package that each room may import, beside itself.
 _MAY_IMPORT = {
   'types': set(),
   'extras': set(),
@@ -91,7 +91,7 @@ def test_libraries_belong_to_their_rooms(library, rooms):
 
 def test_absl_flags_belong_to_the_binaries():
   users = {p.stem for p in _FILES if 'absl.flags' in set(_imports(p))}
-  # Grain itself asks for parsed flags where it starts workers.
+  # Grain itself needs parsed flags when it starts workers.
   assert users == {'streams'}
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and how little their programs are optimised."""
+"""Fixtures of all tests, and flags that let their programs compile fast."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 
 def _is_known(flag: str) -> bool:
-  """Whether the installed XLA has a flag: it dies of those that it has not."""
+  """Whether the installed XLA has a flag; it aborts on unknown ones."""
   asked = subprocess.run(
     [sys.executable, '-c', 'import jax; jax.devices()'],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag},
@@ -19,13 +19,13 @@ def _is_known(flag: str) -> bool:
 
 
 def _compile_fast() -> None:
-  """Before JAX is imported, and for the programs that tests start.
+  """Sets flags before JAX is imported, also for programs that tests start.
 
   Most of the time of the tests is that of the compiler: for programs as small
   as theirs it takes less than half as long without optimisations and with the
   older of its two emitters of fused loops. Tests that give XLA flags of their
-  own add them to these. The golden tests take none of it, and compile as users
-  do.
+  own add them to these. The golden tests use none of these flags, and compile
+  as users do.
   """
   os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   given = os.environ.setdefault('XLA_FLAGS', '')

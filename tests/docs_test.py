@@ -1,4 +1,4 @@
-"""The documentation: it builds, its Python runs, its commands exist."""
+"""Tests that the documentation builds, its Python runs, its commands exist."""
 
 import ast
 import html
@@ -28,7 +28,7 @@ _WITH_COMMANDS = [
 
 
 def _blocks(path, language):
-  """The blocks of a language, on the lines that they have on the page."""
+  """The blocks of a language, each on the lines that it has on the page."""
   text = path.read_text()
   for match in re.finditer(rf'^```{language}\n(.*?)^```', text, re.M | re.S):
     yield text[: match.start(1)].count('\n') * '\n' + match[1]
@@ -45,9 +45,9 @@ def _modules():
 
 
 def _public_names():
-  """What modules define: functions, classes, constants and names of types.
+  """The names of the functions, classes, constants and types of all modules.
 
-  A name that is given to what another module defines is none of them.
+  A new name for an object of another module is left out.
   """
   for module in map(importlib.import_module, _modules()):
     for node in ast.parse(inspect.getsource(module)).body:
@@ -63,7 +63,7 @@ def _public_names():
 
 
 def _arguments():
-  """The names of all arguments."""
+  """The names of all arguments of functions of the package."""
   for path in (_ROOT / 'powerprop_jax').rglob('*.py'):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.arg):
@@ -99,11 +99,11 @@ def test_site_builds_without_warnings(site):
 @pytest.mark.slow
 def test_every_public_name_is_a_link(site):
   public, arguments = set(_public_names()), set(_arguments())
-  # What a name may begin with; `optax.Schedule` is not ours.
+  # The words with which a name may begin; `optax.Schedule` is not ours.
   ours = {part for name in _modules() for part in name.split('.')} | public
   linked, missed = 0, []
   for page in site.glob('api_*.html'):
-    # A name that is a link stands inside of it.
+    # A name that is a link is inside an `a` element.
     code = r'(<a [^>]*>)?<code class="xref py py-obj[^"]*">(.*?)</code>'
     for link, inside in re.findall(code, page.read_text(), re.S):
       text = html.unescape(re.sub('<[^>]*>', '', inside))
@@ -158,14 +158,14 @@ def test_pages_with_code_are_found():
 @pytest.mark.slow
 @pytest.mark.parametrize('path', _WITH_PYTHON, ids=_name)
 def test_python_blocks_run(path, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)  # Where pages write what they write.
+  monkeypatch.chdir(tmp_path)  # Pages write files there.
   namespace = {}
-  for block in _blocks(path, 'python'):  # One after another, as a reader would.
+  for block in _blocks(path, 'python'):  # In turn, as a reader would.
     exec(compile(block, str(path), 'exec'), namespace)
 
 
 def _commands(path):
-  """The `python -m module --flag` of a page, as (module, arguments)."""
+  """The commands `python -m module --flag` of a page: (module, arguments)."""
   text = path.read_text()
   spans = re.findall(r'`(python -m [^`]+)`', text)
   for block in [*_blocks(path, 'bash'), *spans]:

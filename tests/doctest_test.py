@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the package give what they say."""
+"""Tests that the examples in docstrings of the package give what they say."""
 
 import doctest
 import importlib
@@ -25,7 +25,8 @@ def test_examples(name):
   assert not failed
 
 
-# Made by functions, whose examples show them, and not by their users.
+# Functions make these, and not their users; the examples of the functions show
+# them.
 _RESULTS = {
   'continual.efficient_packnet.Choice',
   'continual.ewc.Anchor',
@@ -50,14 +51,14 @@ _RESULTS = {
   'transforms.PowerpropState',
 }
 _NOTHING_TO_SHOW = {
-  'sparse.schedules.Cadence',  # A protocol; the functions beside it have it.
+  'sparse.schedules.Cadence',  # Functions beside it show this protocol.
   'training.loop.Diverged',  # An exception without fields.
   'training.loop.Interrupted',  # Likewise.
 }
 
 
 def _public(name):
-  """What a module defines under a public name: functions and classes."""
+  """The public functions and classes that a module defines."""
   module = importlib.import_module(name)
   short = name.removeprefix(f'{powerprop_jax.__name__}.')
   for attribute, value in vars(module).items():
@@ -67,7 +68,7 @@ def _public(name):
 
 
 def test_every_public_function_has_an_example():
-  """So has every class that users of the package construct."""
+  """Every class that users of the package construct has one, too."""
   found = dict(item for name in _MODULES for item in _public(name))
   assert 'power.psi' in found and 'sparse.masks.Masks' in found
   without = {

@@ -1,4 +1,4 @@
-"""The examples run as they are, with few steps."""
+"""Tests that the examples run as they are, with few steps."""
 
 import ast
 import importlib.util
@@ -27,7 +27,7 @@ def test_every_example_is_short_and_run_here():
     assert len(path.read_text().splitlines()) < 100
 
 
-# Steps, the density, and the accuracy to be reached, far above chance.
+# The steps, the density, and the accuracy to be reached, far above chance.
 _LEARN = {
   'flax_nnx': ({'steps': 40, 'density': 0.3}, 0.4),
   'finetune_pretrained': ({'steps': 100, 'density': 0.3}, 0.7),
@@ -41,7 +41,7 @@ def test_examples_learn_digits_and_print_how_well(name, capsys):
   arguments, least = _LEARN[name]
   results = _run(name, **arguments)
   out = capsys.readouterr().out
-  assert len(results) == 2  # Powerpropagation, and the baseline beside it.
+  assert len(results) == 2  # One with a power, and one without.
   for accuracies in results.values():
     if name != 'finetune_pretrained':
       accuracies = [accuracies]
@@ -49,7 +49,7 @@ def test_examples_learn_digits_and_print_how_well(name, capsys):
     for accuracy in accuracies:
       assert f'{accuracy:.1%}' in out
   if name == 'finetune_pretrained':
-    # What the decay of phi is for.
+    # The decay of phi makes this difference.
     assert results['powerprop'][1] > 0.5
 
 

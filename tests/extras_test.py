@@ -1,4 +1,4 @@
-"""What is imported is declared, and what is missing is named with a command."""
+"""Tests that imports are declared, and that errors name what is missing."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ import pytest
 from powerprop_jax import extras
 
 _ROOT = pathlib.Path(__file__).parent.parent
-# Where a distribution and what it brings to import have different names.
+# Distributions whose modules have other names.
 _DISTRIBUTIONS = {
   'PIL': 'pillow',
   'absl': 'absl-py',
@@ -74,7 +74,7 @@ def test_what_is_imported_is_declared(setup):
       wanted = core if extra is None else setup['extras_require'][extra]
       assert name in _names(wanted), f'{path} imports {module} of {extra=}'
       used.add(name)
-  # jaxlib is what jax computes with, and text tables are of several rooms.
+  # jax computes with jaxlib, and several rooms make tables of text.
   assert core - used <= {'jaxlib', 'tabulate'}
 
 
@@ -159,7 +159,7 @@ def test_the_command_is_that_of_the_address(monkeypatch):
   monkeypatch.setattr(extras, 'REPOSITORY', 'git+https://host/a')
   wanted = "pip install 'powerprop_jax[data] @ git+https://host/"
   assert extras.command('data') == f"{wanted}a'"
-  # The address that was installed is the right one, with its commit.
+  # The address from which it was installed is the right one, with its commit.
   vcs = {'vcs': 'git', 'commit_id': 'f00'}
   _installed(monkeypatch, {'url': 'https://host/b', 'vcs_info': vcs})
   assert extras.command('data') == f"{wanted}b@f00'"

@@ -1,4 +1,4 @@
-"""What is drawn in a figure, for tests."""
+"""Functions that read what is drawn in a figure, for tests."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def lines(axes):
 
 
 def band(axes: Any, x):
-  """Where the edges of the only band are at x."""
+  """The lower and upper edge of the only band at x."""
   (band,) = axes.collections
   vertices = band.get_paths()[0].vertices
   return np.unique(np.round(vertices[vertices[:, 0] == x, 1], 6))

@@ -1,4 +1,4 @@
-"""The drop-in in the training loop that each library documents.
+"""Tests of the drop-in in the training loop that each library documents.
 
 One network, a linear layer, a layer norm and another linear layer, learns the
 iris flowers in each library. `powerprop` wraps the optimiser and nothing else
@@ -48,7 +48,7 @@ def _powerprop():
 
 
 def _arrays(tree):
-  """The leaves by their path, such as 'linear/w'."""
+  """The leaves by path, such as 'linear/w'."""
   pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf)
@@ -77,7 +77,7 @@ def _check_first_step(before, after, after_inner, weights):
 
 
 def _train_optax(params, loss_fn, tx, steps):
-  """The loop of Haiku and Flax linen: parameters after every step, losses."""
+  """The loop of Haiku and Flax linen: all parameters, and the losses."""
   state, history, losses = tx.init(params), [params], []
 
   @jax.jit
@@ -290,7 +290,7 @@ def test_equinox_with_frozen_parts(form):
   ids=['haiku', 'flax_linen', 'flax_nnx', 'equinox'],
 )
 def test_phi_form_takes_the_trees_of_every_library(parameters, weight):
-  """phi in place of theta, and the Jacobian, at the weights alone."""
+  """Only weights are mapped to phi, and only their updates are scaled."""
   theta = parameters()
   transform = power.power_transform(ALPHA)
   phi = transform.to_phi(theta)

@@ -51,7 +51,7 @@ def _haiku(make):
   return lambda x: make()(x)
 
 
-# Module, input, weights, other leaves.
+# Each row has a module, its input, its weights and its other leaves.
 HAIKU = {
   'Linear': (_haiku(lambda: hk.Linear(3)), X, 'linear/w', 'linear/b'),
   'Conv1D': (
@@ -119,7 +119,7 @@ HAIKU = {
     '',
     'layer_norm/scale layer_norm/offset',
   ),
-  # Its scale and offset have four dimensions: rank tells nothing.
+  # Its scale and offset have four dimensions, so that their rank tells nothing.
   'BatchNorm': (
     lambda x: hk.BatchNorm(True, True, 0.9)(x, is_training=True),
     IMAGES,
@@ -141,7 +141,7 @@ HAIKU = {
 @pytest.mark.parametrize('name', HAIKU)
 def test_haiku(name):
   f, x, weights, others = HAIKU[name]
-  # The shapes are enough, and spare the compilation of initialisers.
+  # Shapes are enough, and initialisers need not be compiled.
   params, _ = jax.eval_shape(hk.transform_with_state(f).init, KEY, x)
   assert _chosen(params) == (set(weights.split()), set(others.split()))
 
@@ -323,7 +323,7 @@ def test_embeddings_are_weights_if_asked_for(library):
 
 
 def test_names_without_an_owner():
-  # Only the class tells an Equinox weight from a scale: a dictionary does not.
+  # Only the class distinguishes an Equinox weight from a scale.
   params = {'linear': {'weight': X, 'weight_ih': X}, 'w': X, 'new': {'ww': X}}
   assert _chosen(params)[0] == {'w'}
   assert leaves.is_weight('net/linear/w', X)
@@ -413,15 +413,16 @@ def test_weights_is_a_mask_of_optax():
   assert updates == {'linear': {'w': 1.0, 'b': 0.0}}
 
 
-# Axes: the layouts of the installed libraries. Inputs are 7 (or 2 where the
-# module says so), units are 3, kernels 2, stacks 4, heads 5 and their size 6.
+# Axes are those of the installed libraries. The sizes are 7 for inputs (or 2
+# where the module says so), 3 for units, 2 for kernels, 4 for stacks, 5 for the
+# number of heads and 6 for their size.
 
 _IMAGE = np.ones((1, 5, 5, 7), np.float32)
 _X7 = np.ones((2, 6, 7), np.float32)
 
 
 def _axes(params, **options):
-  """The sizes of (stack, inputs, outputs) of every weight, by path."""
+  """By path, the sizes of the axes (stack, inputs, outputs) of every weight."""
   found = {}
 
   def add(path, leaf):
@@ -575,7 +576,7 @@ class _Block(nn.Module):
 
 
 class _Lifted(nn.Module):
-  """A block that is lifted by `lift` when it is called."""
+  """A block to which `lift` is applied when it is called."""
 
   lift: Any
 
@@ -657,7 +658,7 @@ AXES_LINEN = {
     (_IMAGE,),
     {'VmapConv_0/kernel': ((4,), (7,), (3,))},
   ),
-  # Of the names that users give, those of Flax inside tell enough for these:
+  # Users named these; the names that Flax gives inside are enough.
   'scan of Dense under a name': (
     _Lifted(lambda: nn.scan(_Dense, length=4, **_OF_LAYERS)(name='layers')),
     (_X7,),
@@ -684,13 +685,13 @@ def test_axes_of_flax_linen(name):
 
 
 def test_axes_of_layers_stacked_under_a_name():
-  """A name of the user's says nothing; `stacked` does."""
+  """A name that a user gives says nothing about a stack; `stacked` does."""
   module = _Lifted(
     lambda: nn.scan(_Block, length=4, **_OF_LAYERS)(name='layers')
   )
   params = jax.eval_shape(module.init, KEY, _X7)['params']
   assert _axes(params, stacked='^layers/') == _block('layers', 4)
-  # The attention and Dense_0 are told by their names, the convolution is not.
+  # The attention and Dense_0 are known by their names, the convolution is not.
   known = _block('layers', 4) | {'layers/Conv_0/kernel': ((), (7,), (7,))}
   assert _axes(params) == known
 
@@ -744,7 +745,7 @@ def test_axes_of_stacked_flax_nnx():
   make = nnx.vmap(lambda key: nnx.Linear(7, 3, rngs=nnx.Rngs(key)))
   module = make(jax.random.split(KEY, 4))
   expected = {'kernel': ((4,), (7,), (3,))}
-  assert _axes(module) == expected  # By its class, which a state has not:
+  assert _axes(module) == expected  # By its class, which a state lacks:
   assert _axes(nnx.state(module, nnx.Param), stacked='') == expected
 
 
@@ -796,7 +797,7 @@ AXES_EQUINOX = {
 def test_axes_of_equinox(name):
   make, expected = AXES_EQUINOX[name]
   assert _axes(eqx.filter_eval_shape(make, KEY)) == expected
-  # An ensemble, of which the classes tell.
+  # The classes say that it is an ensemble.
   ensemble = eqx.filter_eval_shape(
     eqx.filter_vmap(make), jax.random.split(KEY, 4)
   )
@@ -823,7 +824,7 @@ def test_axes_of_other_leaves():
   assert found['embed']['embeddings'] == ((), (0,), (1,))
   assert found['scan']['embedding'] == ((0,), (1,), (2,))
   assert found['equinox'].weight == ((), (0,), (1,))
-  # Biases and scalars, for those whose is_weight takes them.
+  # Biases and scalars have axes too, as an is_weight may choose them.
   assert leaves.axes('linear/b', np.ones(3)) == ((), (), (0,))
   assert leaves.axes('linear/w', np.ones(3)) == ((), (), (0,))
   assert leaves.axes('__layer_stack/linear/b', np.ones((4, 3))) == (

@@ -1,4 +1,4 @@
-"""The notebook, executed whole with fast settings and warnings as errors."""
+"""Tests of the notebook, also executed with fast settings."""
 
 import ast
 import base64
@@ -75,7 +75,7 @@ def test_is_stored_with_its_outputs():
   assert all(set(cell.metadata) <= {'tags'} for cell in notebook.cells)
   code = [cell for cell in notebook.cells if cell.cell_type == 'code']
   counts = [cell.execution_count for cell in code]
-  assert counts == [*range(1, len(code) + 1)]  # Run once, in order.
+  assert counts == [*range(1, len(code) + 1)]  # Run once, and in order.
   outputs = [output for cell in code for output in cell.outputs]
   assert {o.get('name', 'stdout') for o in outputs} == {'stdout'}
   assert all(o.output_type != 'error' for o in outputs)
@@ -98,7 +98,7 @@ def test_a_figure_is_followed_by_what_it_shows():
 
 
 def test_what_is_said_below_figures_is_what_they_show():
-  """In the stored tables: the lines and columns that the text speaks of."""
+  """It compares the lines and columns of stored tables that the text names."""
   tables = {}
   for cell in _read().cells:
     for output in cell.get('outputs', ()):
@@ -131,13 +131,13 @@ def test_the_floors_of_the_first_cell_are_those_of_setup():
   for name, floor in ast.literal_eval(floors).items():
     assert f"'{name}>={floor}'," in setup
   badge = _read().cells[0].source
-  if extras.REPOSITORY is not None:  # It is given in one place.
+  if extras.REPOSITORY is not None:  # This is its only place.
     assert f"repository = '{extras.REPOSITORY}'" in _first_cell()
     assert '/'.join(extras.REPOSITORY.split('/')[-2:]) in badge
   assert 'colab-badge.svg' in badge
 
 
-# What the first cell runs, but dry: pip only says what it would do.
+# The first cell runs this, but here pip only says what it would do.
 _DRY = """
 import subprocess
 import sys
@@ -145,8 +145,8 @@ run = subprocess.run
 dry = ['--dry-run', '--report', sys.argv[1]]
 subprocess.run = lambda words, **kwargs: run([*words, *dry], **kwargs)
 """
-# Of these pip looks for versions that go with what is installed. All others of
-# requirements.txt are there, as in Colab, so that pip has fewer to ask for.
+# pip looks for versions of these that fit the installed packages. All others of
+# requirements.txt are installed, as in Colab, so that pip queries fewer.
 _NVIDIA = [
   f'nvidia_{name}_cu12'
   for name in (
@@ -160,7 +160,7 @@ _SOUGHT = {'chex', 'dm-haiku', 'jmp', 'optax', 'orbax-checkpoint'}
 
 @pytest.fixture(scope='module')
 def colab(tmp_path_factory):
-  """Runs the first cell where some versions are installed, on a new Python."""
+  """Runs the first cell in a new environment with certain versions."""
   newest = subprocess.run(
     [_ROOT / '.ci' / 'newest-python'], capture_output=True, text=True
   ).stdout.strip()
@@ -171,7 +171,7 @@ def colab(tmp_path_factory):
   (site,) = (root / 'venv' / 'lib').glob('python*/site-packages')
 
   def install(versions):
-    # pip takes a package for installed that says so.
+    # pip takes a package with such metadata for installed.
     for name, version in versions.items():
       folder = site / f'{name.replace("-", "_")}-{version}.dist-info'
       folder.mkdir()
@@ -225,7 +225,7 @@ def test_the_first_cell_changes_neither_jax_nor_numpy(colab):
 def test_the_first_cell_exchanges_an_old_jax_with_its_plugin(colab):
   plugin = {'jax_cuda12_plugin': '0.7.2', 'jax_cuda12_pjrt': '0.7.2'}
   old = {'jax': '0.7.2', 'jaxlib': '0.7.2', **plugin}
-  # What the plugin needs takes long to ask for.
+  # Querying the requirements of the plugin takes long.
   nvidia = dict.fromkeys(_NVIDIA, '99')
   done, names = colab(numpy='2.1.3', **old, **nvidia)
   assert 'jax 0.7.2 is older than 0.10.2: pip exchanges it' in done.stdout

@@ -1,4 +1,4 @@
-"""The transforms keep the contract of optax, for its optimisers and wrappers.
+"""Tests that the transforms keep the contract of optax, with its optimisers.
 
 Every optimiser takes four steps inside `target_propagation`, compiled, with a
 power of its own for each weight. Each of the steps is then compared with the
@@ -21,7 +21,7 @@ from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import transforms
 
-POWERS = {'kernel': 3.0, 'w': 1.5}  # Of the weights; there is a bias too.
+POWERS = {'kernel': 3.0, 'w': 1.5}  # By weight; there is a bias too.
 STEPS = 4
 each_optimiser = pytest.mark.parametrize('name', optimisers.OPTIMISERS)
 
@@ -51,7 +51,7 @@ def _gradients(name, step):
 
 def _alpha(path, leaf):
   del leaf
-  return POWERS[path]  # No entry for the bias, which has no power to ask for.
+  return POWERS[path]  # The bias has no power, and no entry.
 
 
 def _theta(phi):
@@ -82,7 +82,7 @@ def _wrapped(name):
 
 @functools.cache
 def _inner(name):
-  """The optimiser, with a compiled update: several tests call it."""
+  """The optimiser, with a compiled update, as several tests call it."""
   inner = optax.with_extra_args_support(optimisers.OPTIMISERS[name]())
   return optax.GradientTransformationExtraArgs(
     inner.init, jax.jit(inner.update)
@@ -144,14 +144,14 @@ def _trajectory(name):
   return steps, update, len(traces)
 
 
-# Two compilations of one update differ by rounding. Muon magnifies it: each of
-# its five Newton-Schulz steps multiplies small singular values, and the errors
-# in them, by 3.4445.
+# Two compilations of one update differ by rounding. Muon magnifies the
+# difference: each of its five Newton-Schulz steps multiplies small singular
+# values, and the errors in them, by 3.4445.
 _MAGNIFIES = {'muon': 3.4445**5}
 
 
 def _atol(name, updates, atol):
-  """The error of an update of this size that is rounding."""
+  """The tolerance for updates of this size, which allows for rounding."""
   size = max(float(jnp.max(jnp.abs(u))) for u in jax.tree.leaves(updates))
   units = 8 * float(jnp.finfo(jnp.float32).eps) * size
   return max(atol, units * _MAGNIFIES.get(name, 1.0))
@@ -303,7 +303,7 @@ def test_tree_map_params_maps_what_it_maps_in_the_inner_state(name):
 def test_state_saves_and_restores(name):
   steps, update, _ = _trajectory(name)
   arrays, structure = jax.tree.flatten((steps[2].state, steps[2].phi))
-  saved = [np.array(x) for x in arrays]  # As a checkpoint would hold them.
+  saved = [np.array(x) for x in arrays]  # As in a checkpoint.
   state, phi = jax.tree.unflatten(structure, saved)
   for step in steps[2:]:
     _assert_identical((state, phi), (step.state, step.phi))
@@ -355,7 +355,7 @@ def _weights_only(inner):
 
 @pytest.mark.parametrize('outside', [True, False])
 def test_masked_inside_and_outside(outside):
-  """The weights are trained, by the formula, and the biases passed through."""
+  """Weights are trained by the formula, and biases are passed through."""
   inner = optax.adam(0.1)
   if outside:
     tx = _weights_only(transforms.target_propagation(inner, _transform()))
@@ -487,7 +487,7 @@ def test_bfloat16_step_is_the_formula_in_float32_rounded(name):
   theta = half(_theta(single(phi)))
   updates, _ = tx.update(grads, tx.init(phi), phi)
   expected, _ = inner.update(grads, inner.init(theta), theta)
-  # Rounded twice, the Jacobian and the product, each by half of 2^-8.
+  # The Jacobian and the product are rounded, each by half of 2^-8.
   _assert_close(
     single(updates),
     _times_jacobian(single(expected), single(phi)),
@@ -496,11 +496,11 @@ def test_bfloat16_step_is_the_formula_in_float32_rounded(name):
 
 
 def test_bfloat16_drop_in_step_is_that_of_float32_rounded():
-  """The difference of two powers, which bfloat16 has no digits to take."""
+  """bfloat16 has too few digits for the difference of two powers."""
   tx = transforms.powerprop(optax.sgd(0.1), _alpha)
   theta, grads = _cast((_random(0), _random(1)), jnp.bfloat16)
   updates, _ = _update(tx, grads, tx.init(theta), theta)
   theta, grads = _cast((theta, grads), jnp.float32)
   expected, _ = _update(tx, grads, tx.init(theta), theta)
-  # Rounded twice, the inner update and the outcome, each by half of 2^-8.
+  # The inner update and the result are rounded, each by half of 2^-8.
   _assert_close(_cast(updates, jnp.float32), expected, rtol=2**-7)

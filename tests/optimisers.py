@@ -1,12 +1,12 @@
-"""Optimisers and wrappers of optax that several tests go through."""
+"""Optimisers and wrappers of optax with which several tests run."""
 
 import optax
 from optax import contrib
 
 from powerprop_jax import leaves
 
-# Those that may be inside `target_propagation` and `powerprop`. Schedules end
-# after the four steps that tests take.
+# Optimisers that may be inside `target_propagation` and `powerprop`. Schedules
+# end after the four steps that tests take.
 OPTIMISERS = {
   'sgd': lambda: optax.sgd(0.1),
   'momentum': lambda: optax.sgd(0.1, momentum=0.9),
@@ -50,5 +50,5 @@ OPTIMISERS = {
     optax.scale_by_schedule(optax.cosine_decay_schedule(-0.1, 4)),
   ),
 }
-# What their updates are given by keyword.
+# The keyword arguments of their updates.
 EXTRA_ARGS = {'polyak_sgd': {'value': 2.0}}

@@ -1,4 +1,4 @@
-"""Paths are resolved in one place, and never become folders by mistake."""
+"""Tests that paths are resolved, and no address becomes a local folder."""
 
 import os
 import pathlib

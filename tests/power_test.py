@@ -26,14 +26,14 @@ def _x64_for(dtype):
 
 
 def _inputs(dtype):
-  # Of a range that leaves every result a normal number of float16.
+  # In this range every result is a normal number of float16.
   x = np.geomspace(0.2, 8.0, 101)
   return jnp.asarray(np.concatenate([x, -x]), dtype)
 
 
 def _rtol(dtype):
   eps = float(jnp.finfo(dtype).eps)
-  # Half precision is computed in float32 and rounded once: half an ulp.
+  # Half precision is computed in float32 and rounded once, by half an ulp.
   return 0.51 * eps if dtype in ('bfloat16', 'float16') else 16 * eps
 
 
@@ -182,7 +182,7 @@ def test_second_derivative_away_from_zero(alpha):
 
     for second in seconds(np.append(x, 0.0)):
       np.testing.assert_allclose(second[:-1], expected, rtol=1e-12, atol=0)
-      # Finite at zero too, where it exists.
+      # It is finite at zero too, where it exists.
       assert second[-1] == 0.0 or 1 < alpha < 2
 
 
@@ -357,7 +357,7 @@ def test_descriptions():
     ('linear/w', (2, 3), True, 2.5, False, 'Haiku weight'),
     ('output/w', (3, 1), True, 2.5, True, 'Haiku weight'),
   ]
-  # What is not known is not zero.
+  # Values that are not known do not count as zero.
   abstract = power.descriptions(jax.eval_shape(lambda: phi), 2.5)
   assert abstract == [row._replace(zero=False) for row in rows]
   traced = []
@@ -395,7 +395,7 @@ def test_descriptions_agree_with_the_weights_of_leaves():
   assert chosen == jax.tree.leaves(leaves.weight_mask(tree))
 
 
-# Nothing to reparameterise, and weights that cannot train.
+# Trees with nothing to reparameterise, and weights that cannot be trained.
 
 _OTHER_NAMES = {'layer': {'W': jnp.full((2, 3), 0.5), 'b': jnp.ones(3)}}
 
@@ -413,7 +413,7 @@ def test_transforms_refuse_trees_without_a_weight(alpha):
   ):
     with pytest.raises(ValueError, match='There is no weight') as error:
       f(_OTHER_NAMES)
-    # With the table of what the leaves are.
+    # The error has the table of leaves.
     assert power.describe(_OTHER_NAMES) in str(error.value)
 
 
@@ -458,7 +458,7 @@ def test_check_not_zero():
   check(params, lambda path, leaf: 1.0 if path in ('a/w', 'c/w') else 2.0)
   with pytest.raises(ValueError, match=r"\['c/w'\]"):
     check(params, lambda path, leaf: 1.0 if path == 'a/w' else 2.0)
-  # Nothing is known of these.
+  # The values of these are not known.
   check(jax.eval_shape(lambda: params), 2.0)
   jax.jit(lambda params: check(params, 2.0))(params)
 
@@ -472,7 +472,7 @@ def test_pruned_networks_still_change_their_power():
 
 
 def test_nats():
-  """Worked by hand, and by what is left of an idle weight."""
+  """By hand, and by the share that is left of a weight without gradient."""
   assert power.nats(2.0, 0.01, 50) == pytest.approx(1.0)
   linear = optax.linear_schedule(0.1, 0.0, 10)  # 0.1 + 0.09 + ... + 0.01.
   assert power.nats(3.0, linear, 10) == pytest.approx(3 * 0.55)

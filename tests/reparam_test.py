@@ -79,7 +79,7 @@ def test_with_state_is_the_same_function_at_initialisation(with_state, alpha):
     new_state,
     expected_state,
   )
-  # The statistics did move: the comparison above is of something.
+  # The statistics did change, so that the comparison above means something.
   average = new_state['batch_norm/~/mean_ema']['average']
   assert jnp.max(jnp.abs(average)) > 1e-3
 
@@ -137,7 +137,7 @@ def test_weights_of_zeros_are_refused():
   for f in (plain, with_state):
     with pytest.raises(ValueError, match=r"\['logits/w'\] are zero"):
       reparam.reparameterise(f, transform).init(KEY, x)
-    # Compiled, nothing is known of them.
+    # When compiled, their values are not known.
     jax.jit(reparam.reparameterise(f, transform).init)(KEY, x)
   for alpha in (1.0, lambda path, _: 1.0 if path == 'logits/w' else 2.0):
     baseline = power.power_transform(alpha)

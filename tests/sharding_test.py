@@ -1,4 +1,4 @@
-"""The transforms of sharded parameters, on eight devices of a CPU."""
+"""Tests of the transforms of sharded parameters, on eight devices of a CPU."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What the updates do: equalities on a small network for the iris flowers."""
+"""Tests of the updates, by equalities on a small network for iris flowers."""
 
 import functools
 from typing import Any
@@ -93,12 +93,12 @@ def _weights(params):
   return {layer: leaf['w'] for layer, leaf in params.items()}
 
 
-# The three forms against plain optax.
+# The three forms are compared with plain optax.
 
 
 @pytest.mark.parametrize('alphas', [(1.25, 3.5), (3.0, 2.0)])
 def test_sgd_is_gradient_descent_through_psi(alphas):
-  """Equation (1): the chain rule, left here to autodiff."""
+  """Equation (1) is the chain rule, which autodiff applies here."""
   powers: dict[str, float] = dict(zip(('hidden/w', 'output/w'), alphas))
 
   def loss_of_phi(phi):
@@ -177,7 +177,7 @@ def test_drop_in_follows_the_trajectory_of_phi(name, alphas):
   )
   drop_in = _train(transforms.powerprop(inner, alpha), theta, _gradient)
   assert _max_difference(drop_in, transform.to_theta(phi)) < 1e-5
-  assert _max_difference(drop_in, theta) > 0.1  # It did go somewhere.
+  assert _max_difference(drop_in, theta) > 0.1  # The weights did move.
   assert _loss(drop_in) < 0.75 * _loss(theta)
 
 
@@ -264,10 +264,10 @@ def test_descent_on_theta_is_not_enough():
 @pytest.mark.parametrize('traced', [False, True])
 @pytest.mark.parametrize('alpha', [1.5, 2.0, 3.0, 3.25, 4.0, 5.0])
 def test_drop_in_adds_up_no_rounding(alpha, traced):
-  """As exact after 1,000 noisy steps as phi, against float64 by hand.
+  """It is as exact after 1,000 noisy steps as phi, against float64 by hand.
 
   A step rounds theta by some units in the last place, at random: in 1,000 steps
-  they add up as the square root of 1,000, and a bias would as 1,000.
+  they add up as the square root of 1,000, and a bias would add up as 1,000.
   """
   rng = np.random.default_rng(0)
   theta = rng.standard_normal(200).astype(np.float32) / 16
@@ -304,7 +304,7 @@ def test_drop_in_adds_up_no_rounding(alpha, traced):
 
 @pytest.mark.parametrize('alpha', [1.0, 2.0, 3.25])
 def test_decay_outside_multiplies_phi(alpha):
-  """phi by 1 - d and theta by (1 - d)^alpha per step, without a gradient."""
+  """phi shrinks by 1 - d per step, and theta by (1 - d)^alpha."""
   transform = power.power_transform(alpha)
   tx = optax.chain(
     transforms.target_propagation(optax.adam(0.1), transform),
@@ -325,7 +325,7 @@ def test_decay_outside_multiplies_phi(alpha):
 
 
 def _decay(tx, phi):
-  """What is added to phi in the first step."""
+  """The update of phi in the first step."""
   return _first_updates(tx, jax.tree.map(jnp.zeros_like, phi), phi)
 
 
@@ -357,7 +357,7 @@ def test_decay_phi_by_hand(norm, expected):
 
 
 def test_p_norm_is_the_known_decay_to_first_order():
-  """p = 1 is the soft threshold, and p = 2 twice 'l2', up to rate squared."""
+  """Up to rate^2, p = 1 is the soft threshold, and p = 2 is twice 'l2'."""
   phi = {'w': jnp.linspace(0.1, 2.0, 50)}
   for rate in (1e-2, 1e-3):
     soft = _decayed(transforms.decay_phi(rate, 'l1'), phi)['w']
@@ -376,7 +376,7 @@ def test_p_norm_is_the_known_decay_to_first_order():
 
 @pytest.mark.parametrize('norm', [0.5, 1.0, 1.5])
 def test_p_norm_descends_its_penalty(norm):
-  """Without overshooting: the step is the implicit one of rate |phi|^p."""
+  """It does not overshoot: the step is the implicit one of rate |phi|^p."""
   phi = {'w': jnp.array([0.7, -0.02, 3.0])}
   rate = 1e-3
   step = -_decay(transforms.decay_phi(rate, norm), phi)['w']
@@ -499,7 +499,7 @@ def test_decay_inside_pulls_theta_and_goes_through_the_jacobian(alpha):
     np.testing.assert_array_equal(updates[layer]['b'], 0)
 
 
-# With the rest of optax and JAX.
+# The transforms are used with the rest of optax and JAX.
 
 
 def test_drop_in_among_the_links_of_a_chain():
@@ -576,7 +576,7 @@ def test_arguments_can_be_donated(form):
 
 
 def test_sharded_parameters_stay_sharded():
-  """Under jit with every device there is, with one the same code."""
+  """They do so under jit on all devices; with one the code is the same."""
   mesh = jax.make_mesh((jax.device_count(),), ('model',))
   spec = jax.sharding.PartitionSpec
   tx = transforms.powerprop(optax.adam(0.01), 2.0)
@@ -606,7 +606,7 @@ def test_drop_in_checks_alpha_at_init():
     jax.jit(lambda a: power.check_alpha(a))(2.0)
 
 
-# What would not train, or not as it is meant.
+# These would not train, or not as intended.
 
 
 def _forms(inner, alpha, **options):
@@ -658,7 +658,7 @@ def test_nothing_to_reparameterise_is_refused(form):
 
 @pytest.mark.parametrize('form', [0, 1], ids=['drop-in', 'phi'])
 def test_biases_by_themselves_pass(form):
-  """As a group of `optax.partition` sees them, and a placeholder has none."""
+  """A group of `optax.partition` may have only biases, or placeholders."""
   tx, _ = _forms(optax.adam(0.1), 2.0)[form]
   partition = optax.partition(
     {True: optax.sgd(0.1), False: tx}, leaves.weight_mask
@@ -723,7 +723,7 @@ def test_wrappers_that_go_outside_are_refused_inside(name):
   for tx, parameters in _forms(wrap(optax.sgd(0.1)), 2.0):
     with pytest.raises(ValueError, match='State counts on .* Put it outside'):
       tx.init(parameters(theta))
-  # Outside they are welcome, and inside of what changes nothing.
+  # They are accepted outside, and inside of a power that changes nothing.
   for tx, parameters in _forms(optax.sgd(0.1), 2.0):
     wrap(tx).init(parameters(theta))
   for tx, parameters in _forms(wrap(optax.sgd(0.1)), 1.0):
@@ -753,7 +753,7 @@ def _steps(tx, params, loss, steps):
 
 
 def test_line_search_outside_hands_on_the_value_at_the_next_point():
-  """What `value_and_grad_from_state` reads, so that L-BFGS goes on right."""
+  """`value_and_grad_from_state` reads it, so that L-BFGS goes on correctly."""
   tx = optax.chain(
     transforms.powerprop(optax.lbfgs(linesearch=None), 2.0),
     optax.scale_by_zoom_linesearch(20),
@@ -767,7 +767,7 @@ def test_line_search_outside_hands_on_the_value_at_the_next_point():
 
 
 def test_sam_outside_comes_back_from_its_ascent():
-  """At a rate of 0 it goes up and comes back to where it was."""
+  """At a rate of 0 it ascends and comes back to where it was."""
   tx = optax.with_extra_args_support(
     _sam(transforms.powerprop(optax.sgd(0.0), 2.0))
   )
@@ -816,7 +816,7 @@ def _moved(theta, update, alpha, floor=0.0):
 
 @pytest.mark.parametrize('alpha', [1.0009765625, 1.25, 2.0, 2.7, 3.25, 5.0])
 def test_traced_power_loses_no_digits_of_the_update(alpha):
-  """Small steps of theta would drown in the rounding of a power of it."""
+  """Small steps of theta would be lost in the rounding of a power of it."""
   size = np.geomspace(1e-6, 4.0, 60, dtype=np.float32)
   theta = np.concatenate([size, -size])[:, None]
   update = np.float32([1e-7, -1e-7, 1e-4, -1e-4, 0.01, -0.01, 0.5, -0.5])
@@ -899,7 +899,8 @@ def test_constant_schedule_is_the_fixed_power(form):
   fixed = transforms.powerprop(optax.adam(0.01), alpha)
   expected = _train(fixed, _init(), _gradient, steps=5)
   actual = _train(tx, _init(), _gradient, steps=5)
-  # Some units in the last place per step, of the largest weight.
+  # The tolerance is some units in the last place per step, of the largest
+  # weight.
   size = _max_difference(expected, jax.tree.map(jnp.zeros_like, expected))
   assert _max_difference(actual, expected) < 5 * 4 * ULP * size
 
@@ -925,7 +926,7 @@ def test_state_of_a_schedule_goes_through_tree_map_params():
 
 
 def test_advice_about_inject_hyperparams_works():
-  """As the error says: alpha is static, and so is what is a function."""
+  """The error says that alpha is static, and so are functions."""
 
   def make(learning_rate, alpha, is_weight=leaves.is_weight):
     transform = power.power_transform(alpha, is_weight)
@@ -958,7 +959,7 @@ def test_alpha_is_a_hyperparameter_that_can_be_set():
   _assert_close(updates, _first_updates(fixed, grads, theta), rtol=1e-5)
 
 
-# A floor, so that weights can cross zero.
+# With a floor, weights can cross zero.
 
 
 @pytest.mark.parametrize('alpha', [1.5, 2.0, 3.0])

@@ -9,7 +9,7 @@ from powerprop_jax.data import in_memory
 
 
 def _data(shape=(4, 4, 1), classes=10, name='set'):
-  """Parts of 30, 20 and 40 images of random bytes, classes in turn."""
+  """Parts of 30, 20 and 40 images of random bytes, with classes in turn."""
   rng = np.random.default_rng(0)
 
   def part(n):
@@ -71,7 +71,7 @@ def test_permuted_moves_whole_pixels_alike_in_all_images():
       part.images.reshape(-1, 15, 3)
       for part in (data.train, jax.device_get(task.train))
     )
-    # Over thirty images no two pixels are alike.
+    # No two pixels are alike in all thirty images.
     same = (before[:, None] == after[:, :, None]).all(axis=(0, 3))
     order = np.argmax(same, axis=1).tolist()
     for part, source in zip(_parts(task), _parts(data)):
@@ -110,8 +110,8 @@ def test_rotated_by_45_degrees_by_hand():
   part = in_memory.Split(images, np.zeros(1, np.int32))
   data = in_memory.Dataset('one', part, part, part, 2)
   turned = benchmarks.rotated(data, 2, max_angle=45).task(1).train.images
-  # The pixel above the centre comes from (1, 1) + (-1, 1) / sqrt(2): a weights
-  # the nearer row or column, b the other.
+  # The pixel above the centre comes from (1, 1) + (-1, 1) / sqrt(2): a is the
+  # weight of the nearer row or column, and b that of the other.
   a, b = np.sqrt(0.5), 1 - np.sqrt(0.5)
   above = b * b * 100 + a * b * 200 + a * a * 40
   # Right of the centre comes from (1, 1) + (1, 1) / sqrt(2); left of it from
@@ -120,7 +120,7 @@ def test_rotated_by_45_degrees_by_hand():
   picture = np.asarray(turned)[0, :, :, 0]
   assert picture[0, 1] == round(above)
   assert picture[1].tolist() == [round(left), 100, round(right)]
-  # The left corner above was sqrt(2) above the centre, outside by 0.41.
+  # The upper left corner was sqrt(2) above the centre, and 0.41 outside.
   assert picture[0, 0] == round((2 - np.sqrt(2)) * 200)
 
 

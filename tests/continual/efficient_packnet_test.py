@@ -1,4 +1,4 @@
-"""Tests of efficient_packnet: lines 5 to 11 of Algorithm 1 by hand."""
+"""Tests of `efficient_packnet`: lines 5 to 11 of Algorithm 1 by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ _ORDER = [
   ('first/w', 3),
   ('first/w', 2),
   ('second/w', 3),
-  ('first/w', 4),  # A tie, of which the first leaf comes first.
+  ('first/w', 4),  # Of equal ones the first leaf comes first.
   ('second/w', 1),
   ('first/w', 5),
   ('first/w', 1),
 ]
 _DENSITIES = [0.2, 0.4, 0.6, 0.8, 1.0]
-# The performance of the network with so many weights.
+# The performance of the network by its number of weights.
 _TABLE = {2: 0.125, 4: 0.25, 6: 0.375, 8: 0.4375, 10: 0.5}
 _TRANSFORM = power.power_transform(2.0)
 
@@ -72,7 +72,7 @@ def _choose(evaluate=_evaluate, **options):
   [
     # The target is 0.25: 0.4 of the weights meet it exactly, 0.2 miss it.
     (0.5, 0.4, True, [1.0, 0.8, 0.6, 0.4, 0.2]),
-    # The target is 0.4.
+    # The target is 0.4 here.
     (0.8, 0.8, True, [1.0, 0.8, 0.6]),
     # Everything meets 0: the search ends at the lowest candidate.
     (0.0, 0.2, True, [1.0, 0.8, 0.6, 0.4, 0.2]),
@@ -132,7 +132,7 @@ def test_bounds_of_the_density():
     _choose(gamma=0.5, min_density=0.65, max_density=0.7)
 
 
-# Of an earlier task: the largest, the third and the fifth of all weights.
+# An earlier task owns the largest, the third and the fifth of all weights.
 _OWNED = {'first/w': [[1, 0, 1], [0, 0, 0]], 'second/w': [0, 0, 1, 0]}
 
 
@@ -148,7 +148,7 @@ def test_a_cap_counts_new_weights_alone():
     counts.append(_count(theta))
     return 1.0
 
-  # Of ten weights two may be new, the second and the fourth largest.
+  # Two of ten weights may be new: the second and the fourth largest.
   choose = _choose(evaluate, gamma=0.5, cap=0.2, densities=[0.5, 1.0])
   mask, choice = choose(_memory(_OWNED), 1)
   assert counts == [10, 5, 5]  # The dense network has no cap.
@@ -167,7 +167,7 @@ def test_omitted_leaves_keep_free_weights_alone():
 
   choose = _choose(evaluate, gamma=0.5, omit=['first/w'], densities=[0.4, 1.0])
   mask, _ = choose(_memory(_OWNED), 1)
-  # What is left out of the training is left out of the dense network too.
+  # Weights that training leaves out are left out of the dense network too.
   assert counts == [8, 8, 4]
   assert _kept(mask) == [1, 2, 3, 5]
 
@@ -193,7 +193,7 @@ def test_validation_data_are_arguments_and_compile_once():
 
 
 def _loss(theta, model_state, batch):
-  """The gradient by a weight is one at each of these places."""
+  """A loss whose gradient by a weight is one at each of these places."""
   (rows,) = batch
   assert rows.shape == (2, 1)
   places = theta['first']['w'][0, 0] + theta['second']['w'][0]
@@ -211,7 +211,7 @@ def test_the_taylor_search_evaluates_what_it_predicts():
   choose = _choose(
     evaluate, gamma=0.25, search='taylor', loss=_loss, loss_batch_size=2
   )
-  # Five rows are two batches, and one that does not count.
+  # Five rows are two batches and a row that does not count.
   mask, choice = choose(_memory(), 0, jnp.ones((5, 1)))
   assert calls == [10, 2]
   assert choice.evaluated == [(0.2, 0.125)]
@@ -219,7 +219,7 @@ def test_the_taylor_search_evaluates_what_it_predicts():
 
 
 def test_a_search_in_a_sequence_of_tasks():
-  """The mask that is chosen is the mask that is stored and recalled."""
+  """The mask that is chosen is also stored and recalled."""
   phi = {'linear': {'w': jnp.array([3.0, -1.0, 2.0, 4.0])}}
   layout = continual.make_layout(phi, heads='shared')
   memory = continual.init_memory(phi, {}, layout)

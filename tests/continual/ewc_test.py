@@ -66,7 +66,7 @@ def test_fisher_of_drawn_labels_is_the_expectation():
   found = fisher(jax.random.key(0))['linear']['w']
   # The standard error of a mean of n is below 0.5 / sqrt(n) of x^2.
   np.testing.assert_allclose(found, expected, atol=4 * 3 * 0.5 / np.sqrt(n))
-  # Drawn, and not the likeliest: that would give (1 - p)^2 and p^2.
+  # Labels are drawn: the likeliest would give (1 - p)^2 and p^2.
   wrong = _X[0][:, None] ** 2 * (np.eye(3)[np.argmax(p)] - p) ** 2
   assert np.abs(wrong - expected).max() > 0.1
   assert (found != fisher(jax.random.key(1))['linear']['w']).any()
@@ -83,7 +83,7 @@ def test_fisher_wants_a_key_or_labels_and_examples():
 
 
 def _quadratic(theta, fishers, thetas, strength):
-  """The penalty as the paper writes it, a term for each task."""
+  """The penalty as the paper writes it, with a term for each task."""
   return sum(
     strength / 2 * jnp.sum(f * (x - t) ** 2)
     for fisher, task in zip(fishers, thetas)
@@ -155,7 +155,7 @@ def test_a_train_step_compiles_once_for_all_tasks():
   anchor = ewc.no_anchor(_THETA)
   for task in range(3):
     after = run(state, anchor)
-    # By hand, for a bias: x - 0.1 sum_t F_t (x - theta_t).
+    # The expected value for a bias is x - 0.1 sum_t F_t (x - theta_t).
     pull = sum(
       np.asarray(_random(t)['linear']['b']) ** 2
       * (before - np.asarray(_random(9 + t)['linear']['b']))

@@ -1,4 +1,4 @@
-"""Tests of continual and of layouts."""
+"""Tests of the memory of tasks, of layouts and of `learn_task`."""
 
 import functools
 
@@ -21,7 +21,7 @@ from powerprop_jax.sparse import masks
 from powerprop_jax.training import classification
 
 _CLASSES = 3
-# Not a normal distribution, which takes XLA longer to compile than the network.
+# A normal distribution takes XLA longer to compile than the network.
 _INIT = hk.initializers.RandomUniform(-0.5, 0.5)
 
 
@@ -66,7 +66,7 @@ def _data(t):
 
 
 def _any_optimiser(name):
-  """All optimisers as one, of which `name` is at work: to compile them once."""
+  """All optimisers as one, of which `name` acts, so that they compile once."""
   optimisers = list(_OPTIMISERS.values())
 
   def init(params):
@@ -87,7 +87,7 @@ def _any_optimiser(name):
 
 
 def _make_tx(transform, name):
-  """With decay of theta inside, and decay of phi outside of the optimiser."""
+  """An optimiser with decay of theta inside it, and decay of phi outside."""
   inner = optax.chain(optax.add_decayed_weights(1e-3), _any_optimiser(name))
   return optax.chain(
     transforms.target_propagation(inner, transform),
@@ -119,7 +119,7 @@ def _functions(network, alpha):
 
 
 class _Learner:
-  """A network, and what it has learnt."""
+  """A network, and the tasks that it has learnt."""
 
   def __init__(self, network='mlp', alpha=2.0, optimiser='sgd', **layout):
     functions = _functions(network, alpha)
@@ -185,7 +185,7 @@ def test_earlier_tasks_stay_bit_for_bit(network, optimiser):
     alone.append(before)
   for t in range(5):
     np.testing.assert_array_equal(learner.recorded(t), recorded[t])
-  # It is not that nothing happened: weights are shared, and others moved.
+  # Something did happen: weights are shared, and others moved.
   owners = np.concatenate([np.ravel(o) for o in learner.memory.owners.values()])
   assert len(np.unique(owners)) == 6
   last = masks.unpack(learner.tasks[4].packed, learner.memory.owners)
@@ -345,7 +345,7 @@ def test_independent_networks_are_networks_alone():
   phi, state = other.fresh(jax.random.key(1))
   memory = continual.init_memory(phi, state, other.layout)
   memory = other.train(memory, masks.dense(phi), 1)
-  # The second network began as if there had been no first.
+  # The second network began as if there had been no first one.
   memory = other.train(memory, masks.dense(phi), 1)
   chex.assert_trees_all_equal(memory.phi, learner.memory.phi)
 
@@ -562,13 +562,14 @@ def test_a_task_takes_a_bit_a_weight():
     'initial_linear/w': 32,
     'linear_1/w': 24,
   }
-  # Biases of 16 and 12, and a head of 12 x 3 with 3 biases, in float32.
+  # These are biases of 16 and 12, and a head of 12 x 3 with 3 biases, in
+  # float32.
   assert continual.num_bytes(task) == 56 + 4 * (16 + 12 + 36 + 3)
   assert all(o.dtype == jnp.uint8 for o in learner.memory.owners.values())
 
 
 def test_recall_needs_nothing_that_is_not_masked():
-  """A task is what its mask leaves, whatever else the network holds."""
+  """A task needs the weights in its mask and its own leaves, nothing else."""
   learner = _Learner()
   learner.learn()
   recorded = learner.recorded(0)

@@ -14,7 +14,8 @@ _OWNERS = {
   'a/w': np.array([[0, 1, 1], [2, 3, 1]], np.uint8),
   'b/w': np.array([1, 0, 0, 2], np.uint8),
 }
-# Of tasks 0 and 1: what they own, and of task 1 two weights of task 0's more.
+# Tasks 0 and 1 use the weights that they own, and task 1 also uses two weights
+# of task 0.
 _MASKS = (
   {'a/w': [[0, 1, 1], [0, 0, 1]], 'b/w': [1, 0, 0, 0]},
   {'a/w': [[0, 1, 0], [1, 0, 0]], 'b/w': [1, 0, 0, 1]},
@@ -65,7 +66,7 @@ def test_transfer_of_lopez_paz_and_ranzato_by_hand():
   assert report['zero_shot_transfer'][1:] == pytest.approx([0.2, -0.2])
   assert report['mean_zero_shot_transfer'] == pytest.approx(0, abs=1e-12)
   assert 'forward_transfer' not in report
-  # What was measured before a task was learned is no part of what is forgotten.
+  # Accuracies from before a task was learned do not count as forgotten.
   without = continual_report.accuracy_report(_ROWS)
   assert report['forgetting'] == without['forgetting']
   assert report['backward_transfer'] == without['backward_transfer']

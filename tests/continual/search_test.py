@@ -1,4 +1,4 @@
-"""Tests of search."""
+"""Tests of the searches for the density of a task."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_places_by_hand():
   ranking = search.rank(*_example())
   np.testing.assert_array_equal(ranking.place['a'], [[1, 5], [3, 4]])
   np.testing.assert_array_equal(ranking.place['b'], [2, 0])
-  # Of the free weights 5, 2 and 0.5; what is owned limits nothing.
+  # 5, 2 and 0.5 are free; weights that are owned do not count for the limit.
   np.testing.assert_array_equal(ranking.free_place['a'], [[-1, 2], [1, -1]])
   np.testing.assert_array_equal(ranking.free_place['b'], [-1, 0])
 
@@ -72,7 +72,7 @@ def test_omitted_weights_are_never_chosen(count, kept):
 
 def test_every_count_selects_what_topk_does():
   rng = np.random.default_rng(0)
-  # Rounded, for ties within and across leaves.
+  # Values are rounded, for ties within and across leaves.
   values = [rng.normal(size=s).round(1) for s in ((4, 7), (13,), (3, 2, 2))]
   weights = {str(i): jnp.asarray(x) for i, x in enumerate(values)}
   owners = {p: jnp.zeros(x.shape, jnp.uint8) for p, x in weights.items()}
@@ -92,7 +92,7 @@ def test_not_a_number_comes_last():
 
 
 def _table(values):
-  """An evaluation that looks up a table and counts."""
+  """An evaluation that looks up a table and counts its calls."""
   calls = []
 
   def evaluate(density):
@@ -111,7 +111,7 @@ _RISING = [0.5, 0.7, 0.9, 0.92, 0.95, 0.95]
     (0.9, 0.4, [1.0, 0.8, 0.6, 0.4, 0.2]),
     (0.0, 0.1, [1.0, 0.8, 0.6, 0.4, 0.2, 0.1]),
     (0.95, 0.8, [1.0, 0.8, 0.6]),  # Reaching the target is enough.
-    (0.96, 1.0, [1.0]),  # The densest, if none meets it.
+    (0.96, 1.0, [1.0]),  # It is the densest, if none meets it.
   ],
 )
 def test_linear_by_hand(target, density, evaluated):
@@ -154,9 +154,9 @@ def test_binary_with_few_steps(num_steps, density, evaluated):
   ('predicted', 'density', 'evaluated'),
   [
     ([9, 0.3, 0.1, 0, 0, 0], 0.4, [0.4]),  # One evaluation confirms.
-    ([9, 0.1, 0.1, 0, 0, 0], 0.4, [0.2, 0.4]),  # Too bold: up to what meets.
-    ([9, 9, 9, 9, 0.1, 0], 0.8, [0.8]),  # Too shy: less is not tried.
-    ([0, 0, 9, 0, 0, 0], 0.6, [0.6]),  # Nothing is trusted below a wall.
+    ([9, 0.1, 0.1, 0, 0, 0], 0.4, [0.2, 0.4]),  # Too bold: goes up again.
+    ([9, 9, 9, 9, 0.1, 0], 0.8, [0.8]),  # Too shy: lower ones are not tried.
+    ([0, 0, 9, 0, 0, 0], 0.6, [0.6]),  # No prediction below a peak is trusted.
     ([9, np.nan, 0, 0, 0, 0], 0.4, [0.4]),
     ([9, 9, 9, 9, 9, 9], 1.0, [1.0]),
   ],
@@ -178,7 +178,7 @@ def test_taylor_that_no_density_confirms():
 def test_tolerance_is_that_of_the_likelihood():
   assert search.loss_tolerance(1.0) == 0.0
   assert search.loss_tolerance(0.0) == float('inf')
-  # A loss that rises by it makes every probability gamma times as large.
+  # A rise of the loss by the tolerance multiplies every probability by gamma.
   np.testing.assert_allclose(np.exp(-search.loss_tolerance(0.98)), 0.98)
 
 
@@ -220,7 +220,7 @@ def test_saliency_by_hand():
 
 
 def test_saliency_does_not_depend_on_the_size_of_batches():
-  """Where the mean gradient vanishes, as it does after training."""
+  """It does not if the mean gradient vanishes, as it does after training."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(40_000, 3)).astype(np.float32)
   theta = {'w': jnp.array([1.0, -2.0, 0.5])}
@@ -254,7 +254,7 @@ def test_predicted_rise_adds_up_what_is_pruned():
 
 
 def test_predicted_rise_of_a_logistic_model():
-  """The estimate is that of the true rise, for weights that matter little."""
+  """The estimate is near the true rise, for weights that matter little."""
   rng = np.random.default_rng(1)
   x = rng.normal(size=(4_000, 8)).astype(np.float32)
   theta = {'w': jnp.asarray([2, -1.5, 1, 0.2, -0.15, 0.1, 0.05, 0.02])}

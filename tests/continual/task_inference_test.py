@@ -56,14 +56,14 @@ def test_rules_by_hand(images):
 
 def test_halving_drops_tasks_by_what_it_has_seen():
   # After images 0 and 1, tasks 2 and 1 are left; of these 2 is surest in sum.
-  # Over all images task 0 would be.
+  # Over all images task 0 would be the surest.
   x = jnp.arange(4)
   assert task_inference.lowest_entropy(_logits, 4, x) == 0
   assert task_inference.lowest_entropy(_logits, 4, x, halving=True) == 2
 
 
 def _ranked_logits(t, images):
-  """Task 11 is surest on every image, then come 10, 12, 9, 13 and so on."""
+  """Task 11 is the surest on every image, then come 10, 12, 9, 13 and so on."""
   margin = 20.0 - 1.5 * jnp.abs(t - 10.9) + 0 * images
   return jnp.stack([margin, jnp.zeros_like(margin)], axis=-1)
 
@@ -176,12 +176,12 @@ def test_one_shot_by_hand(normalise):
   weights = jnp.array([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
   for t in range(2):
     assert choose(weights, jnp.eye(2)[t : t + 1]) == t
-  # Of masks without a weight none is better.
+  # Masks without any weight are equally good.
   assert choose(0 * weights, jnp.ones((1, 2))) == 0
 
 
 def test_rules_are_compared_on_whole_batches():
-  # The network of task t is sure of images of t, and of no other.
+  # The network of task t is sure of images of task t, and of no others.
   def logits(theta, model_state, images):
     del model_state
     return (images * theta['w'][None]) @ jnp.array([[1.0, -1.0]] * 3)

@@ -1,4 +1,4 @@
-"""Tests for `augment`."""
+"""Tests of `augment`."""
 
 import functools
 
@@ -14,7 +14,7 @@ IMAGE = np.arange(1, 13, dtype=np.uint8).reshape(2, 3, 2)
 
 
 def crops(image, pad, flip):
-  """All results that augmentation may have, by hand."""
+  """All images that augmentation may return, by hand."""
   height, width, _ = image.shape
   padded = np.zeros((height + 2 * pad, width + 2 * pad, 2), np.uint8)
   padded[pad : pad + height, pad : pad + width] = image
@@ -42,7 +42,7 @@ def test_scale_at_every_byte():
   scaled = augment.scale(None, images, False)
   assert scaled.dtype == jnp.float32
   assert (scaled.min(), scaled.max()) == (0, 1)
-  # XLA multiplies by the reciprocal, which may cost the last bit.
+  # XLA multiplies by the reciprocal, which may change the last bit.
   np.testing.assert_allclose(scaled.ravel(), np.arange(256) / 255, rtol=2e-7)
 
 
@@ -90,7 +90,7 @@ def test_statistics_of_another_number_of_channels_are_an_error():
 
 @pytest.mark.parametrize('flip', [True, False])
 def test_crops_are_all_possible_ones_about_equally_often(flip):
-  expected = crops(IMAGE, 1, flip)  # 9 places, two directions.
+  expected = crops(IMAGE, 1, flip)  # 9 places in two directions.
   n = 400 * len(expected)
   images = jnp.asarray(np.broadcast_to(IMAGE, (n, *IMAGE.shape)))
   prepare = augment.crop_and_flip(1, flip, keep)

@@ -1,4 +1,4 @@
-"""Tests for `datasets`, on real files: idx, and TFDS sets prepared here."""
+"""Tests of `in_memory`, on real files: idx, and TFDS sets prepared here."""
 
 import contextlib
 import gzip
@@ -92,7 +92,7 @@ def test_mnist_5k_split_never_changes(mnist_5k):
 def test_fingerprint_follows_sizes_pixels_labels_and_classes(mnist_5k):
   first = in_memory.fingerprint(mnist_5k)
   assert re.fullmatch('[0-9a-f]{16}', first)
-  # The same bytes everywhere and always.
+  # The bytes are the same everywhere and always.
   assert first == 'cd1d495e54e7192b'
   assert in_memory.fingerprint(mnist_5k._replace(name='another')) == first
   images, labels = mnist_5k.valid
@@ -162,9 +162,9 @@ def test_idx_round_trip(write_idx, mnist_5k, dot, zipped):
 def test_idx_reads_what_a_browser_unpacked_or_left_packed(write_idx):
   folder = write_idx()
   path = folder / IDX_NAMES['train-images']
-  path.rename(f'{path}.gz')  # Unpacked, under the old name.
+  path.rename(f'{path}.gz')  # It is unpacked, but has the old name.
   path = folder / IDX_NAMES['test-images']
-  path.write_bytes(gzip.compress(path.read_bytes()))  # Packed, no suffix.
+  path.write_bytes(gzip.compress(path.read_bytes()))  # It has no suffix.
   assert len(in_memory.load('idx', str(folder)).train.labels) == 180
 
 
@@ -286,7 +286,7 @@ def test_idx_that_unpacks_to_much_is_refused_in_little_memory(
   packer = zlib.compressobj(9, zlib.DEFLATED, 31)
   bomb = packer.compress(header)
   zeros = bytes(1 << 20)
-  for _ in range(200):  # 200 MB in 200 kB.
+  for _ in range(200):  # 200 MB are packed into 200 kB.
     bomb += packer.compress(zeros)
   bomb += packer.flush()
   folder = write_idx(train_images=bomb)
@@ -319,7 +319,7 @@ def test_idx_needs_a_folder(tmp_path):
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Colour noise; encoded beforehand, so that preparing needs no TensorFlow."""
+  """A set of colour noise, already encoded: TensorFlow is not needed."""
 
   VERSION = tfds.core.Version('1.0.0')
   splits = (('train', 30), ('test', 6))
@@ -340,7 +340,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for i in range(n):
       shape = self.shapes[i % len(self.shapes)]
       image = rng.integers(0, 256, shape, dtype=np.uint8)
-      image[0, 0] = i  # Tells which example it is, after TFDS has shuffled.
+      image[0, 0] = i  # The index of the example, as TFDS shuffles.
       png = io.BytesIO()
       Image.fromarray(image).save(png, 'png')
       png.seek(0)
@@ -593,7 +593,7 @@ def test_broken_cache_is_rebuilt(tiny_dir, tmp_path, damage, caplog):
   again = in_memory.load('tiny', tiny_dir, cache)
   assert digest(*again.train) == digest(*first.train)
   assert cached_file(cache) == path
-  third = in_memory.load('tiny', tiny_dir, cache)  # From the rebuilt file.
+  third = in_memory.load('tiny', tiny_dir, cache)  # Reads the new file.
   assert digest(*third.train) == digest(*first.train)
   assert path.stat().st_size == len(whole)
   assert not caplog.records

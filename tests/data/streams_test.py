@@ -1,4 +1,4 @@
-"""Tests for `streams`, on JPEGs cut from photographs and on TFDS MNIST."""
+"""Tests of `streams`, on JPEGs cut from photographs and on TFDS MNIST."""
 
 import importlib.util
 import io
@@ -27,7 +27,7 @@ NOTHING = streams.Example(b'', 0, 'nothing')
 
 
 def photograph(package, *path):
-  """A photograph that an installed package carries, without importing it."""
+  """A photograph in an installed package, which is not imported."""
   spec = importlib.util.find_spec(package)
   assert spec is not None
   assert spec.submodule_search_locations
@@ -45,7 +45,7 @@ def photographs():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, photographs):
-  """Three classes of 5 + 4 + 4 images to train on; two of 3 + 1 in val."""
+  """Three classes of 5, 4 and 4 images in train; two of 3 and 1 in val."""
   root = tmp_path_factory.mktemp('folder')
   suffixes = itertools.cycle(['JPEG', 'jpg', 'PNG', 'jpeg'])
   for label, (name, image) in enumerate(zip('abc', photographs)):
@@ -64,14 +64,17 @@ def folder(tmp_path_factory, photographs):
 
 @pytest.fixture(scope='module')
 def numbered(folder):
-  """The 13 images of `folder`, where the label is the place in the source."""
+  """The 13 images of `folder`, each with its index in the source as label."""
   source = streams.folder_source(folder, 'train')
   paths = [source.read(i).name for i in range(source.size)]
   return streams.Source(Numbered(paths), len(paths), len(paths))
 
 
 class Numbered:
-  """Reads the i-th file as of class i; a class, as workers must unpickle it."""
+  """Reads the i-th file as of class i.
+
+  This is a class, as workers must unpickle it.
+  """
 
   def __init__(self, paths):
     self.paths = paths
@@ -180,7 +183,7 @@ def test_fingerprint_follows_the_files_and_not_their_place(tmp_path, folder):
 
 
 def test_fingerprint_sees_a_label_of_many(tmp_path):
-  # Not one of the 64 that are read.
+  # It is not one of the 64 images that are read.
   for name in ('a', 'b'):
     (tmp_path / 'train' / name).mkdir(parents=True)
     for i in range(100):
@@ -228,7 +231,7 @@ def test_many_images_are_looked_at_here_and_there(tmp_path, monkeypatch):
     streams, '_pixels', lambda example, *_, **__: seen.append(example.name)
   )
   streams.folder_source(tmp_path, 'train')
-  # Workers of an earlier test may still be reading images of that.
+  # Workers of an earlier test may still be reading its images.
   seen = [pathlib.Path(x) for x in seen if x.startswith(str(tmp_path))]
   assert [x.stem for x in seen] == ['00', '04', '08', '12', '16']
 
@@ -238,7 +241,7 @@ def test_what_is_no_image_is_skipped_and_counted(tmp_path, folder, caplog):
   b = tmp_path / 'set' / 'train' / 'b'
   Image.new('RGB', (9, 9)).save(b / 'x.webp')
   Image.new('RGB', (9, 9)).save(b / 'y.BMP')
-  (b / '._b_0.jpg').write_bytes(b'\0\5\x16\7')  # Of macOS.
+  (b / '._b_0.jpg').write_bytes(b'\0\5\x16\7')  # A file of macOS.
   (b / 'x.jpg').mkdir()
   (b / 'z.gif').write_bytes(b'GIF89a')
   (b / 'link.png').symlink_to(b / 'x.webp')
@@ -319,7 +322,7 @@ def test_tfds_source_says_what_is_wrong(tfds_dir):
     ValueError, match="'imagenet2012' is not prepared"
   ) as info:
     streams.tfds_source('imagenet2012', 'train', tfds_dir)
-  # These are advised for sets that fit into memory.
+  # The message advises these for sets that fit into memory.
   assert '--dataset=folder' in str(info.value)
   assert 'mnist_5k' not in str(info.value)
 
@@ -348,9 +351,9 @@ def test_held_out_images_are_spread_over_classes(numbered):
   [
     # The whole area at aspect 1 is the image, and the only place is the corner.
     (100, 100, [[1.0, 0.5, 0.9, 0.9]], (0, 0, 100, 100)),
-    # 0.08 of 100 x 100 are 800 pixels; at 3/4, sqrt(600) x sqrt(1066.7).
+    # 0.08 of 100 x 100 is 800 pixels; at 3/4 that is sqrt(600) x sqrt(1066.7).
     (100, 100, [[0.0, 0.0, 0.0, 0.0]], (0, 0, 24, 33)),
-    # At 4/3 the other way round; 68 places from left to right, 77 downwards.
+    # At 4/3 it is the other way round, with 68 places across and 77 downwards.
     (100, 100, [[0.0, 1.0, 0.5, 0.999]], (34, 76, 67, 100)),
     # (0.08 + 0.46) * 200 * 100 = 10,800 pixels, a square of 104: too high. The
     # next is 4,480 pixels: a square of 67, at 0.5 * 134 and at 0.25 * 34.
@@ -401,7 +404,7 @@ def test_centre_box_by_hand(width, height, box):
 
 
 def gradient():
-  """256 x 256 pixels whose red is the column and whose green is the row."""
+  """256 x 256 pixels, whose red is the column and whose green is the row."""
   row, column = np.mgrid[:256, :256]
   return Image.fromarray(
     np.stack([column, row, np.zeros_like(row)], -1).astype(np.uint8)
@@ -421,10 +424,10 @@ def test_training_sees_crops_and_mirrors_half_of_them():
   images = next(stream)[0].astype(int)
   red, green = images[:, 0, :, 0], images[:, :, 0, 1]
   mirrored = red[:, 0] > red[:, -1]
-  # 100 of 200, give or take three standard deviations.
+  # It is 100 of 200, give or take three standard deviations.
   assert 79 <= mirrored.sum() <= 121
   assert (green[:, 0] < green[:, -1]).all()  # Never upside down.
-  # From the middle of the first of 8 pixels to that of the last: 7/8 of a side.
+  # The middles of the first and the last of 8 pixels are 7/8 of a side apart.
   sides = np.stack([np.ptp(red, axis=1), np.ptp(green, axis=1)]) * 8 / 7
   area = sides.prod(axis=0) / 256**2
   assert 0.07 < area.min() < 0.15
@@ -435,10 +438,11 @@ def test_training_sees_crops_and_mirrors_half_of_them():
 def test_large_jpegs_are_decoded_small(photographs):
   jpeg = one_image(photographs[0], 'JPEG', quality=95)
   decoded = one_image(Image.open(io.BytesIO(jpeg.read(0).data)))
-  # 640 x 427: the middle, 374, shrinks 8 times to 46.75, then to 40.
+  # The image is 640 x 427. Its middle, 374, shrinks 8 times to 46.75, then to
+  # 40.
   small = evaluated(jpeg, 40).astype(int)
   assert 0 < np.abs(small - evaluated(decoded, 40)).mean() < 4
-  # And not at all to 188, as half of it is less.
+  # To 188 it does not shrink when it is decoded, as half of 374 is less.
   np.testing.assert_array_equal(evaluated(jpeg, 188), evaluated(decoded, 188))
 
 
@@ -538,7 +542,7 @@ def test_hosts_share_no_example_within_an_epoch(numbered):
 
 def test_a_restored_stream_goes_on_with_the_very_next_batch(numbered):
   stream = train(numbered, 4)
-  take(stream, 4)  # Into the second epoch.
+  take(stream, 4)  # The last of them is in the second epoch.
   state = json.loads(json.dumps(stream.get_state()))
   expected = take(stream, 3)
   restored = train(numbered, 4)
@@ -577,7 +581,7 @@ def test_a_killed_worker_is_named(folder):
   with pytest.raises(ChildProcessError, match='killed.*memory is short'):
     take(stream, 20)
   assert not multiprocessing.active_children()
-  stream.close()  # Once more, which does nothing.
+  stream.close()  # To close once more does nothing.
   with pytest.raises(ValueError, match='The stream is closed'):
     stream.get_state()
 
@@ -645,7 +649,7 @@ def test_workers_end_when_training_is_killed(tmp_path, folder):
   script = tmp_path / 'orphans.py'
   script.write_text(ORPHANS)
   root = pathlib.Path(streams.__file__).parents[2]
-  # To files: a worker left over would keep pipes open.
+  # Output goes to files: a worker that is left over would keep pipes open.
   output, errors = tmp_path / 'output', tmp_path / 'errors'
   with output.open('w') as stdout, errors.open('w') as stderr:
     done = subprocess.run(
@@ -686,7 +690,7 @@ def test_evaluation_sees_every_example_once(
     )
     for i in range(hosts)
   ]
-  for _ in range(2):  # As often as needed.
+  for _ in range(2):  # It can be read as often as needed.
     batches = [list(part) for part in parts]
     assert [len(part) for part in batches] == [num_batches] * hosts
     labels = [labels for step in zip(*batches) for _, labels in step]

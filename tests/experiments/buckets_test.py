@@ -1,4 +1,4 @@
-"""Runs that read from buckets and write to them."""
+"""Tests of runs that read from buckets and write to them."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ def bucket(monkeypatch, tmp_path):
     return found
 
   def no_appending(function, path, mode):
-    # gcsfs overwrites a file that is to be added to.
+    # gcsfs overwrites a file to which it is asked to append.
     return function(local(path), mode.replace('a', 'w'))
 
   calls = {name: functools.partial(call, name) for name in _CALLS}
@@ -79,7 +79,7 @@ def _settings(**flags):
 
 
 class _Stopping(output.Metrics):
-  """Asks a run to stop when it has been evaluated at step 2."""
+  """Metrics that ask the run to stop after its evaluation at step 2."""
 
   def __call__(self, metrics, histograms=None):
     super().__call__(metrics, histograms)

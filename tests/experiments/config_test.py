@@ -1,4 +1,4 @@
-"""Tests of the settings of binaries and of their flags."""
+"""Tests of the settings of programs and of their flags."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def _check_even(value):
 
 @dataclasses.dataclass(frozen=True)
 class _Shared(config.Settings):
-  """What several have."""
+  """Settings that several programs share."""
 
   rate: float = config.flag(0.5, 'The rate.', low=0.0)
   kind: str = config.flag('a', 'The kind.', choices=('a', 'b'))
@@ -27,7 +27,7 @@ class _Shared(config.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class _Settings(_Shared):
-  """What is tested."""
+  """The settings of the program that is tested."""
 
   rate: float = config.like(_Shared, 'rate', 0.25)
   steps: int = config.flag(10, 'The steps.', low=1, high=100)

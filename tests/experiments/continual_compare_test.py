@@ -44,7 +44,7 @@ def test_folders_are_the_rows(folders, tmp_path, capsys):
   out_dir = epath.Path(tmp_path / 'out')
   continual_compare.write(continual_compare.load(folders), out_dir)
   rows = [line.split() for line in capsys.readouterr().out.split('\n')]
-  # Transfer: of the second task, when learnt, over a network of its own.
+  # Transfer is the gain of the second task, when learnt, over its own network.
   assert ['narrow', '2', '96.00', '±', '1.41', '95.00', '30.0', '-4.00'] in rows
   assert ['wide', '2', '92.00', '91.00', '90.0', '-6.00'] in rows
   assert ['alone', '2', '99.00', '±', '0.00', '99.00', '-', '0.00'] in rows

@@ -1,4 +1,4 @@
-"""Tests of the binary of continual learning."""
+"""Tests of the program `continual_learning`."""
 
 import functools
 import json
@@ -83,7 +83,7 @@ def _run(
 
 
 def _without_seconds(result):
-  """What two runs of one experiment have in common."""
+  """The part of a result that two runs of one experiment have in common."""
   if isinstance(result, dict):
     return {
       k: _without_seconds(v) for k, v in result.items() if 'seconds' not in k
@@ -100,7 +100,7 @@ def _arrays(out_dir, method='epn'):
 
 @pytest.fixture(scope='module', autouse=True)
 def _compile_once(tmp_path_factory):
-  """Lets functions that are the same for several methods be compiled once."""
+  """Compiles functions once that are the same for several methods."""
   names = 'compilation_cache_dir', 'persistent_cache_min_compile_time_secs'
   values = str(tmp_path_factory.mktemp('compiled')), 0
   before = [getattr(jax.config, f'jax_{name}') for name in names]
@@ -127,7 +127,7 @@ def test_nothing_is_forgotten_and_something_is_learnt(epn):
     assert matrix[t][t] > 0.3
     assert matrix[t][t] == result['tasks'][t]['test_accuracy']
   assert matrix[0][1:] == [None, None]
-  # What is measured at the end is what was measured when it was learnt.
+  # Accuracies at the end are those from when the task was learnt.
   learnt = [record['valid_accuracy'] for record in result['tasks']]
   assert result['valid_accuracy'] == learnt
 
@@ -169,7 +169,7 @@ def test_a_run_goes_on_at_the_task_where_it_was(epn, tmp_path):
     _run(
       tmp_path,
       report=lambda step, metrics: steps.append(step),
-      # Before the retraining of the second task.
+      # The run ends before the retraining of the second task.
       stopped=lambda: steps[-1:] == [100],
     )
   assert steps == [40, 60, 60, 100]
@@ -207,9 +207,9 @@ def test_decisions_do_not_see_test_data(epn, tmp_path):
 def test_other_methods_take_the_same_way(method, tmp_path):
   result, lines = _run(tmp_path, method, evaluate_every=5)
   assert result['num_tasks'] == 3
-  assert lines[-1][0] == 180  # The same number of steps as with retraining.
+  assert lines[-1][0] == 180  # As many steps as with retraining.
   matrix = result['accuracy_matrix']
-  assert matrix[1][0] is None  # Not evaluated in between.
+  assert matrix[1][0] is None  # It is not evaluated in between.
   assert all(x > 0.3 for x in matrix[2][2:])
   if method == 'packnet':
     size = 49 * 300 + 300 * 100
@@ -256,7 +256,7 @@ def test_networks_are_evaluated_before_a_task_is_learnt(epn):
   assert transfer[0] is None
   np.testing.assert_allclose(transfer[1:], np.subtract(before, initial)[1:])
   assert result['backward_transfer'] == [0.0, 0.0, 0.0]
-  # It is no part of what was learnt.
+  # The evaluation beforehand is no part of what was learnt.
   assert result['accuracy_matrix'][0][1] is None
 
 
@@ -404,7 +404,7 @@ def _finish(process):
 
 
 def _killed(process, path):
-  """Kills a process at once when there is a path."""
+  """Kills a process as soon as a path exists."""
   deadline = time.time() + 500
   while not path.exists() and time.time() < deadline:
     time.sleep(0.01)
@@ -414,7 +414,7 @@ def _killed(process, path):
 
 
 def _content(folder):
-  """The bytes of all files by path, but of the one that names a process."""
+  """The bytes of all files by path, except the one that names a process."""
   files = [p for p in folder.rglob('*') if p.is_file() and p.name != '.lock']
   return {p: p.read_bytes() for p in files}
 

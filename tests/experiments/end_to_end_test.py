@@ -1,8 +1,8 @@
-"""`--preset=imagenet` at small size, from JPEGs to exported files.
+"""Tests `--preset=imagenet` at small size, from JPEGs to exported files.
 
 `_train` runs in two processes with two devices each. Half of the methods read
 the JPEGs from a folder, and half from a TFDS set that has the name, the
-features and the format of ImageNet's.
+features and the format of that of ImageNet.
 """
 
 import gc
@@ -33,8 +33,8 @@ from experiments.support import trained
 from powerprop_jax.models import networks
 from powerprop_jax.training import checkpoint
 
-# By method. The last is killed in the middle, which ends the program; those
-# before it are asked to stop there.
+# Flags by method. The last run is killed in the middle, which ends the program;
+# those before it are asked to stop there.
 _DATASETS = {
   'top_kast': 'imagenet2012',
   'magnitude': 'folder',
@@ -43,7 +43,7 @@ _DATASETS = {
 }
 _KILLED = 'rigl'
 _COUNTS = {'train': 36, 'validation': 12}
-_ENDED_AT = 12  # An evaluation is written by then, and not yet its checkpoint.
+_ENDED_AT = 12  # An evaluation is written then, its checkpoint is not.
 
 
 def _tiny(images, is_training, num_classes, cross_replica_axis=None):
@@ -54,7 +54,7 @@ def _tiny(images, is_training, num_classes, cross_replica_axis=None):
 
 
 def _images(split):
-  """JPEGs with their labels: of two classes one is darker than the other."""
+  """JPEGs with their labels, where one of the two classes is darker."""
   rng = np.random.default_rng(0)
   for i in range(_COUNTS[split]):
     label = i % 2
@@ -73,7 +73,7 @@ def _write_folder(root):
 
 
 class _ImageNet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A set that TFDS writes as it writes ImageNet, without TensorFlow."""
+  """A set that TFDS writes in the format of ImageNet, without TensorFlow."""
 
   name = 'imagenet2012'
   VERSION = tfds.core.Version('5.1.0')
@@ -130,7 +130,7 @@ def _settings(root, method, out_dir):
 
 
 class _Ending(output.Metrics):
-  """Ends a run in the middle."""
+  """Metrics that end a run in the middle."""
 
   signal = signal.SIGTERM
 
@@ -141,8 +141,8 @@ class _Ending(output.Metrics):
 
 
 def _train(root, address, index, ended):
-  """Trains by all methods, until the middle or from there on."""
-  gc.freeze()  # Streams collect garbage; what is imported is none.
+  """Trains by all methods, up to the middle or from there on."""
+  gc.freeze()  # Streams collect garbage; imports are none.
   jax.distributed.initialize(address, 2, index)
   networks.NETWORKS['tiny'] = _tiny
   assert (jax.local_device_count(), jax.device_count()) == (2, 4)
@@ -187,7 +187,7 @@ def _start(root, ended):
 
 
 def _end(root, processes):
-  """Waits for both: one that has failed leaves the other waiting for it."""
+  """Waits for both, and kills them: if one fails, the other waits for it."""
   try:
     for process in processes:
       process.wait(timeout=600)
@@ -200,7 +200,7 @@ def _end(root, processes):
 def _lines(path):
   text = (path / 'metrics.jsonl').read_text()
   return [
-    # What no clock has measured.
+    # Metrics that no clock has measured are compared.
     {k: v for k, v in json.loads(line).items() if 'per_second' not in k}
     for line in text.splitlines()
   ]
@@ -267,7 +267,7 @@ def test_runs_are_ended_go_on_and_are_exported(tmp_path, monkeypatch):
       network, network.masks, tmp_path / f'{method}.safetensors', None
     )
     assert found['trained'] == found['pruned'] == found['reloaded']
-    # On one device as on four.
+    # One device gives the same as four.
     assert found['trained'][evaluation.BEST] == pytest.approx(
       measured[best][evaluation.BEST], abs=1 / 8
     )

@@ -1,4 +1,4 @@
-"""Tests of the binary that writes trained networks to small files."""
+"""Tests of `export_model`, which writes trained networks to small files."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def _features(theta, images):
 
 
 def _accuracy(theta, split):
-  """What the network of `mnist_pruning` must give, by numpy."""
+  """The accuracy of the network of `mnist_pruning`, computed by numpy."""
   logits = _features(theta, split.images) @ theta['logits/w']
   return np.mean(np.argmax(logits + theta['logits/b'], 1) == split.labels)
 
@@ -51,7 +51,7 @@ def data():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory, data):
-  """A run as of mnist_pruning: the last layer fits the digits, by numpy."""
+  """A run like one of mnist_pruning, whose last layer numpy has fitted."""
   rng = np.random.default_rng(0)
   theta = {}
   for name, shape in _SHAPES.items():
@@ -137,7 +137,7 @@ def test_statistics_are_written_and_used(tmp_path):
     'pruned': 1.5,
     'reloaded': 1.5,
   }
-  # One weight of two bytes and two bits, two numbers of four bytes.
+  # There are a weight of two bytes and two bits, and two numbers of four bytes.
   assert (sizes.dense, sizes.bound) == (20, 11)
   found = export.load_compressed(path).theta
   assert {k: x.tolist() for k, x in found.items()} == {

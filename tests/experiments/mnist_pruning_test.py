@@ -1,4 +1,4 @@
-"""Tests of the binaries, run as a user runs them."""
+"""Tests of the program `mnist_pruning`, also run as a user runs it."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ _QUICK = (
 
 @pytest.fixture(scope='session')
 def _environment(tmp_path_factory):
-  """Strict promotion of dtypes; what one process compiles, others use."""
+  """Variables with which processes promote strictly and share a cache."""
   return os.environ | {
     'JAX_NUMPY_DTYPE_PROMOTION': 'strict',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
@@ -43,13 +43,13 @@ def _environment(tmp_path_factory):
 
 @pytest.fixture
 def start(_environment):
-  """Starts a binary as a user does, with warnings as errors."""
+  """Starts a program as a user does, with warnings as errors."""
   return functools.partial(_start, _environment)
 
 
 @pytest.fixture
 def run(_environment):
-  """Runs a binary to its end; returns its exit status, output and errors."""
+  """Runs a program to its end; returns its exit status, output and errors."""
 
   def run(*args):
     process = _start(_environment, *args)
@@ -76,7 +76,7 @@ def test_mnist_pruning_writes_and_prints_its_results(run, tmp_path):
   code, out, err = run(*args)
   assert code == 0, err
   for path in (tmp_path / 'runs').glob('*.safetensors'):
-    assert export.load_compressed(path).alpha == 3.0  # That of the end.
+    assert export.load_compressed(path).alpha == 3.0  # The last power.
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert summary['kept'] == [0.1, 1.0]
   assert list(summary['results']) == ['1.0', '2.0', '1.0 global', '2.0 global']
@@ -93,7 +93,7 @@ def test_mnist_pruning_writes_and_prints_its_results(run, tmp_path):
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert {json.loads(line)['step'] for line in lines} == {40}
 
-  # One run is lost; the same command computes it again, and it alone.
+  # One run is lost; the same command computes this one again, and no other.
   lost, kept = sorted((tmp_path / 'runs').glob('*.json'))
   before, time_kept = json.loads(lost.read_text()), kept.stat().st_mtime_ns
   lost.unlink()
@@ -122,7 +122,7 @@ def test_mnist_pruning_stops_and_keeps_what_is_finished(start, tmp_path):
   deadline = time.time() + 240
   while not list(tmp_path.glob('runs/*.json')) and time.time() < deadline:
     time.sleep(0.05)
-  process.send_signal(signal.SIGTERM)  # Ctrl-C takes the same way.
+  process.send_signal(signal.SIGTERM)  # Ctrl-C has the same effect.
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
   assert 'The same command continues' in err

@@ -160,7 +160,7 @@ def test_layers_can_have_a_phi_decay_of_their_own():
       {'phi_decay_norm': 'l1,l2:0.996'},
       'in a run of 100 steps one of the norms has no step',
     ),
-    # A wrong decay is found out also where there is none.
+    # A wrong option of the decay is found also if there is no decay.
     ({'phi_decay_warmup_steps': 100}, '--phi_decay_warmup_steps=100 must be'),
   ],
 )
@@ -193,7 +193,7 @@ def test_every_optimiser_can_be_built_with_decay(optimizer):
 
 
 def _train(first_alphas, **flag_values):
-  """theta after ten steps with each transformation, of powers or of stages.
+  """theta after ten steps from each of the first alphas, one after another.
 
   The first weight has a gradient and the second has none.
   """
@@ -230,7 +230,7 @@ def test_powers_change_at_their_steps():
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
     others = _train([1.5, 2.0, 2.0], **options)
     assert abs(others[0] / expected[0] - 1) > 1e-2
-  assert abs(others[1] / expected[1] - 1) > 5e-3  # By less decay.
+  assert abs(others[1] / expected[1] - 1) > 5e-3  # There is less decay.
 
 
 @pytest.mark.parametrize('steps', [4, 100])

@@ -1,4 +1,4 @@
-"""Tests of what binaries write."""
+"""Tests of the files that programs write."""
 
 import importlib
 import json
@@ -48,7 +48,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   ],
 )
 def test_a_program_says_first_where_it_runs(name, monkeypatch):
-  """Before it reads data, or what others wrote, which may take minutes."""
+  """It does so before it reads data or results, which may take minutes."""
   program = importlib.import_module(f'experiments.{name}')
   needed = {
     'continual_compare': {'runs': ('nothing',)},
@@ -92,7 +92,7 @@ def test_a_folder_of_the_home(monkeypatch, tmp_path):
 def test_an_experiment_goes_on_with_equal_settings_alone(tmp_path):
   with _open(tmp_path):
     pass
-  with _open(tmp_path):  # Lists are as JSON gives them back.
+  with _open(tmp_path):  # Lists are as JSON reads them.
     pass
   before = (tmp_path / 'config.json').read_text()
   message = r'alpha: 2\.0 there, 3\.0 now; layers: \[.a.\] there, None now'
@@ -106,7 +106,7 @@ def test_an_experiment_goes_on_with_equal_settings_alone(tmp_path):
     _open(tmp_path, binary='other'),
   ):
     pass
-  # What was refused has changed nothing: the right settings still go on.
+  # The refusal has changed nothing: a run with the right settings goes on.
   assert (tmp_path / 'config.json').read_text() == before
   with _open(tmp_path):
     pass
@@ -219,14 +219,14 @@ def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
     write({'step': step})
   write.close()
   with path.open('ab') as file:
-    # Strange lines, and one that was cut off.
+    # These are strange lines, and one that was cut off.
     file.write(b'[1]\n7\n\n\xff\xfe\n{"ste')
   write = output.Metrics(path, lambda line: line['step'] < 3)
   write({'step': 3, 'again': True})
   write.close()
   assert _lines(path) == [{'step': 1}, {'step': 2}, {'step': 3, 'again': True}]
 
-  # A kill while it is rewritten loses nothing.
+  # A kill while the file is rewritten loses nothing.
   monkeypatch.setattr(os, 'replace', lambda *args: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     output.Metrics(path, lambda line: False)
@@ -243,7 +243,7 @@ def test_events_are_what_the_lines_are(tmp_path):
   for step in (0, 1, 2):
     write({'run': 'a', 'step': step, 'loss': 0.5, 'name': 'x', 'on': True})
   write({'run': 'b', 'step': 0, 'sparsity': {'total': 1, 'w': 0.25}})
-  # They are on the disk before the file is closed, as if it had been killed.
+  # Events are on the disk before the file is closed, in case of a kill.
   assert found('a') == [
     (0, 'train/loss', 0.5),
     (1, 'train/loss', 0.5),
@@ -252,7 +252,7 @@ def test_events_are_what_the_lines_are(tmp_path):
   assert found('b') == [(0, 'sparsity/total', 1.0), (0, 'sparsity/w', 0.25)]
   write.close('a')
   write.close()
-  # One that was cut off is left out, and so is what comes again.
+  # An event that was cut off is left out, and so are those that come again.
   (file,) = (tmp_path / 'events' / 'a').iterdir()
   file.write_bytes(file.read_bytes()[:-1])
   write = output.Metrics(
@@ -284,7 +284,7 @@ def test_progress_without_a_terminal(monkeypatch, capfd):
     progress.add(1, {'loss': 0.25})
   progress.close()
   lines = capfd.readouterr().err.split('\n')
-  assert len(lines) == 6  # One in 30 seconds, the last one, and the end.
+  assert len(lines) == 6  # One every 30 seconds, the last, and the end.
   assert (
     lines[0] == 'step 161 of 400, 2 steps per second, 01:59 left: loss 0.25'
   )

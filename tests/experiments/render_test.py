@@ -1,4 +1,4 @@
-"""The tables of the documents are those that the results give."""
+"""Tests that the tables of the documents are those of the results."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_every_result_is_shown(monkeypatch):
   for show in [*render.TABLES.values(), *render.FIGURES.values()]:
     show()
   files = {path.stem for path in render.RESULTS.glob('*.json')}
-  # LOG.md speaks of the trials.
+  # Trials are in no table: LOG.md reports them.
   assert files - shown == {x for x in files if x.startswith('trials-')}
 
 
@@ -60,7 +60,7 @@ def test_another_number_is_another_table(tmp_path, monkeypatch):
   monkeypatch.setattr(render, 'RESULTS', tmp_path)
   path = tmp_path / 'mnist_pruning-paper.json'
   content = json.loads(path.read_text())
-  content['results']['2.0']['mean'][0] += 0.0001  # Of 31.99 %.
+  content['results']['2.0']['mean'][0] += 0.0001  # It is 31.99 %.
   path.write_text(json.dumps(content))
   page = _DOCUMENTS['docs/results.md']
   (line,) = set(render.render(page).split('\n')) - set(page.split('\n'))

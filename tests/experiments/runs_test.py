@@ -44,7 +44,7 @@ def test_runs_are_made_once(out_dir):
     sorted(line['run'] for line in _lines(out_dir)) == ['a'] * 3 + ['b'] * 3
   )
 
-  # Of a run that is lost the lines are written again, and of it alone.
+  # Only the lines of a run that is lost are written again.
   (out_dir / 'runs' / 'a.json').unlink()
   todo['b'] = lambda data, watch: 1 / 0
   runs.run_all(todo, 7, 3, out_dir)
@@ -91,7 +91,7 @@ def test_what_is_in_the_way_of_a_result(out_dir, content):
   (out_dir / 'runs' / 'a.json').write_text(content)
   with pytest.raises(ValueError, match=r'a\.json .* Move it away'):
     runs.run_all({'a': _run(1.0)}, 7, 3, out_dir, fields=('alpha', 'seed'))
-  # A foreign file in a place of no run is none of our business.
+  # A foreign file that is in the way of no run does not matter.
   assert runs.run_all({'b': _run(1.0)}, 7, 3, out_dir) == ([], False)
 
 

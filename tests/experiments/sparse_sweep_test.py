@@ -50,8 +50,8 @@ _RECIPE = sparse_sweep.Recipe(2.0, 0.1, 0.0, 1.0)
 _SIZE = 16 * 300 + 300 * 100 + 100 * 4
 
 
-# The others differ in what `make_plan` gives, of which sparse_training_test has
-# all.
+# The other methods differ in what `make_plan` returns; sparse_training_test has
+# all of them.
 @pytest.mark.parametrize('method', ['dense', 'snip', 'rigl', 'top_kast'])
 def test_run_ends_at_its_sparsity(method, make, settings, data):
   job = sparse_sweep.Job(method, 'uniform', 0.9, _RECIPE, 2)
@@ -196,7 +196,8 @@ def test_summary_by_hand():
 
 def test_validation_data_choose_among_the_recipes_of_an_alpha():
   first = _result('rigl', 0.9, 1.0, [0.9, 0.9])
-  # Better on test data, and on validation data in one seed, not on average.
+  # It is better on test data, and on validation data in one seed, but not on
+  # average.
   other = first | {'test_accuracy': [1.0, 1.0], 'valid_accuracy': [0.8, 0.95]}
   rows = sweep_report.summarise([*_RESULTS[:1], other, first, _RESULTS[2]])
   assert [r['chosen'] for r in rows] == [True, False, True, True]
@@ -227,7 +228,7 @@ def test_curves_of_a_distribution():
 
 @pytest.mark.slow
 def test_sweep_as_a_user_runs_it(tmp_path):
-  # What one process compiles the others use.
+  # Functions that one process compiles are used by the others.
   cache = {
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -258,7 +259,7 @@ def test_sweep_as_a_user_runs_it(tmp_path):
   assert (tmp_path / 'accuracy_erk.png').read_bytes()[1:4] == b'PNG'
   assert len(list((tmp_path / 'runs').iterdir())) == 2
 
-  # Another recipe of the same power: one line, of the better one.
+  # With another recipe of the same power there is one line, of the better one.
   two = run(
     '--methods=static',
     '--alphas=2,2',

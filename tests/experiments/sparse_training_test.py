@@ -1,4 +1,4 @@
-"""Tests of the sparse training binary: its methods, devices and restarts."""
+"""Tests of the program `sparse_training`: methods, devices and restarts."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def small_data(monkeypatch):
 
 @pytest.fixture(scope='module', autouse=True)
 def _cache(tmp_path_factory):
-  """Compiles nothing twice in all processes."""
+  """A cache with which no process compiles what another has compiled."""
   options = {
     'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('cache')),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
@@ -91,7 +91,7 @@ def _cache(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start(_cache):
-  """Starts the binary."""
+  """Starts the program."""
 
   def start(*args, count=1):
     options = os.environ['XLA_FLAGS']
@@ -126,7 +126,7 @@ def open_manager(path, settings):
 
 
 def run(problem, settings, out_dir):
-  """Trains what was built in this process."""
+  """Trains a problem that was built, in this process."""
   out_dir.mkdir(exist_ok=True)
   manager = open_manager(out_dir / 'checkpoints', settings)
   try:
@@ -154,7 +154,7 @@ def train(data, out_dir, *args):
 
 
 def start_or_resume(problem, settings, path):
-  """Where a run goes on that has its checkpoints in a folder."""
+  """The progress from which a run with checkpoints in a folder goes on."""
   manager = open_manager(path, settings)
   try:
     return sparse_training.start_or_resume(problem, manager, settings.init_from)
@@ -236,7 +236,7 @@ def test_a_sparse_checkpoint_keeps_its_mask(data, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, progress.state.masks, before.state.masks
   )
-  # The weights are the same, of another phi.
+  # The weights are the same, and phi is another.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
     problem.transform.to_theta(progress.state.phi),
@@ -249,7 +249,7 @@ _TINY = ('--network=tiny', '--batch_size=8', '--steps=12', '--update_every=4')
 
 @pytest.mark.parametrize('method', ['set', 'rigl', 'top_kast'])
 def test_layers_keep_their_numbers_of_weights(small_data, tmp_path, method):
-  # Two of the three densities are not those that the flags ask for.
+  # The flags ask for other values of two of the three densities.
   args = (*_TINY, '--method=static', '--distribution=conv=0.5,logits=0.9')
   before, source = train(small_data, tmp_path / 'a', *args)
   args = (*_TINY, f'--method={method}', '--sparsity=0.4', '--distribution=erk')
@@ -309,8 +309,8 @@ def test_dense_phases_cost_as_much_as_dense_training():
     steps=80,
     fresh=lambda key: theta,
   )
-  # Sparse from 10 to 20, from 30 to 40 and from 50 on. An update at 60 would be
-  # the start of a dense phase, with which the run must not end.
+  # Phases are sparse from 10 to 20, from 30 to 40 and from 50 on. An update at
+  # 60 would start a dense phase, with which the run must not end.
   share = 50 / 80
   expected = 3 * 100.0 * (share * 0.1 + (1 - share))
   assert method.training_flops({'a/w': 100.0}) == pytest.approx(expected)
@@ -406,7 +406,7 @@ def test_the_imagenet_preset_has_the_schedule_of_the_field(multiplier):
 
 def test_the_imagenet_preset_builds():
   source = streams.Source(lambda i: streams.Example(b'', 0, ''), 1000, 1000)
-  # What is given on the command line comes before the preset.
+  # A flag on the command line overrides the preset.
   settings = settings_of('--preset=imagenet', '--learning_rate=0.8')
   assert settings.learning_rate == 0.8
   assert settings.nesterov
@@ -415,7 +415,7 @@ def test_the_imagenet_preset_builds():
   layers = problem.layer_flops
   dense = sum(layers.values())
   assert dense == pytest.approx(8.2e9, rel=0.01)
-  # The published 0.24 of ERK at 90 %, and the gradients of all weights.
+  # It is the published 0.24 of ERK at 90 %, plus the gradients of all weights.
   relative = problem.method.training_flops(layers) / (3 * dense)
   assert relative == pytest.approx(0.24, abs=0.01)
 
@@ -570,7 +570,7 @@ def uninterrupted(start, tmp_path_factory):
 
 
 def saved(out_dir):
-  """The steps of which there are checkpoints, and whether one is written."""
+  """The steps that have checkpoints, and whether one is being written."""
   names = [x.name for x in out_dir.glob('checkpoints/*')]
   steps = [int(name) for name in names if name.isdigit()]
   return max(steps, default=0), any('tmp' in name for name in names)
@@ -613,7 +613,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
   assert losses(tmp_path) == losses(uninterrupted)
   network = trained.load(str(tmp_path), None)
   assert isinstance(network, trained.Network)
-  assert network.alpha == 3.0  # That of the end.
+  assert network.alpha == 3.0  # The last power.
   accuracy = network.evaluate(network.theta, network.state)
   assert accuracy['test_accuracy'] == wanted['test_accuracy']
 
@@ -721,7 +721,7 @@ def _events(out_dir):
 
 
 def _measured(line):
-  """An evaluation without what a clock has measured."""
+  """An evaluation without the metrics that a clock has measured."""
   return {k: v for k, v in line.items() if 'per_second' not in k}
 
 
@@ -742,7 +742,7 @@ def test_evaluations_tell_what_the_network_is(small_data, tmp_path):
     'total': 0.5,
     **{row['path']: 1 - row['density'] for row in report['layers']},
   }
-  # By hand: the weights in use whose sign is another than at the start.
+  # By hand, these are the weights in use whose sign is not that at the start.
   rows = leaves.weight_rows(
     state.phi,
     leaves.is_weight,
@@ -765,9 +765,9 @@ def test_evaluations_tell_what_the_network_is(small_data, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, quiet.state.phi, state.phi)
   steps = [x for x in lines_of(tmp_path / 'watched') if 'loss' in x]
   for line in steps:
-    # Plain SGD, and a power of which the Jacobian is small.
+    # The optimiser is plain SGD, and the Jacobian of the power is small.
     assert 0 < line['update_norm'] < 0.3 * line['gradient_norm'] * 2
-  # Events are what the lines are.
+  # Events hold the numbers of the lines.
   for line in (steps[-1], last):
     assert {
       tag for step, tag, _ in _events(tmp_path / 'watched') if step == 12
@@ -791,7 +791,7 @@ def test_a_run_that_goes_on_writes_nothing_twice(small_data, tmp_path):
   killed = problem._replace(make_feed=lambda: feed._replace(advance=advance))
   with pytest.raises(KeyboardInterrupt):
     run(killed, settings, tmp_path / 'killed')
-  # It was evaluated at a step of which the checkpoint is gone.
+  # It was evaluated at a step whose checkpoint is gone.
   newest = (
     tmp_path / 'killed' / 'checkpoints' / str(saved(tmp_path / 'killed')[0])
   )
@@ -880,7 +880,7 @@ def test_any_number_of_devices_trains_alike(start, uninterrupted, tmp_path):
       for i in range(2)
     ]
 
-  # One of two hosts is asked to stop, whereupon both do.
+  # One of two hosts is asked to stop, and then both do.
   hosts = start_hosts()
   wait_until(hosts[1], lambda: saved(two)[0] > 0)
   hosts[1].send_signal(signal.SIGTERM)

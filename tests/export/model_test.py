@@ -67,7 +67,7 @@ def _mask(size, kept):
   [
     # The gaps are 3, 0 and 4: lowest bits 1, 0, 0; the rest 1, 0, 2 in unary.
     (_mask(16, [3, 4, 9]), 1, '100' + '01' + '1' + '001'),
-    # The bits of the mask, up to the last one.
+    # These are the bits of the mask, up to the last one.
     (_mask(9, [0, 2, 3, 6]), 0, '1011001'),
     # More than half are kept: the positions 2 and 5 of the others.
     (~_mask(7, [2, 5]), 0, '001' + '001'),
@@ -174,7 +174,7 @@ def test_every_bit_of_every_dtype_comes_back(tmp_path):
   _assert_same_bits(model.theta, export.to_dict(theta, masks))
   _assert_same_bits(model.masks, export.to_dict(masks))
   assert model.alpha is None
-  # Leaves without a mask are whole; paths count and not containers.
+  # Leaves without a mask are stored whole; only paths matter, not containers.
   some = {'a/b/w': masks['a/b']['w']}
   export.save_compressed(tmp_path / 'some', theta, some)
   found = export.load_compressed(tmp_path / 'some').theta
@@ -205,7 +205,7 @@ def test_the_metadata_are_plain_text(tmp_path):
   assert rows['out/b'] == ['float32', [10]]
   assert rows['out/w'][:4] == ['float32', [100, 10], 10, 0.01]
   assert export.load_compressed(path).alpha == powers
-  # What another reader of the container sees.
+  # This is what another reader of the container sees.
   tensors = safetensors.numpy.load_file(path)
   assert tensors['float16'].shape == (2352 + 300 + 10,)
   assert tensors['float32'].shape == (410,)
@@ -387,7 +387,7 @@ def test_no_damaged_file_gives_another_network(tmp_path):
         refused += 1
       else:
         _assert_same_model(model, wanted)
-    # Bytes that nobody reads, and texts of one meaning, do no harm.
+    # Changes of unused bytes, or of texts that keep their meaning, do no harm.
     assert refused > 250
 
 
@@ -528,7 +528,7 @@ def test_tasks_come_back_and_share_their_weights(tmp_path):
   named = [row[0] for row in rows['leaves']['tasks/1/']]
   assert 'initial_linear/w' in named
   assert 'linear/w' not in named
-  # Less than the masks alone at a bit a weight.
+  # This is less than the masks alone would take at one bit per weight.
   coded = sum(x.nbytes for k, x in tensors.items() if k.endswith('masks'))
   assert coded < 3 * 266_200 / 8
   assert sizes.bound < sizes.file < 1.05 * sizes.bound
@@ -708,7 +708,7 @@ def test_dictionaries_are_checked():
     export.to_dict({'a/b': 1.0, 'a': {'b': 2.0}})
   with pytest.raises(ValueError, match=r"'f' is no array. Filter"):
     export.to_dict({'f': jax.nn.relu})
-  # What jax would make float32 stays what it is.
+  # Arrays that jax would convert to float32 keep their type.
   mask = {'w': np.array([True, False])}
   found = export.to_dict({'w': np.array([1 / 3, 1.0])}, mask)['w']
   assert found.dtype == np.float64

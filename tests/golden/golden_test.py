@@ -1,21 +1,22 @@
-"""Tests that every binary computes what it did when `golden.json` was recorded.
+"""Tests that every program computes what it did when it was recorded.
 
 Accuracies, losses, the numbers of weights that layers keep, and the bits of
-weights and masks are compared: exactly on the machine and with the versions of
-the recording, and more coarsely elsewhere. What is reported beyond the
-recording does not matter. By default two commands are run; with GOLDEN=all all
-of them are, in ten minutes.
+weights and masks are compared with those of `golden.json`: exactly on the
+machine and with the versions of the recording, and more coarsely elsewhere.
+Results that are not in the recording do not matter. By default two commands are
+run; with GOLDEN=all all of them are, in ten minutes.
 
-The same commands were recorded with version 0.1.0 too, compiled alike. 15 of 31
-gave the same to the last bit, among them those of dense and static networks,
-SNIP, SET, Top-KAST, gradual pruning by global rank, and continual learning by
-all methods and searches. Four differ by rounding, in weights and the seventh
-digit of a loss. The others differ on purpose, as CHANGELOG.md says: RigL trades
-weights in its last update too, clipping counts what may move only, exported
-files have checksums, and tables a first line with devices and versions.
+The same commands were also recorded with version 0.1.0, compiled in the same
+way. 15 of 31 gave the same to the last bit, among them those of dense and
+static networks, SNIP, SET, Top-KAST, gradual pruning by global rank, and
+continual learning by all methods and searches. Four differ by rounding, in
+weights and the seventh digit of a loss. The others differ on purpose, as
+CHANGELOG.md says: RigL trades weights in its last update too, clipping counts
+only weights that may move, exported files have checksums, and tables begin with
+a line of devices and versions.
 
-The gradients of convolutions have been summed in another order since. Of the
-entries, `sparse_training-lenet_5` alone has any: its loss and accuracies stayed
+The gradients of convolutions have been summed in another order since. Only the
+entry `sparse_training-lenet_5` has convolutions: its loss and accuracies stayed
 the same to the last digit, and the bits of its weights did not. In as many
 steps of a dense LeNet-5 weights moved by 3e-7 at most. The fingerprint of that
 entry is left out until it is recorded anew on the machine of the others.
@@ -48,7 +49,7 @@ _CHOSEN = record.ENTRIES if _ALL else _FEW
 
 @pytest.fixture(scope='module')
 def recorder(tmp_path_factory):
-  """Runs a command once, also if several entries need it."""
+  """A recorder, which runs a command once, also if several entries need it."""
   return record.Recorder(tmp_path_factory.mktemp('golden'))
 
 

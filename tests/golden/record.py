@@ -1,12 +1,12 @@
-"""Records what short commands of every binary compute, to compare with later.
+"""Records the results of short commands of every program, for `golden_test`.
 
   python tests/golden/record.py tests/golden/golden.json
 
 runs the commands of `ENTRIES` on the CPU, one after another, and writes one
-JSON file of what they found; `--only=NAME` records a single entry. What takes
-part is the command line and the files that a binary writes, and nothing of the
-package itself: the recordings outlive a change of every module. Every flag that
-decides a result is given, so that a new default changes no command.
+JSON file of their results; `--only=NAME` records a single entry. Only the
+command line and the files that a program writes are used, and nothing of the
+package itself, so that recordings outlive a change of every module. Every flag
+that decides a result is given, so that a new default changes no command.
 
   python tests/golden/record.py tests/golden/old_help.json --flags
 
@@ -47,7 +47,7 @@ BINARIES = (
   'continual_compare',
   'export_model',
 )
-# Flags that say where things are, or that only other data sets have a use for.
+# Flags that name places, or that only other data sets use.
 PLACES = {
   'checkpoint',
   'coordinator',
@@ -428,7 +428,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _environment(tmp: pathlib.Path, devices: int) -> dict[str, str]:
-  """Of a binary: the CPU, and nothing that the caller has set for JAX."""
+  """The variables of a program: the CPU, and no JAX settings of the caller."""
   flags = XLA_FLAGS
   if devices > 1:
     flags += f' --xla_force_host_platform_device_count={devices}'
@@ -441,7 +441,7 @@ def _environment(tmp: pathlib.Path, devices: int) -> dict[str, str]:
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': flags,
     'PYTHONPATH': str(ROOT),
-    # One binary uses what another has compiled.
+    # A program uses what another has compiled.
     'JAX_COMPILATION_CACHE_DIR': str(tmp / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
@@ -461,7 +461,7 @@ def _run(
 
 
 def _cpu_seconds() -> float:
-  """The time that all commands so far have taken of a core."""
+  """The seconds of a core that all commands so far have taken."""
   used = resource.getrusage(resource.RUSAGE_CHILDREN)
   return used.ru_utime + used.ru_stime
 
@@ -531,7 +531,7 @@ def read_leaves(path: pathlib.Path) -> dict[str, Result]:
 
 
 def _split_leaves(leaves: dict[str, Result]) -> tuple[Result, Result]:
-  """What depends on every bit, and how many weights each leaf keeps."""
+  """Fingerprints, which depend on every bit, and the counts of kept weights."""
   kept = {path: leaf['kept'] for path, leaf in leaves.items() if 'kept' in leaf}
   bits = {
     path: {name: x for name, x in leaf.items() if name != 'kept'}
@@ -661,7 +661,7 @@ class Recorder:
   """Runs entries, and those that they need, once each.
 
   Attributes:
-    seconds: of a core, by entry.
+    seconds: the seconds of a core that each entry took, by name.
   """
 
   def __init__(self, tmp: pathlib.Path):
@@ -725,7 +725,7 @@ def flags_of(binary: str) -> dict[str, Result]:
     if text('file').startswith(own):
       found[text('name')] = {
         'type': text('type'),
-        # Of a flag that is not given; <default> has no text for None.
+        # The value of a flag that is not given; <default> has no text for None.
         'default': text('current'),
         'choices': [choice.text for choice in flag.iter('enum_value')],
       }
@@ -735,7 +735,9 @@ def flags_of(binary: str) -> dict[str, Result]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('out', type=pathlib.Path, help='The file to write.')
-  parser.add_argument('--only', choices=list(ENTRIES), help='A single entry.')
+  parser.add_argument(
+    '--only', choices=list(ENTRIES), help='The only entry to record.'
+  )
   parser.add_argument(
     '--flags', action='store_true', help='Record the flags of the binaries.'
   )

@@ -55,7 +55,7 @@ def _assert_close(a, b, tolerance=1e-5):
     assert y.any()
 
 
-# Images, height and width of the kernel, stride, padding.
+# The shape of the images, height and width of the kernel, stride, padding.
 _CASES = [
   ((3, 8, 7, 2), (3, 3), 1, 'SAME'),
   ((3, 8, 7, 2), (3, 3), 1, 'VALID'),
@@ -188,7 +188,7 @@ def test_gradients_have_the_layout_that_is_fast(shape, taps, stride, padding):
   [((2, 8, 6, 3), 2), ((2, 7, 9, 3), 2), ((1, 7, 8, 2), 3), ((2, 3, 3, 2), 1)],
 )
 def test_maxima_are_those_of_haiku_also_among_equals(shape, side):
-  # Of few values, so that most squares have equal ones.
+  # There are few values, so that most squares have equal ones.
   images = jnp.round(_random(*shape))
 
   @jax.jit
@@ -255,7 +255,7 @@ def test_other_backends_get_what_haiku_computes(monkeypatch):
 
 
 def _plain(network):
-  """The network by the operations of Haiku alone."""
+  """The network with the operations of Haiku alone."""
   return hk.transform_with_state(
     functools.partial(network, num_classes=10, cross_replica_axis=None)
   )
@@ -263,7 +263,7 @@ def _plain(network):
 
 @pytest.mark.parametrize('name', ['lenet_5', 'alexnet_s', 'resnet18'])
 def test_parameters_are_made_as_by_haiku(monkeypatch, name):
-  """The traced programs are the same, and hence are all bits of the values."""
+  """The traced programs are the same, and so are all bits of the values."""
   monkeypatch.setattr(convolutions, 'max_pool', _haiku_max)
   images = _random(2, 17, 17, 3)
 
@@ -328,7 +328,7 @@ def test_every_module_of_haiku_computes_what_it_did(options):
   def network(x, context):
     with context():
       conv = hk.Conv2D(4, 3, b_init=hk.initializers.Constant(0.5), **options)
-      return conv(x), conv(x[0])  # Of a batch, and of one image.
+      return conv(x), conv(x[0])  # A batch, and one image.
 
   init, apply = hk.transform(
     functools.partial(network, context=convolutions.in_haiku)

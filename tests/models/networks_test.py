@@ -27,7 +27,7 @@ def _random_images(*shape):
 
 
 def _filled(shapes):
-  """Parameters or state with numpy's values, which take no compilation."""
+  """Parameters or state with values from numpy, which compiles nothing."""
   rng = np.random.default_rng(0)
 
   def fill(path, x):
@@ -54,8 +54,9 @@ def _traced(net, params, state, images, is_training=True):
   return list(_equations(jaxpr.jaxpr))
 
 
-# Parameters and weights. The ResNets' are those published for ImageNet, the
-# others' are the sums of the products of their layers' dimensions.
+# The numbers of parameters and of weights. Those of the ResNets are published
+# for ImageNet, and the others are sums of the products of the layers'
+# dimensions.
 @pytest.mark.parametrize(
   'name, num_classes, shape, num_params, num_weights',
   [
@@ -97,7 +98,7 @@ def test_lenet_300_100_is_initialised_as_in_the_paper():
   for layer, fan_in in ('initial_linear', 784), ('linear_1', 300):
     w = params[layer]['w'] * np.sqrt(fan_in)
     np.testing.assert_allclose(jnp.std(w), 1.0, rtol=0.02)
-    # Truncated at twice the deviation before truncation.
+    # Values are truncated at twice the deviation before truncation.
     assert 2.0 < jnp.abs(w).max() <= 2.0 / 0.8796
     assert not params[layer]['b'].any()
 
@@ -177,7 +178,7 @@ def test_resnet50_strides_in_the_3x3_convolutions():
   assert len(convs) == 53
   strided = [e for e in convs if e.params['window_strides'] == (2, 2)]
   kernels = sorted(e.invars[1].aval.shape[:2] for e in strided)
-  # The 1 x 1 ones are in the shortcuts.
+  # Those of 1 x 1 are in the shortcuts.
   assert kernels == [(1, 1)] * 3 + [(3, 3)] * 3 + [(7, 7)]
 
 
@@ -188,7 +189,7 @@ def test_resnet50_strides_in_the_3x3_convolutions():
 def test_zero_init_is_of_the_last_scale_in_each_block(name, last, zero_init):
   net = networks.build(name, 10, zero_init=zero_init)
 
-  # What is not returned is not computed either.
+  # Leaves that are not returned are not computed either.
   @jax.jit
   def init(key):
     params, _ = net.init(key, jnp.zeros((1, 32, 32, 3)), True)

@@ -27,9 +27,9 @@ def test_accuracy_by_task_is_the_mean_over_seeds():
 @pytest.mark.parametrize(
   'accuracies',
   [
-    [0.98, 0.975, 0.97],  # Of ten tasks, in a range that has few round errors.
+    [0.98, 0.975, 0.97],  # Ten tasks, with few round errors in range.
     [0.9991, 0.9993, 0.9995],
-    [0.97, 0.96, 0.85],  # Of a hundred.
+    [0.97, 0.96, 0.85],  # A hundred tasks.
     [0.98, 0.5, 0.1],
   ],
 )

@@ -1,4 +1,4 @@
-"""Tests of what the figures contain, and that they need no display."""
+"""Tests that figures contain what they should, and need no display."""
 
 import subprocess
 import sys
@@ -242,7 +242,7 @@ def test_weight_scatter_without_survivors(tmp_path):
 
 
 def _training(**results):
-  """Results of sparse training, from lists of percent."""
+  """Results of sparse training, made from lists of percentages."""
   return {
     label.replace('_', ' ', 1): {
       'sparsity': [0.8, 0.9, 0.95, 0.98, 0.99][: len(mean)],
@@ -339,7 +339,7 @@ def test_a_method_that_breaks_down_flattens_no_other_row():
   results['2.0 static'] = {**results['2.0 static'], 'mean': [0.98] * 4 + [0.4]}
   panels = _panels(plots.accuracy_against_sparsity(results))
   limits = [panel.get_ylim() for panel in panels.values()]
-  # Three in a row, on the same axes; all of them from 80 to 99 %.
+  # Three panels in a row have the same axes, all from 80 to 99 %.
   assert limits == [limits[0]] * 3 + [limits[3]] * 3
   assert limits[0][0] < 40
   assert 70 < limits[3][0] < 80
@@ -373,7 +373,7 @@ def test_the_look_does_not_depend_on_when_a_figure_is_drawn(tmp_path):
   figure = plots.accuracy_against_kept(_summary())
   plots.save(figure, tmp_path / 'saved.png')
   figure = plots.accuracy_against_kept(_summary())
-  # As a notebook draws it, outside the style.
+  # A notebook draws a figure like this, outside the style.
   figure.savefig(tmp_path / 'drawn.png', dpi=150)
   images = [image.imread(tmp_path / f'{x}.png') for x in ('saved', 'drawn')]
   np.testing.assert_array_equal(*images)
@@ -402,7 +402,7 @@ def test_one_weight_has_a_line_a_start_and_a_panel_an_alpha():
     np.testing.assert_array_equal(target.get_ydata(), [1.0, 1.0])
     found = np.transpose([line.get_ydata() for line in lines])
     np.testing.assert_array_equal(found, weights)
-  # A start is known by its colour.
+  # Lines of the same start have the same colour.
   colours = [[line.get_color() for line in x.lines] for x in figure.axes]
   assert colours[0] == colours[1]
 
@@ -412,7 +412,7 @@ def test_sign_changes_have_a_bar_for_each_method_and_alpha():
   (axes,) = plots.sign_changes(found).axes
   bars = axes.patches
   assert [bar.get_width() for bar in bars] == [50.0, 25.0, 12.5]
-  # Those of a method stand side by side and do not overlap.
+  # The bars of a method stand side by side and do not overlap.
   centres = [bar.get_y() + bar.get_height() / 2 for bar in bars]
   np.testing.assert_allclose(centres, [-0.2, 0.8, 1.2])
   assert [x.get_text() for x in axes.get_yticklabels()] == ['RigL', 'AC/DC']

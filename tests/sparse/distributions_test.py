@@ -35,7 +35,7 @@ _CONV = _tree(conv=(3, 3, 4, 8), linear=(16, 16))
   [
     (distributions.uniform(0.9), _tree(a=(10,), b=(20,), c=(70,)), (1, 2, 7)),
     (distributions.uniform(0.0), _tree(a=(3, 5), b=(2,)), (15, 2)),
-    # 10 of 21, which are 3 1/3 a layer: the first one takes the remainder.
+    # 10 of 21, which are 3 1/3 per layer: the first one takes the remainder.
     (distributions.uniform(0.5), _tree(a=(7,), b=(7,), c=(7,)), (4, 3, 3)),
     # 10 of 100, 4 of them in the dense layer and 6 of 96 in the others.
     (
@@ -149,7 +149,7 @@ def test_patterns_are_checked():
   for distribution in (
     distributions.uniform(0.5, dense=('a', 'conv')),
     distributions.custom({'conv': 0.5}),
-    # Biases are no weights.
+    # Biases do not count as weights.
     distributions.custom({'a/b': 0.5}),
   ):
     with pytest.raises(ValueError, match=r"matches no weight.*'a/w', 'b/w'"):
@@ -176,8 +176,8 @@ def _kernels(prefix, *shapes):
   }
 
 
-# Four layers of 16 inputs and 16 outputs beside a last one, scanned or not. The
-# order of the layers is the same, by which fractions of weights are rounded.
+# Four layers of 16 inputs and 16 outputs and a last one, scanned or not. The
+# order of the layers, by which fractions of weights are rounded, is the same.
 _OUT = {'out': {'kernel': jax.ShapeDtypeStruct((16, 10), jnp.float32)}}
 _STACKED = {'ScanBlock_0': _kernels('Dense', (4, 16, 16)), **_OUT}
 _UNROLLED = {**_kernels('Block', *[(16, 16)] * 4), **_OUT}
@@ -216,7 +216,7 @@ def test_axes_can_be_said():
   axes = functools.partial(leaves.axes, stacked='^layers/')
   counts = distributions.uniform(0.5, axes=axes)(params)
   assert counts['layers']['w'].ravel().tolist() == [128] * 4
-  # Without, they look as the taps of a convolution.
+  # Without axes, they look like the taps of a convolution.
   assert distributions.uniform(0.5)(params)['layers']['w'] == 512
 
 

@@ -1,4 +1,4 @@
-"""Tests of the counting of operations, by hand and against published ones."""
+"""Tests of counts of operations, by hand and against published counts."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -56,7 +56,7 @@ def test_agrees_with_the_cost_analysis_of_xla(name):
   compiled = jax.jit(apply).lower(*args).compile()
   analysed = (compiled.cost_analysis() or {})['flops']
   counted = sum(flops.layer_flops(apply, *args).values())
-  # XLA counts biases, activations and pooling besides.
+  # XLA also counts biases, activations and pooling.
   assert counted <= analysed <= 1.02 * counted
 
 
@@ -76,9 +76,9 @@ def test_resnet50_has_the_published_operations(resnet50):
 
 
 # Ratios to dense in the README of the RigL repository. Its columns for training
-# with an update every 100 steps and for inference hold the same numbers: they
-# are the former's. (0.10, which is quoted too for uniform 90 %, is the ratio
-# where the first layer is as sparse as the others.)
+# with an update every 100 steps and for inference hold the same numbers, which
+# are those of training. (0.10, which is quoted too for uniform 90 %, is the
+# ratio where the first layer is as sparse as the others.)
 @pytest.mark.parametrize(
   'make, sparsity, dense, published',
   [
@@ -192,7 +192,7 @@ def test_weights_are_followed_through_the_program(apply):
 
 def test_loops_and_branches():
   params = {'cell': _struct(4, 4), 'stack': _struct(7, 4, 4)}
-  # Larger than the cell, and at first all that the carry depends on.
+  # This is larger than the cell, and at first the carry depends on it alone.
   params['start'] = _struct(5, 4)
 
   def loop(params, x):

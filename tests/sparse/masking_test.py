@@ -1,4 +1,4 @@
-"""An optimiser under masks is that of the small network that they leave."""
+"""Tests that an optimiser under masks is that of the network that is left."""
 
 import functools
 
@@ -14,10 +14,10 @@ from powerprop_jax import transforms
 from powerprop_jax.sparse import masking
 from powerprop_jax.sparse import masks
 
-# Of the 40 inputs of the network 4 are connected.
+# 4 of the 40 inputs of the network are connected.
 _INPUTS, _USED = 40, 4
-# Their statistics are means over a layer, which know of its size. (Muon scales
-# its steps by the shape of a layer too, but only where it has more outputs than
+# Their statistics are means over a layer, which depend on its size. (Muon also
+# scales its steps by the shape of a layer, but only if it has more outputs than
 # inputs.)
 _KNOW_THE_SIZE = {'adafactor'}
 
@@ -45,7 +45,7 @@ def _small(tree):
 
 
 def _deviation(name, tx):
-  """By how much four updates of the two networks differ, relative to them."""
+  """The relative difference of four updates of the two networks."""
   tx = optax.with_extra_args_support(tx)
   extra_args = optimisers.EXTRA_ARGS.get(name, {})
 
@@ -71,7 +71,7 @@ def _deviation(name, tx):
     grads = _draw(seed)
     small_updates, small_state = dense(_small(grads), small_state, small_params)
     small_params = optax.apply_updates(small_params, small_updates)
-    # What a cut weight would learn may be anything.
+    # The gradients of cut weights may be anything.
     grads['w'] = grads['w'].at[_USED:].set(jnp.inf)
     updates, state = masked(grads, state, params, _mask())
     params = optax.apply_updates(params, updates)
@@ -133,7 +133,7 @@ def test_the_gradient_among_the_extra_arguments_is_masked_too():
 
 
 def test_a_line_search_sees_frozen_weights_at_their_place():
-  """By hand: the second weight is frozen at 2, and part of every loss."""
+  """By hand: the second weight is frozen at 2, and is part of every loss."""
   search = optax.scale_by_backtracking_linesearch(8, store_grad=True)
   tx = optax.chain(optax.sgd(4.0), search)
   params, mask = {'w': jnp.array([3.0, 2.0])}, {'w': jnp.array([True, False])}
@@ -161,7 +161,7 @@ def test_a_line_search_sees_frozen_weights_at_their_place():
 
 
 def test_frozen_parts_without_a_gradient_pass_through():
-  """As Equinox has them: None, where no gradient was asked for."""
+  """Equinox has them: they are None where no gradient was asked for."""
   tx = optax.sgd(0.1, momentum=0.9)
   params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
   updates, _ = masking.masked_update(
@@ -194,7 +194,7 @@ def test_state_that_is_not_shaped_like_parameters_is_refused(tx, wrap):
 
 
 def test_masks_may_cut_a_whole_layer():
-  """An initialisation may refuse a layer of zeros, but this is no such."""
+  """An initialisation may refuse a layer of zeros, but a mask may make one."""
   tx = transforms.powerprop(optax.adam(0.1), 2.0)
   params = _draw(0)
   new = _mask()

@@ -14,7 +14,7 @@ from powerprop_jax.sparse import masks
 
 INF, NAN = np.inf, np.nan
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
-# Around the blocks of 1024 in which ties are counted.
+# Sizes around the blocks of 1024 in which ties are counted.
 SIZES = (1, 1023, 1024, 1025, 2048, 2600)
 
 
@@ -67,7 +67,7 @@ _static = jax.jit(masks.top_count_mask, static_argnums=1)
 
 WEIGHTS_AB = {'a': True, 'b': True}
 
-# Scores, count, mask.
+# Each row has scores, a count and the mask.
 TABLE = [
   ([3, 1, 2], 0, [0, 0, 0]),
   ([3, 1, 2], 1, [1, 0, 0]),
@@ -119,7 +119,7 @@ def test_equals_a_stable_sort(size, kind):
     (dtype, kind)
     for dtype in DTYPES
     for kind in KINDS
-    if (dtype, kind) != ('float16', 'wide')  # It does not reach that far.
+    if (dtype, kind) != ('float16', 'wide')  # Its range is smaller.
   ],
 )
 def test_equals_a_stable_sort_in_every_dtype(dtype, kind):
@@ -190,7 +190,7 @@ def test_a_count_of_another_shape_is_an_error():
     masks.top_count_mask(scores, np.array([[1], [5], [0]]))
 
 
-# Scores, n of every m, axis, mask.
+# Each row has scores, n and m, an axis and the mask.
 PATTERNS = [
   ([3, 1, 2, 4], (1, 2), 0, [1, 0, 0, 1]),
   ([3, 1, 2, 4], (1, 4), 0, [0, 0, 0, 1]),
@@ -234,7 +234,7 @@ def test_leaves_without_entries():
 
 
 def test_arguments_of_numpy():
-  # Of float64, as numpy makes them, while JAX computes in float32.
+  # numpy makes these float64, while JAX computes in float32.
   scores: Any = np.asarray([0.25, 2.0, 1.0])
   count: Any = np.int64(2)
   for mask in (
@@ -281,7 +281,7 @@ def test_scores_that_are_no_floats_are_an_error(dtype):
     masks.top_count_mask(jnp.ones(3, dtype), 1)
 
 
-# Size, density, how many are kept.
+# Each row has a size, a density, and how many are kept.
 COUNTS = [
   (10, 0.3, 3),
   (10, 0.7, 7),
@@ -295,7 +295,7 @@ COUNTS = [
   (10, 1 - 0.7, 3),
   (49, 1 / 49, 1),
   (10, 3 * 0.1, 3),
-  # As floats of 32 bits these would be 16777216 and 1073741824.
+  # In float32 these would be 16777216 and 1073741824.
   (2**24 + 1, 1.0, 2**24 + 1),
   (2**31 - 1, 0.5, 2**30 - 1),
   (2**31 - 1, 1.0, 2**31 - 1),
@@ -313,7 +313,7 @@ BIG_SIZES = (2**24 - 1, 2**24 + 1, 25_500_000, 2**30, 2**31 - 2, 2**31 - 1)
 
 
 def _percents(places):
-  # Decimals as they are written, and as differences from 1.
+  # Decimals are as written, or differences from 1.
   q = 10**places
   return [(k, q, x) for k in range(1, q) for x in (k / q, 1 - (q - k) / q)]
 
@@ -476,7 +476,7 @@ def test_layerwise():
 
 
 def test_layerwise_passes_over_missing_leaves():
-  # As where Equinox filters out what is no array, or a layer has no bias.
+  # Equinox filters out leaves that are no arrays, and a layer may have no bias.
   scores = {'linear': {'w': jnp.asarray([1.0, 2.0, 0.0]), 'b': None}}
   mask = masks.layerwise_topk(scores, {'linear': {'w': 1, 'b': None}})
   assert mask['linear']['b'] is None
@@ -545,7 +545,7 @@ def test_overlap():
   a = _mask([[0, 1], [0, 1]], [1, 1], [1, 1, 0, 0])
   b = _mask([[0, 1], [1, 0]], [1, 1], [0, 0, 0, 0])
   empty = _mask([[0, 0], [0, 0]], [1, 1], [0, 0, 0, 0])
-  # Kept by a: 4 weights, by b: 2, by both: 1.
+  # a keeps 4 weights, b keeps 2, and both keep 1.
   assert masks.overlap(a, b, WEIGHTS) == 0.25
   assert masks.overlap(b, a, WEIGHTS) == 0.5
   assert masks.overlap(a, a, WEIGHTS) == 1.0

@@ -1,4 +1,4 @@
-"""Tests of one-shot pruning and of what is measured around it."""
+"""Tests of one-shot pruning, of its scores and of sweeps over densities."""
 
 import functools
 import math
@@ -129,7 +129,7 @@ def test_sweep_evaluates_what_prune_keeps_and_compiles_once(options):
 
   sweep = pruning.make_prune_sweep(evaluate, kept, **options)
   for seed in range(3):
-    # 0.7 of 10 weights is 7; it would be 6 of a float32 0.7.
+    # 0.7 of 10 weights is 7; it would be 6 with 0.7 in float32.
     theta = _random(seed, {'a': 10, 'b': 30})
     result = sweep(theta, 2.0)
     assert all(type(x) is float for x in result)
@@ -186,7 +186,7 @@ def test_a_layer_without_weights_is_said():
     mask = pruning.prune(theta, 0.01)
   assert int(mask['first']['w'].sum()) == 0
   assert int(mask['last']['w'].sum()) == 6
-  # Nothing is said where enough is kept, and a leaf without entries is whole.
+  # There is no warning if enough is kept, and an empty leaf is kept whole.
   pruning.prune(theta, 0.01, density_scale={'first': 2.0})
   pruning.prune({**theta, 'none': {'w': jnp.ones((0, 3))}}, 0.5)
 
@@ -260,7 +260,7 @@ def test_wanda_by_hand():
   assert scores['linear']['w'].tolist() == [[5.0, 10.0], [3.0, 0.5]]
   mask = pruning.prune(theta, 0.5, scores=scores, scope='output')
   assert mask['linear']['w'].tolist() == [[T, T], [F, F]]
-  # By magnitude it would be the other one of the first unit.
+  # By magnitude the first unit would keep its other weight.
   mask = pruning.prune(theta, 0.5, scope='output')
   assert mask['linear']['w'].tolist() == [[F, T], [T, F]]
 
@@ -298,7 +298,7 @@ def test_wanda_finds_the_inputs_of_every_kind_of_layer(
 
 @pytest.mark.parametrize('dtype', [jnp.uint8, jnp.float16])
 def test_wanda_does_not_overflow(dtype):
-  """Squares of bytes are none, and sums of squares are beyond float16."""
+  """Squares do not fit into bytes, nor sums of squares into float16."""
   theta = {'linear': {'w': jnp.ones((2, 1), jnp.float16)}}
   inputs = jnp.array([[16, 3], [250, 0], [250, 0]], dtype)
   scores = pruning.wanda_scores(theta, {'linear/w': inputs})

@@ -1,4 +1,4 @@
-"""Tests of what a report says of stacked layers and of the kinds of kernels."""
+"""Tests of reports on stacked layers and on the kinds of kernels."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_each_layer_of_a_stack_has_a_row():
   [
     # A head of eight units without inputs.
     ('query', 'kernel', (32, 4, 8), np.s_[:, 1], 8),
-    # One of 32 inputs, and one of as many outputs.
+    # One of the 32 inputs is cut, and then one of the 32 outputs.
     ('out', 'kernel', (4, 8, 32), np.s_[0, 0], 0),
     ('out', 'kernel', (4, 8, 32), np.s_[..., 5], 1),
     # Haiku's transposed convolution has its outputs before its inputs.

@@ -1,7 +1,8 @@
 """Tests on sharded parameters: the masks, their sharding, and what travels.
 
-Whole weights must not: a compiled program may exchange counts and thresholds.
-The tests proper need eight devices, and run in a process that has them.
+Weights must not travel between devices as a whole: a compiled program may only
+exchange counts and thresholds. Most tests need eight devices, and run in a
+process that has them.
 """
 
 import functools
@@ -75,7 +76,7 @@ def _map(f, *trees):
 
 
 def _tree(seed):
-  """Whole weights, many of which are equal, and some zero."""
+  """Weights that are not sharded; many are equal, and some are zero."""
   rng = np.random.default_rng(seed)
   return _map(
     lambda shape: (np.round(8 * rng.standard_normal(shape)) / 8).astype('f'),
@@ -122,7 +123,7 @@ def _check_traffic(function, *args, local=False):
 
 
 def _check(function, kind, *trees, eager=False, local=False):
-  """A function gives the masks of whole weights, sharded as the weights."""
+  """A function returns the masks of whole weights, sharded like the weights."""
   expected = function(*trees)
   sharded = [_shard(tree, kind) for tree in trees]
   args, shardings = [tree for tree, _ in sharded], sharded[0][1]
@@ -155,7 +156,7 @@ def test_topk_mask(kind, density):
 @on_eight
 @pytest.mark.parametrize('kind', _KINDS)
 def test_topk_mask_of_a_vector(kind):
-  # What the fault was seen with: all devices along the only axis.
+  # The fault occurred with this: all devices are along the only axis.
   mesh = jax.make_mesh((_COUNT,), ('x',), axis_types=(_KINDS[kind],))
   sharding = NamedSharding(mesh, PartitionSpec('x'))
   x = jax.device_put(jnp.arange(4096.0), sharding)
@@ -263,7 +264,7 @@ def test_updaters(kind, name):
 @on_eight
 @pytest.mark.parametrize('kind', _KINDS)
 def test_sparsify(kind):
-  """A step of somebody's loop that changes the masks and gives new values."""
+  """A step of a user's loop changes masks and gives grown weights values."""
   theta, target = ({'a': _tree(seed)['a']} for seed in (0, 1))
 
   def step_of(theta):
@@ -306,7 +307,7 @@ def test_sparsify(kind):
 @on_eight
 @pytest.mark.parametrize('kind', _KINDS)
 def test_what_is_ranked_by_itself_may_lie_on_several_devices(kind):
-  """The layers of a stack, and the units of a layer."""
+  """These are the layers of a stack, and the units of a layer."""
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(_KINDS[kind],) * 2)
   sharding = NamedSharding(mesh, PartitionSpec('x', None, 'y'))
   rng = np.random.default_rng(0)
@@ -337,7 +338,7 @@ def test_a_given_mask_is_sharded_as_the_weights(kind):
 
 @on_eight
 def test_sparsify_under_a_mesh_with_values_that_are_not_sharded():
-  """What `jax.set_mesh` makes of constants, and what an initialiser gives."""
+  """Such are constants under `jax.set_mesh`, and values of an initialiser."""
   whole = {'a': _tree(0)['a']}
   theta, shardings = _shard(whole, 'explicit')
   tx = sparse.sparsify(

@@ -1,4 +1,4 @@
-"""`sparsify` keeps the contract of optax, in the loops of other people."""
+"""Tests that `sparsify` keeps the contract of optax, in the loops of users."""
 
 import copy
 import functools
@@ -62,7 +62,7 @@ def _loss(theta, seed):
 
 
 def _loop(tx, steps, cadence=None, **extra_args):
-  """An ordinary loop: parameters and states from the start to the end."""
+  """An ordinary loop; returns the parameters and states of all steps."""
   params, traces = _draw(0), []
 
   @jax.jit
@@ -158,7 +158,7 @@ def test_a_grown_weight_gets_its_value_through_the_update():
 
 
 def _shift():
-  """Masks that move by one place at each update, with new values: cheap."""
+  """A cheap updater, whose masks move by one place and give new values."""
 
   def init(key, theta, grads):
     del key, grads
@@ -195,7 +195,7 @@ def test_every_optimiser_trains_a_sparse_network(name):
     for cadence in (due, None)
   )
 
-  def draw(seed):  # A leaf of each kind.
+  def draw(seed):  # One leaf of each kind.
     return {name: x for name, x in _draw(seed).items() if name != 'kernel'}
 
   def move(update, carry, grads, **extra_args):
@@ -225,7 +225,7 @@ def test_every_optimiser_trains_a_sparse_network(name):
     for first, later in zip(start, rest)
   )
   assert _check(history, due) == 2
-  # The masks that the host changes are the same, and so is the rest.
+  # If the host changes the masks, they are the same, and so is the rest.
   _assert_same(
     [state.masks for _, state in history], [s.masks for _, s in other]
   )
@@ -255,7 +255,7 @@ def test_every_updater_with_both_cadences(name):
   make = functools.partial(sparse.sparsify, inner, _UPDATERS[name](), key=_KEY)
   history = _loop(make(due=due), 4)
   cadence = due
-  if name == 'snip':  # Which cannot start before the first gradient.
+  if name == 'snip':  # It cannot start without a gradient.
     cadence = lambda t: t == 0 or due(t)
   on_host = _loop(make(due=None), 4, cadence=cadence)
   for (params, state), (other, other_state) in zip(history, on_host):
@@ -266,7 +266,7 @@ def test_every_updater_with_both_cadences(name):
   final = history[-1][1].masks.forward
   if name in ('magnitude', 'snip'):
     counts = {k: int(m.sum()) for k, m in final.items()}
-    if name == 'snip':  # Ranks all weights together.
+    if name == 'snip':  # It ranks all weights together.
       assert counts['kernel'] + counts['w'] == 10
     else:
       assert counts == _counts(None)
@@ -307,7 +307,7 @@ def test_grown_weights_move(alpha):
     )
     assert grown.any()
     # The first step is taken together with the new value.
-    fresh = _fresh(jax.random.key(0))  # Of which only the shift is random.
+    fresh = _fresh(jax.random.key(0))  # Only the shift of it is random.
     shift = history[3][0][name][grown] - fresh[name][grown]
     assert np.ptp(shift) > 1e-4
     moved = history[-1][0][name][grown] != history[3][0][name][grown]
@@ -323,7 +323,7 @@ def test_optimisers_inside_powerprop(name):
 
 
 def test_gradients_reach_weights_that_are_cut():
-  """For RigL, by whichever of the two ways the gradient is taken."""
+  """RigL needs them, in whichever of the two ways gradients are taken."""
   tx = sparse.sparsify(optax.sgd(0.1), _rigl(), key=_KEY, due=None)
   params = _draw(0)
   state = tx.init(params)
@@ -577,7 +577,7 @@ def test_orbax_saves_and_restores(tmp_path):
   chex.assert_trees_all_close(params, whole[-1][0], rtol=1e-6)
 
 
-# The loops of other libraries. In each a network of two layers learns a line.
+# These are the loops of other libraries. In each a network learns a line.
 _X = np.linspace(-1, 1, 32, dtype=np.float32)[:, None] * np.ones((1, 4))
 _Y = 2.0 * _X[:, :1]
 
@@ -738,7 +738,7 @@ def test_equinox():
 
 
 def test_equinox_with_a_frozen_part():
-  """Which has no gradient, but None; it has masks, and does not change."""
+  """Its gradient is None; it has masks, and does not change."""
   model = _Equinox(jax.random.key(0))
   # Adam of optax does not take None.
   inner = transforms.powerprop(optax.sgd(0.02), 2.0)

@@ -131,7 +131,7 @@ def test_round_trip_of_a_train_state(tmp_path, tx):
 
 
 def test_state_may_be_donated_at_once(tmp_path):
-  # 8 MB, which the writing takes longer over than the step that destroys them.
+  # These are 8 MB: writing takes longer than the step that overwrites them.
   step = jax.jit(lambda x: x + 1, donate_argnums=0)
   x = step(jnp.zeros(2_000_000))
   manager = checkpoint.open_manager(tmp_path, CONFIG)
@@ -143,7 +143,7 @@ def test_state_may_be_donated_at_once(tmp_path):
   found = checkpoint.restore_latest(manager, {'x': y})
   assert found is not None
   np.testing.assert_array_equal(found[1]['x'], 1.0)
-  # What was restored may be donated as well.
+  # Restored arrays may be donated as well.
   np.testing.assert_array_equal(step(found[1]['x']), 2.0)
   checkpoint.close(manager)
 
@@ -242,7 +242,7 @@ def test_another_folder_is_left_alone(tmp_path):
   assert checkpoint.load(tmp_path).step == 1
   assert _names(tmp_path) == ['1', '2024']
   assert _names(holidays) == ['beach.jpg']
-  # Names that Orbax does not take for steps are no matter.
+  # Names that Orbax does not take for steps do not matter.
   holidays.rename(tmp_path / '0x2024')
   found = _restore(tmp_path, _tree(0))
   assert found is not None and found[0] == 1
@@ -297,8 +297,8 @@ def _flip(path):
   path.write_bytes(data)
 
 
-# Of many arrays that cannot be read, Orbax waits for the first only; the others
-# complain that nobody listens.
+# If many arrays cannot be read, Orbax waits for the first only; the others warn
+# that nobody retrieved their errors.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', [_delete, _truncate, _scramble, _flip])
 def test_damaged_checkpoints_are_skipped(tmp_path, caplog, damage):
@@ -549,7 +549,7 @@ def test_kill_at_random_moments(tmp_path):
     last = int(rest[-1]) if rest else first
     like = {'x': np.zeros(250_000, np.float32), 'key': jax.random.key(0)}
     found = _restore(directory, like, {})
-    # A save that has begun means that the one before it is whole.
+    # When a save has begun, the one before it is whole.
     whole = max(whole, last - 1)
     if found is None:
       assert whole == 0
@@ -632,7 +632,7 @@ def test_two_processes(tmp_path):
 
 
 def test_what_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
-  """Orbax has a ValueError for a full disk."""
+  """Orbax raises a ValueError for a full disk."""
 
   def fail(*args, **kwargs):
     raise ValueError('RESOURCE_EXHAUSTED: no space left\nmore')

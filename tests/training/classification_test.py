@@ -118,7 +118,7 @@ def test_accuracy_leaves_padding_out_and_gives_nan_for_unknown_labels(
 ):
   accuracy = classification.make_accuracy(_apply, _unchanged, batch_size)
   accuracy = jax.jit(accuracy)
-  theta, images = jnp.eye(4, 3), jnp.eye(4)  # Predicts 0, 1, 2 and 0.
+  theta, images = jnp.eye(4, 3), jnp.eye(4)  # It predicts 0, 1, 2, 0.
   pad = classification.PADDING
   assert accuracy(theta, {}, images, jnp.array([0, 1, 2, pad])) == 1.0
   assert accuracy(theta, {}, images, jnp.array([0, pad, 1, pad])) == 0.5

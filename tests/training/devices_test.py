@@ -130,12 +130,13 @@ _LAYOUT = """
 
 def test_layout_on_four_devices():
   found = result(run_python(_LAYOUT, 4))
-  # Consecutive parts of the batch, as `augment.crop_and_flip` expects.
+  # These are consecutive parts of the batch, as `augment.crop_and_flip`
+  # expects.
   assert found['split']['y'] == [[0, 1], [2, 3], [4, 5], [6, 7]]
   assert found['split']['x'][1] == [[4, 5], [6, 7]]
   assert found['columns'][1] == [[2, 3], [10, 11], [18, 19]]
   assert np.shape(found['columns']) == (4, 3, 2)
-  # A copy on every device from the start, which can be donated.
+  # There is a copy on every device from the start, which can be donated.
   assert found['homes'] == [[0, 1, 2, 3]] * 3
   assert [s[0] for s in found['shapes']] == [4] * 4
   assert found['dtypes'] == ['float32', 'bool', 'int32']

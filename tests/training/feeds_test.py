@@ -52,7 +52,7 @@ def _random_split(n):
 
 
 def _write_photographs(root):
-  """A folder data set of pieces of real photographs, 21 in each split."""
+  """Writes a data set of pieces of real photographs, 21 in each split."""
   import matplotlib
 
   path = pathlib.Path(matplotlib.get_data_path(), 'sample_data')
@@ -67,7 +67,7 @@ def _write_photographs(root):
 
 
 def _make(axis) -> tuple[Any, ...]:
-  """A network and its steps, of RigL at alpha = 2."""
+  """A network and its steps, with RigL at alpha = 2."""
   network = networks.build('tiny', 3, cross_replica_axis=axis)
   transform = power.power_transform(2.0)
   tx = transforms.target_propagation(optax.sgd(0.1, 0.9), transform)
@@ -93,7 +93,7 @@ def _make(axis) -> tuple[Any, ...]:
 
 
 def _train(axis, data, source):
-  """Trains from memory and then from a stream; the state and the metrics."""
+  """Trains from memory, then from a stream; returns the state and metrics."""
   apply, init, step, init_masks, update_masks = _make(axis)
   options = {'batch_size': 16, 'axis': axis}
   key = jax.random.key(0)
@@ -155,13 +155,13 @@ def _evaluate(axis, source, data):
     accuracy = stream.accuracy(theta, {})
     # 21 images are a batch of 16 and one of 5, on eight devices.
     np.testing.assert_allclose(accuracy['test_accuracy'], count / 21)
-    # Those at 0, 7 and 14 are of the classes 0, 0 and 1.
+    # The images at 0, 7 and 14 are of the classes 0, 0 and 1.
     valid = (2, 1, 0)[label] / 3
     np.testing.assert_allclose(accuracy['valid_accuracy'], valid)
     seen = []
     found = stream.evaluate(theta, {}, 'test', seen.append)
     assert seen == [16, 21]
-    # Of logits that are 1 for one class and 0 for two.
+    # Logits are 1 for one class and 0 for two.
     loss = np.log(np.e + 2) - count / 21
     np.testing.assert_allclose(found['loss'], loss, rtol=1e-6)
     assert found.keys() == {'accuracy', 'loss'}
@@ -195,7 +195,7 @@ def check(root: pathlib.Path) -> None:
       getattr(eight, name),
     )
   jax.tree.map(np.testing.assert_array_equal, one.masks, eight.masks)
-  # There is something to compare: statistics that moved, and weights cut.
+  # The comparison has a point: statistics changed, and weights are cut.
   assert max(np.abs(x).max() for x in jax.tree.leaves(one.model_state)) > 0.1
   assert not all(m.all() for m in jax.tree.leaves(one.masks))
   for axis in (None, devices.AXIS):
@@ -203,7 +203,7 @@ def check(root: pathlib.Path) -> None:
 
 
 def test_a_chunk_of_steps_is_steps_one_by_one(monkeypatch):
-  """Of a network with convolutions."""
+  """This holds for a network with convolutions."""
   monkeypatch.setitem(networks.NETWORKS, 'tiny', _tiny)
   _, init, step, *_ = _make(None)
   data = _random_split(40)
@@ -230,7 +230,7 @@ def test_batches_of_a_stream_do_not_depend_on_boundaries():
   source = streams.Source(lambda i: streams.Example(example, i, ''), 10, 10)
 
   def labels(*boundaries):
-    """Those of the steps between boundaries, by a feed of its own."""
+    """The labels of the steps between boundaries, from a new feed."""
     feed = feeds.streamed(
       source,
       None,
@@ -253,7 +253,7 @@ def test_batches_of_a_stream_do_not_depend_on_boundaries():
     return found
 
   whole = labels(0, 7)
-  assert sorted(np.ravel(whole[:5])) == list(range(10))  # An epoch.
+  assert sorted(np.ravel(whole[:5])) == list(range(10))  # One epoch.
   assert labels(0, 1, 4, 7) == whole
   assert labels(4, 6, 7) == whole[4:]
 

@@ -14,7 +14,7 @@ from powerprop_jax.training import loop
 
 
 def _advance(state, start, stop):
-  """A state that lists what happened to it."""
+  """Takes steps of a state that lists what happened to it."""
   loss = np.arange(start, stop, dtype=np.float32)
   return [*state, (start, stop)], {'loss': loss}
 
@@ -25,7 +25,7 @@ def _advance(state, start, stop):
     (0, (), 1000, [100, 200, 250]),
     (0, (30, 60), 1000, [30, 60, 100, 200, 250]),
     (0, (), 70, [70, 100, 140, 200, 210, 250]),
-    (140, (), 70, [200, 210, 250]),  # As if it had not been stopped.
+    (140, (), 70, [200, 210, 250]),  # As without a stop.
   ],
 )
 def test_chunks_end_at_the_same_steps(start, due, every, wanted):
@@ -69,7 +69,7 @@ def test_hooks_come_between_chunks():
     'masks 8',
     (8, 12),
   ]
-  assert saved == [(8, 5)]  # Without the masks of step 8.
+  assert saved == [(8, 5)]  # It lacks the masks of step 8.
   assert reports == [(4, 1.5), (6, 4.5), (8, 6.5), (12, 9.5)]
 
 

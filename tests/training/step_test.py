@@ -1,4 +1,4 @@
-"""Tests of training."""
+"""Tests of the train step, and of what runs it."""
 
 import functools
 
@@ -57,7 +57,7 @@ def test_masks_cut_the_forward_pass_and_freeze_the_update(optimiser):
   state, step = _linear_problem(2.0, optimiser)
   cut = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
   batch = (jnp.array([[1.0, 2.0]]), jnp.array([0.0]))
-  state, _ = step(state, batch)  # Momentum of both weights starts to build up.
+  state, _ = step(state, batch)  # Momentum of both weights builds up.
   before = state.phi['linear']['w'][1]
   state = state._replace(masks=masks.Masks(forward=cut, backward=cut))
   theta = power.power_transform(2.0).to_theta(state.phi)
@@ -90,14 +90,14 @@ def _draw(seed):
 _WITHOUT_MOMENTS = ('sgd', 'adafactor', 'polyak_sgd')
 
 
-# One of each kind of state. The parts of the step that know of optimisers are
-# those of `sparsify`, whose tests go through all of them.
+# One optimiser of each kind of state. The parts of the step that depend on the
+# optimiser are those of `sparsify`, whose tests go through all of them.
 _OF_EACH_KIND = ('sgd', 'adam', 'adafactor', 'muon', 'polyak_sgd')
 
 
 @pytest.mark.parametrize('name', _OF_EACH_KIND)
 def test_masks_hold_for_every_kind_of_optimiser(name):
-  """What is masked stays to the last bit, and what is grown starts afresh."""
+  """Masked weights stay to the last bit; moments of grown ones start afresh."""
   transform = power.power_transform(2.0)
   tx = transforms.target_propagation(optimisers.OPTIMISERS[name](), transform)
   extra_args = optimisers.EXTRA_ARGS.get(name, {})
@@ -200,7 +200,7 @@ def test_an_infinite_gradient_of_a_cut_weight_harms_no_other():
   state, step = _linear_problem(2.0, clipped)
   cut = {'linear': {'w': jnp.array([True, False]), 'b': jnp.array(True)}}
   state = state._replace(masks=masks.Masks(cut, cut))
-  # The derivative for the second weight, 2 * 4.5 * 1e38, is infinite.
+  # The derivative by the second weight, 2 * 4.5 * 1e38, is infinite.
   batch = (jnp.array([[1.0, 1e38]]), jnp.array([0.0]))
   new, _ = step(state, batch)
   # The gradient of the others is (9, 9), clipped to norm 1.
@@ -213,7 +213,7 @@ def test_masks_are_scored_by_the_mean_gradient():
   transform = power.power_transform(2.0)
   tx = transforms.target_propagation(optax.sgd(0.1), transform)
   state, _ = _linear_problem(2.0, optax.sgd(0.1))
-  # A method that shows the gradient it is given.
+  # A method that shows the gradient that it is given.
   updater = updaters.MaskUpdater(
     init=lambda key, theta, grads: masks.Masks(grads, grads),
     update=lambda key, step, theta, found, grads: (

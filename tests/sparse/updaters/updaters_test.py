@@ -76,7 +76,7 @@ def test_random_is_exact():
   ]
   bits = np.array([_bits(m) for m in made])
   assert (bits.sum(axis=1) == 2).all()
-  assert (bits.sum(axis=0) > 3).all()  # Every weight has its turn.
+  assert (bits.sum(axis=0) > 3).all()  # Each weight is drawn.
   assert all(m['linear']['b'].all() for m in made)
 
 
@@ -107,10 +107,10 @@ def test_scopes_are_checked(make):
 @pytest.mark.parametrize(
   ('fraction', 'after'),
   [
-    # Active are 0.5, 0.1 and 0.3; a third of three is one: 0.1 goes, and the
-    # largest gradient of those not active, 0.4, is grown.
+    # 0.5, 0.1 and 0.3 are active. A third of three is one: 0.1 is dropped, and
+    # the weight of the largest gradient of the others, 0.4, is grown.
     (1 / 3 + 1e-6, [1, 0, 1, 0, 1, 0]),
-    # Two go, 0.1 and 0.3; two are grown, 0.4 and 0.2.
+    # Two are dropped, 0.1 and 0.3, and two are grown, 0.4 and 0.2.
     (2 / 3 + 1e-6, [1, 0, 0, 1, 1, 0]),
     (1.0, [0, 0, 0, 1, 1, 1]),
     (0.0, [1, 1, 1, 0, 0, 0]),
@@ -138,7 +138,7 @@ def test_regrow_keep_leaves_the_values():
 
 
 def test_a_dropped_weight_comes_back_only_if_it_may():
-  # 0.1 is dropped, and has the largest gradient but those still active.
+  # 0.1 is dropped, and has the largest gradient of all that are not active.
   before = _masks([1, 1, 1, 0, 0, 0])
   for may, after in ((True, [1, 1, 1, 0, 0, 0]), (False, [1, 0, 1, 0, 1, 0])):
     updater = updaters.rigl(_counts(3), _drop(0.34), None, regrow_dropped=may)
@@ -264,12 +264,13 @@ def test_magnitude_prunes_gradually_and_for_good(scope):
   updater = updaters.magnitude(_counts(2), progress, scope)
   theta, made = THETA, updater.init(KEY, THETA, GRADS)
   assert _bits(made.forward) == [1] * 6
-  # 4 are to go: floor(4 * 37 / 64) = 2, then floor(4 * 7 / 8) = 3, then 4.
+  # 4 are to be pruned: floor(4 * 37 / 64) = 2, then floor(4 * 7 / 8) = 3, then
+  # 4.
   kept = []
   for step in (1, 2, 4):
     theta, made = updater.update(KEY, step, theta, made, GRADS)
     kept.append(_bits(made.forward))
-    # What is pruned stays so, however small the others become.
+    # Pruned weights stay pruned, however small the others become.
     theta = _tree(
       jnp.where(made.forward['linear']['w'], 1e-3, 1.0)
       * jnp.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
@@ -318,7 +319,7 @@ def _unroll(tree):
 
 def _stack_of(seed):
   w = np.random.default_rng(seed).normal(size=(3, 8, 10)).astype(np.float32)
-  # By magnitude the layers differ, and a ranking of all would empty one.
+  # The layers differ in magnitude, and a ranking of all would empty one.
   w *= np.array([1.0, 0.01, 10.0], np.float32)[:, None, None]
   return {'ScanBlock_0': {'Dense_0': {'kernel': jnp.asarray(w)}}}
 
