@@ -55,7 +55,8 @@ def mask_overlap(
   pruning theta_before to the same density keeps too. The chance level is its
   expectation for two independent random masks with as many weights in each
   layer: sum_l k_l^2 / n_l over sum_l k_l, if k_l of the n_l weights of layer l
-  are kept. For the scope 'global' all weights are one layer.
+  are kept. For the scope 'global' all weights are one layer, and for the scope
+  'output' each output unit is.
 
   >>> import jax.numpy as jnp
   >>> before = {'linear': {'w': jnp.array([4.0, 3.0, 2.0, 1.0])}}
@@ -84,15 +85,19 @@ def mask_overlap(
   overlaps, chance = [], []
   for p in kept:
     counts = pruning.kept_counts(theta_after, p, **options)
-    numbers = jax.tree.leaves(counts)
-    if not any(numbers):
+    # A layer whose output units or stacked layers are ranked apart has several.
+    numbers = [np.asarray(k) for k in jax.tree.leaves(counts)]
+    total = sum(int(k.sum()) for k in numbers)
+    if not total:
       raise ValueError(
         f'kept = {p} keeps none of {sum(sizes)} weights. Use a larger fraction.'
       )
     layers = [sum(sizes)] if isinstance(counts, int) else sizes
     overlaps.append(_overlap(theta_before, theta_after, counts, is_weight))
-    expected = sum(k * k / n for k, n in zip(numbers, layers))
-    chance.append(expected / sum(numbers))
+    expected = sum(
+      float((k * k).sum()) * k.size / n for k, n in zip(numbers, layers)
+    )
+    chance.append(expected / total)
   kept = [float(p) for p in kept]
   return {'kept': kept, 'overlap': pruning.floats(overlaps), 'chance': chance}
 

@@ -42,6 +42,9 @@ def _random(seed, sizes):
     # 3 of 6 are kept, all in the first layer: {0, 1, 3} after training, and
     # {0, 1, 2} before it.
     ({'scope': 'global'}, 2 / 3, 1 / 2),
+    # Every output unit keeps 1 of 2: {0}, {3} and {0} after training, and {0},
+    # {1} and {0} before it.
+    ({'scope': 'output'}, 2 / 3, 1 / 2),
   ],
 )
 def test_mask_overlap_by_hand(options, overlap, chance):

@@ -508,8 +508,8 @@ def test_packnet_chooses_by_magnitude_and_layer():
 def test_packnet_leaves_owned_weights_out_where_it_is_told():
   learner, omit = _Learner(), ['initial_linear/w']
   choose = continual.packnet(num_tasks=2, omit=omit)
-  for t in range(2):
-    learner.learn(choose=choose, omit=omit)
+  learner.learn(choose=choose, omit=omit)
+  learner.learn(choose=choose, omit=omit)
   owners = learner.memory.owners
   mask = masks.unpack(learner.tasks[1].packed, owners)
   first, other = 'initial_linear/w', 'linear_1/w'
