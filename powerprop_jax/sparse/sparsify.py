@@ -153,8 +153,8 @@ def _short_of_zero(update: jax.Array, old: jax.Array, new: Any) -> jax.Array:
   """An update of half precision that does not lead to zero by rounding.
 
   What is small is lost beside a large old value: 1 - 0.999 is 0 in bfloat16.
-  Since a power never moves a weight from zero, it gets a small value instead, of
-  the sign of the new one, to which an update can lead.
+  A power never moves a weight from zero. The weight gets a small value instead,
+  of the sign of the new one, to which an update can lead.
   """
   info = jnp.finfo(old.dtype)
 
