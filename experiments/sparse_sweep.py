@@ -10,6 +10,11 @@ results are written to --out_dir: config.json, metrics.jsonl, one file per run
 in runs/, summary.json and a figure for each distribution. A command that was
 interrupted continues when it is given again. `sparse_training` trains a single
 network, of any size, with every flag there is.
+
+The default recipe is that of the preset `mnist`, which trials on validation
+data found for alpha = 1 and for alpha = 1.5 alike. On the 500 test digits of
+the default data set a standard error is about a point, and differences between
+powers are no larger: the preset shows them, on all of MNIST.
 """
 
 from collections.abc import Callable
@@ -61,8 +66,9 @@ class Settings(
     decides=False,
   )
   alphas: tuple[float, ...] = config.flag(
-    (1.0, 2.0),
-    'The powers, each at least 1; 1 is the baseline.',
+    (1.0, 1.5),
+    'The powers alpha, each at least 1; 1 is the baseline without'
+    ' Powerpropagation.',
     check=power.check_alpha,
     decides=False,
   )
@@ -117,12 +123,17 @@ class Settings(
   )
   # Those of a run are in its recipe.
   learning_rate: float = config.like(
-    optimisers.Optimiser, 'learning_rate', 0.05, decides=False
+    optimisers.Optimiser, 'learning_rate', 0.2, decides=False
   )
   clip_norm: float = config.like(
-    optimisers.Optimiser, 'clip_norm', decides=False
+    optimisers.Optimiser, 'clip_norm', 1.0, decides=False
   )
-  phi_decay: float = config.like(optimisers.Decay, 'phi_decay', decides=False)
+  phi_decay: float = config.like(
+    optimisers.Decay, 'phi_decay', 2e-4, decides=False
+  )
+  phi_decay_schedule: str = config.like(
+    optimisers.Decay, 'phi_decay_schedule', 'cosine'
+  )
   momentum: float = config.like(optimisers.Optimiser, 'momentum', 0.9)
   schedule: str = config.like(optimisers.Optimiser, 'schedule', 'cosine')
   out_dir: str = config.like(
