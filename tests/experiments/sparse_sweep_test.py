@@ -121,7 +121,7 @@ def test_jobs_of_the_flags():
 def test_close_numbers_are_different_jobs():
   settings = _parse('--methods=set', '--sparsities=0.9,0.9000001', '--alphas=2')
   names = [job.name for job in sparse_sweep.make_jobs(settings)]
-  ending = '-alpha=2-lr=0.05-decay=0-clip=0-seeds=1'
+  ending = '-alpha=2-lr=0.2-decay=0.0002-clip=1-seeds=1'
   assert names == [f'set-erk-0.9{ending}', f'set-erk-0.9000001{ending}']
 
 
