@@ -107,7 +107,7 @@ def main(settings: Settings) -> None:
   trials, results, chosen = [], [], {}
 
   def publish(label, setting, flags, rate, decay, seeds):
-    name = f'{label.replace(" ", "")}-{setting}'
+    name = f'{label.replace(" ", "")}-{setting}-{rate:g}-{decay:.3g}'
     found = learn(name, setting, flags, rate, decay, seeds)
     row = {'recipe': label, 'steps': setting, 'rate': rate, 'decay': decay}
     results.append(row | (found or {'diverged': True}))

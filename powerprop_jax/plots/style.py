@@ -32,6 +32,8 @@ Figure = mpl_figure.Figure
 BLACK, GREY, BLUE, VERMILLION = '#000000', '#7f7f7f', '#0072b2', '#d55e00'
 #: The colours of lines, in this order.
 COLOURS = ('#e69f00', '#56b4e9', '#009e73', BLUE, VERMILLION, '#cc79a7')
+# The colours of lines at alpha = 1, the first of which stands for most of them.
+_GREYS = (BLACK, GREY, '#bdbdbd')
 #: The markers of lines, in this order.
 MARKERS = 'osD^vPX*'
 
@@ -65,7 +67,7 @@ def name(label: str, baseline: bool = True) -> str:
 
   Args:
     label: the label of a line.
-    baseline: whether alpha = 1 is called the baseline.
+    baseline: whether alpha = 1, without further words, is called the baseline.
 
   Returns:
     The words, with the alpha as a formula.
@@ -74,12 +76,13 @@ def name(label: str, baseline: bool = True) -> str:
   if alpha is None:
     return label.replace('_', ' ')
   words = ' '.join(rest).replace('_', ' ')
-  note = ' (baseline)' if baseline and alpha == 1 else ''
+  is_baseline = baseline and alpha == 1 and not words
+  note = ' (baseline)' if is_baseline else ''
   return rf'$\alpha$ = {alpha:g}{", " if words else ""}{words}{note}'
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-  """A line style for each label, which is black and dashed at alpha = 1.
+  """A line style for each label, dashed and black or grey at alpha = 1.
 
   >>> looks = styles(['1.0', '2.0'])
   >>> looks['1.0']['linestyle'], looks['2.0']['color']
@@ -91,13 +94,16 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
   Returns:
     The keyword arguments of `Axes.plot` by label.
   """
-  colours, markers = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
-  return {
-    label: {'color': BLACK, 'linestyle': '--', 'marker': next(markers)}
-    if alpha_of(label) == 1
-    else {'color': next(colours), 'linestyle': '-', 'marker': next(markers)}
-    for label in labels
-  }
+  colours, greys = itertools.cycle(COLOURS), itertools.cycle(_GREYS)
+  looks = {}
+  for label, marker in zip(labels, itertools.cycle(MARKERS)):
+    is_baseline = alpha_of(label) == 1
+    looks[label] = {
+      'color': next(greys if is_baseline else colours),
+      'linestyle': '--' if is_baseline else '-',
+      'marker': marker,
+    }
+  return looks
 
 
 def panel(width: float = 6.4, height: float = 4.2) -> tuple[Figure, Axes]:
