@@ -115,8 +115,8 @@ def test_what_is_said_below_figures_is_what_they_show():
   assert all(row[0] == min(row) for k, row in plain.items() if 1 < k < 5)
   assert all(row[2] > row[1] for k, row in adam.items() if k >= 10)
   assert all(row[1] > row[2] for k, row in adam.items() if k < 5)
-  assert all(row[4] > row[2] for k, row in decayed.items() if k > 3)
-  assert all(row[2] > row[4] for k, row in decayed.items() if k < 3)
+  assert all(row[4] > row[2] for k, row in decayed.items() if k > 4)
+  assert all(row[2] > row[4] for k, row in decayed.items() if k < 4)
   assert decayed[1][2] - decayed[1][3] > 10
   assert decayed[100][2] - decayed[1][2] < 2
 
