@@ -11,9 +11,9 @@ tasks after the last of them, in percent, less a point for each 50 % of the
 weights in use. It is learnt again with three seeds. Then alpha = 1, the power
 with the best score, and PackNet by its preset learn a hundred tasks with a
 fifth of the steps. Last, all recipes learn ten tasks with all steps, 3,000 and
-1,000, at a decay smaller by the square root of five. It takes an hour on one core, and
-continues when it is given again. The results go to --out_dir, and together to
-experiments/results/continual-powers.json.
+1,000, at a decay smaller by the square root of five. It takes an hour on one
+core, and continues when it is given again. The results go to --out_dir, and
+together to experiments/results/continual-powers.json.
 """
 
 import dataclasses
