@@ -23,8 +23,8 @@ _ROOT = pathlib.Path(__file__).parent.parent
 _PATH = _ROOT / 'colab' / 'powerprop_mnist.ipynb'
 _FIRST = "import warnings\nwarnings.simplefilter('error')"
 _FAST = """
-alphas, seeds, steps, kept = [1.0, 3.0], 1, 200, [0.05, 0.3, 0.7, 1.0]
-task_steps = 100
+alphas, seeds, steps, kept = [1.0, 3.0], 1, 100, [0.05, 0.3, 1.0]
+batch_size, task_steps = 20, 100
 """
 # Nothing was forgotten, the file is the network, and the kernel may end.
 _LAST = """

@@ -55,9 +55,9 @@ _SCRIPT = """
     with jax.set_mesh(mesh):
       theta, slopes = jax.device_put((params, grads), (shardings, shardings))
       state = tx.init(theta)
-      updates, state = jax.jit(tx.update)(slopes, state, theta)
-      eager, _ = tx.update(slopes, state, theta)
       program = jax.jit(tx.update).lower(slopes, state, theta).compile()
+      eager, _ = tx.update(slopes, state, theta)
+      updates, state = program(slopes, state, theta)
     assert 'all-gather' not in program.as_text(), name
     moments = optax.tree_utils.tree_get(state, 'mu', {})
     for tree in (updates, eager, moments):

@@ -193,27 +193,64 @@ config.run(main, Settings)
 '''
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ('argument', 'code', 'message'),
-  [
-    ('--steps=1', 0, ''),
-    ('--steps=-1', 2, 'error: --steps=-1: must be at least 0\n'),
-    ('--unknown', 2, "error: Unknown command line flag 'unknown'\n"),
-    ('--verbosity=x', 2, 'error: --verbosity=x: '),
-    ('--steps=2', 2, 'error: not two\n'),
-    ('--steps=3', 1, 'error: not three\n'),
-    ('--steps=4', 1, 'error: [Errno 28] No space left on device\n'),
-    ('--steps=5', 130, 'error: interrupted'),
-    ('--help', 0, ''),
-  ],
-)
-def test_a_program_ends_with_one_line_and_a_code(argument, code, message):
+# Starts it once for each argument, in forks: what it imports takes most of the
+# time of a start.
+_STARTS = """
+import os
+import sys
+from experiments.support import config
+from powerprop_jax.training import loop
+program, folder, *arguments = sys.argv[1:]
+for i, argument in enumerate(arguments):
+  if not os.fork():
+    for descriptor, name in ((1, 'out'), (2, 'err')):
+      file = os.open(f'{folder}/{name}_{i}', os.O_CREAT | os.O_WRONLY)
+      os.dup2(file, descriptor)
+    sys.argv = ['program', argument]
+    exec(program, vars(sys.modules['__main__']))
+    os._exit(99)
+  print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+_ENDINGS = {
+  '--steps=1': (0, ''),
+  '--steps=-1': (2, 'error: --steps=-1: must be at least 0\n'),
+  '--unknown': (2, "error: Unknown command line flag 'unknown'\n"),
+  '--verbosity=x': (2, 'error: --verbosity=x: '),
+  '--steps=2': (2, 'error: not two\n'),
+  '--steps=3': (1, 'error: not three\n'),
+  '--steps=4': (1, 'error: [Errno 28] No space left on device\n'),
+  '--steps=5': (130, 'error: interrupted'),
+  '--help': (0, ''),
+}
+
+
+@pytest.fixture(scope='module')
+def endings(tmp_path_factory):
+  """The exit code, the output and the errors by argument."""
+  folder = tmp_path_factory.mktemp('endings')
   done = subprocess.run(
-    [sys.executable, '-c', _PROGRAM, argument], capture_output=True, text=True
+    [sys.executable, '-c', _STARTS, _PROGRAM, folder, *_ENDINGS],
+    capture_output=True,
+    text=True,
+    check=True,
   )
-  assert done.returncode == code, done.stderr
-  assert done.stderr.startswith(message)
-  assert len(done.stderr.splitlines()) == bool(message)
+  codes = map(int, done.stdout.splitlines())
+  return {
+    argument: (
+      code,
+      *((folder / f'{name}_{i}').read_text() for name in ('out', 'err')),
+    )
+    for i, (argument, code) in enumerate(zip(_ENDINGS, codes, strict=True))
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('argument', _ENDINGS)
+def test_a_program_ends_with_one_line_and_a_code(endings, argument):
+  code, message = _ENDINGS[argument]
+  found, out, err = endings[argument]
+  assert found == code, err
+  assert err.startswith(message)
+  assert len(err.splitlines()) == bool(message)
   if argument == '--help':
-    assert done.stdout.startswith('A program.\n\nFlags')
+    assert out.startswith('A program.\n\nFlags')

@@ -377,6 +377,20 @@ def test_parts_of_the_tasks_that_are_learnt_have_one_shape():
     found.part(5, 'train')
 
 
+_FEWER_STEPS = [f'--{k}={v}' for k, v in (_QUICK | {'batch_size': 40}).items()]
+
+
+def _run_here(*arguments):
+  """What the binary does, on the device of this process."""
+  arguments = [*_FEWER_STEPS, *arguments]
+  settings = config.parse(
+    continual_learning.Settings, arguments, presets.PRESETS
+  )
+  with pytest.raises(SystemExit) as ended:
+    continual_learning.main(settings)
+  assert not ended.value.code
+
+
 def _start(tmp_path, *arguments, devices=1):
   cache = tmp_path.parent / 'compiled'
   environment = os.environ | {
@@ -386,10 +400,9 @@ def _start(tmp_path, *arguments, devices=1):
     'XLA_FLAGS': os.environ['XLA_FLAGS']
     + f' --xla_force_host_platform_device_count={devices}',
   }
-  quick = [f'--{k}={v}' for k, v in (_QUICK | {'batch_size': 40}).items()]
   command = [sys.executable, '-W', 'error', '-m']
   return subprocess.Popen(
-    [*command, 'experiments.continual_learning', *quick, *arguments],
+    [*command, 'experiments.continual_learning', *_FEWER_STEPS, *arguments],
     cwd=_ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -422,11 +435,14 @@ def _content(folder):
 @pytest.mark.slow
 def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  code, out, err = _finish(_start(tmp_path, '--tasks=2', f'--out_dir={whole}'))
+  (name,) = ('epn-alpha=2.0-seed=0',)
+  arguments = '--tasks=2', f'--out_dir={killed}'
+  first = killed / 'checkpoints' / name / '1'
+  _killed(_start(tmp_path, *arguments), first)
+  code, out, err = _finish(_start(tmp_path, *arguments))
   assert code == 0, err
   assert 'epn' in out and 'forgotten (%): 0.00' in out
-  (name,) = ('epn-alpha=2.0-seed=0',)
-  run = json.loads((whole / 'summary.json').read_text())['runs'][name]
+  run = json.loads((killed / 'summary.json').read_text())['runs'][name]
   for key in (
     'accuracy_matrix',
     'average_accuracy',
@@ -437,15 +453,11 @@ def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   ):
     assert key in run
   for figure in ('accuracy', 'capacity', 'matrix-2.0-epn', 'overlap-2.0-epn'):
-    assert (whole / f'{figure}.png').read_bytes()[1:4] == b'PNG'
-  config = json.loads((whole / 'config.json').read_text())
-  assert config['settings']['gamma'] == 0.97
+    assert (killed / f'{figure}.png').read_bytes()[1:4] == b'PNG'
+  settings = json.loads((killed / 'config.json').read_text())['settings']
+  assert settings['gamma'] == 0.97
 
-  arguments = '--tasks=2', f'--out_dir={killed}'
-  first = killed / 'checkpoints' / name / '1'
-  _killed(_start(tmp_path, *arguments), first)
-  code, _, err = _finish(_start(tmp_path, *arguments))
-  assert code == 0, err
+  _run_here('--tasks=2', f'--out_dir={whole}')
   found, expected = (
     _without_seconds(json.loads((path / 'runs' / f'{name}.json').read_text()))
     for path in (killed, whole)
@@ -458,9 +470,9 @@ def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   assert lines[0] == lines[1]
 
   before = _content(killed)
-  code, _, err = _finish(_start(tmp_path, *arguments, '--gamma=0.9'))
-  assert code == 2
-  assert 'gamma: 0.97 there, 0.9 now' in err
+  # The program then ends with 2.
+  with pytest.raises(config.Refused, match='gamma: 0.97 there, 0.9 now'):
+    _run_here(*arguments, '--gamma=0.9')
   # The wrong flag has left no trace.
   assert _content(killed) == before
 
@@ -474,13 +486,10 @@ def test_eight_devices_learn_what_one_does(tmp_path):
     '--densities=0.3',
     '--retrain_steps=0',
   )
-  processes = [
-    _start(tmp_path, *options, f'--out_dir={out}', devices=count)
-    for out, count in ((one, 1), (eight, 8))
-  ]
-  for process in processes:
-    code, _, err = _finish(process)
-    assert code == 0, err
+  process = _start(tmp_path, *options, f'--out_dir={eight}', devices=8)
+  _run_here(*options, f'--out_dir={one}')
+  code, _, err = _finish(process)
+  assert code == 0, err
   runs = [
     json.loads((out / 'summary.json').read_text())['runs'].popitem()[1]
     for out in (one, eight)

@@ -140,9 +140,14 @@ class _Ending(output.Metrics):
       os.kill(os.getpid(), self.signal)
 
 
+def _train_one(root, method, out_dir):
+  # Streams collect garbage, and need not look at what is imported or compiled.
+  gc.freeze()
+  sparse_training.main(_settings(root, method, out_dir))
+
+
 def _train(root, address, index, ended):
   """Trains by all methods, up to the middle or from there on."""
-  gc.freeze()  # Streams collect garbage; imports are none.
   jax.distributed.initialize(address, 2, index)
   networks.NETWORKS['tiny'] = _tiny
   assert (jax.local_device_count(), jax.device_count()) == (2, 4)
@@ -152,10 +157,10 @@ def _train(root, address, index, ended):
       if method == _KILLED:
         _Ending.signal = signal.SIGKILL
       with pytest.raises(SystemExit, match='130'):
-        sparse_training.main(_settings(root, method, method))
+        _train_one(root, method, method)
   for method in _DATASETS:
-    sparse_training.main(_settings(root, method, method))
-  sparse_training.main(_settings(root, _KILLED, 'whole'))
+    _train_one(root, method, method)
+  _train_one(root, _KILLED, 'whole')
 
 
 def _start(root, ended):

@@ -712,24 +712,57 @@ class Recorder:
     return _READERS[entry.binary](out_dir, done.stdout)
 
 
-def flags_of(binary: str) -> dict[str, Result]:
-  """The flags that a binary defines itself: type, default and choices."""
-  with tempfile.TemporaryDirectory() as tmp:
-    done = _run(pathlib.Path(tmp), binary, ['--helpxml'])
-  if not done.stdout.startswith('<?xml'):
-    raise RuntimeError(f'{binary} has no help:\n{done.stderr[-2000:]}')
+# What takes long to import is imported once, by the process that the binaries
+# are forked from.
+_HELP = """
+import os
+import runpy
+import sys
+import haiku, jax, matplotlib.pyplot, optax, powerprop_jax
+for path in sys.argv[1:]:
+  if process := os.fork():
+    os.waitpid(process, 0)
+  else:
+    sys.argv = [path, '--helpxml']
+    runpy.run_path(path, run_name='__main__')
+    os._exit(0)
+"""
+
+
+def _flags_of_help(text: str) -> dict[str, Result]:
+  """The flags in what a binary writes of itself."""
   found = {}
-  for flag in xml.etree.ElementTree.fromstring(done.stdout).iter('flag'):
-    text = functools.partial(flag.findtext, default='')
+  for flag in xml.etree.ElementTree.fromstring(text).iter('flag'):
+    text_of = functools.partial(flag.findtext, default='')
     own = ('experiments', 'powerprop_jax', str(ROOT))
-    if text('file').startswith(own):
-      found[text('name')] = {
-        'type': text('type'),
+    if text_of('file').startswith(own):
+      found[text_of('name')] = {
+        'type': text_of('type'),
         # The value of a flag that is not given; <default> has no text for None.
-        'default': text('current'),
+        'default': text_of('current'),
         'choices': [choice.text for choice in flag.iter('enum_value')],
       }
   return dict(sorted(found.items()))
+
+
+def flags() -> dict[str, dict[str, Result]]:
+  """By binary the flags that it defines itself: type, default and choices."""
+  paths = [str(ROOT / 'experiments' / f'{name}.py') for name in BINARIES]
+  with tempfile.TemporaryDirectory() as tmp:
+    done = subprocess.run(
+      [sys.executable, '-c', _HELP, *paths],
+      cwd=ROOT,
+      env=_environment(pathlib.Path(tmp), 1),
+      capture_output=True,
+      text=True,
+    )
+  start = '<?xml'
+  before, *found = done.stdout.split(start)
+  if before or len(found) != len(BINARIES):
+    raise RuntimeError(f'A binary has no help:\n{done.stderr[-2000:]}')
+  return {
+    name: _flags_of_help(start + text) for name, text in zip(BINARIES, found)
+  }
 
 
 def main() -> None:
@@ -743,7 +776,7 @@ def main() -> None:
   )
   args = parser.parse_args()
   if args.flags:
-    content: Any = {binary: flags_of(binary) for binary in BINARIES}
+    content: Any = flags()
   else:
     names = [args.only] if args.only else list(ENTRIES)
     entries = {}

@@ -236,6 +236,9 @@ _UPDATERS = {
 
 # Each group of a pattern lies on one device here.
 _LOCAL = ('magnitude in a pattern',)
+# Layers are ranked together here. Elsewhere each is ranked by itself, which the
+# tests of `prune` show of the convolution.
+_TOGETHER = ('snip', 'magnitude of all')
 # Axes that are explicit matter where masks are made, which is done by the same
 # functions in all of them.
 _EXPLICIT = ('snip', 'rigl', 'magnitude in a pattern')
@@ -257,7 +260,8 @@ def test_updaters(kind, name):
     made = updater.init(key, theta, grads)
     return made, updater.update(key, 50, later, made, grads)
 
-  trees = map(_tree, range(3))
+  layers = _SHAPES if name in _TOGETHER else ('a', 'ScanBlock_0')
+  trees = [{x: _tree(seed)[x] for x in layers} for seed in range(3)]
   _check(update, kind, *trees, eager=name == 'random', local=name in _LOCAL)
 
 
@@ -305,8 +309,18 @@ def test_sparsify(kind):
 
 
 @on_eight
-@pytest.mark.parametrize('kind', _KINDS)
-def test_what_is_ranked_by_itself_may_lie_on_several_devices(kind):
+@pytest.mark.parametrize(
+  ('kind', 'scope', 'compiled'),
+  [
+    ('auto', 'layer', False),
+    ('auto', 'output', True),
+    ('explicit', 'layer', True),
+    ('explicit', 'output', False),
+  ],
+)
+def test_what_is_ranked_by_itself_may_lie_on_several_devices(
+  kind, scope, compiled
+):
   """These are the layers of a stack, and the units of a layer."""
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(_KINDS[kind],) * 2)
   sharding = NamedSharding(mesh, PartitionSpec('x', None, 'y'))
@@ -314,14 +328,12 @@ def test_what_is_ranked_by_itself_may_lie_on_several_devices(kind):
   whole = np.round(8 * rng.standard_normal((4, 16, 8))).astype('f')
   whole = {'ScanBlock_0': {'Dense_0': {'kernel': whole}}}
   theta = jax.device_put(whole, sharding)
-  for scope in ('layer', 'output'):
-    prune = functools.partial(pruning.prune, density=0.3, scope=scope)
-    expected = prune(whole)
-    for run in (prune, jax.jit(prune)):
-      with jax.set_mesh(mesh):
-        found = run(theta)
-      jax.tree.map(np.testing.assert_array_equal, found, expected)
-      _check_sharding(found, jax.tree.map(lambda x: sharding, whole))
+  prune = functools.partial(pruning.prune, density=0.3, scope=scope)
+  expected = prune(whole)
+  with jax.set_mesh(mesh):
+    found = (jax.jit(prune) if compiled else prune)(theta)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  _check_sharding(found, jax.tree.map(lambda x: sharding, whole))
 
 
 @on_eight
@@ -347,7 +359,8 @@ def test_sparsify_under_a_mesh_with_values_that_are_not_sharded():
     key=jax.random.key(0),
     due=lambda step: step == 0,
   )
-  expected = tx.update(whole, tx.init(whole), whole)[1].masks
+  alone = jax.jit(lambda x: tx.update(x, tx.init(x), x)[1].masks)
+  expected = alone(whole)
   with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
     updates, state = jax.jit(tx.update)(theta, tx.init(theta), theta)
   jax.tree.map(np.testing.assert_array_equal, state.masks, expected)

@@ -533,7 +533,7 @@ def test_kill_at_random_moments(tmp_path):
   directory = tmp_path / 'checkpoints'
   moments = random.Random(0)
   whole = 0
-  for _ in range(5):
+  for _ in range(3):
     process = subprocess.Popen(
       [sys.executable, '-c', LOOP, str(directory)],
       stdout=subprocess.PIPE,
