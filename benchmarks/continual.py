@@ -8,7 +8,8 @@ per task and 200 under its mask, by alpha = 1 with an L1 decay, by alpha = 2 and
 Every recipe has six trials with one seed, of two rates and three decays. The
 best is the one with the highest score: the mean validation accuracy over the
 tasks after the last of them, in percent, less a point for each 50 % of the
-weights in use. It is learnt again with three seeds. Then alpha = 1, the power
+weights in use; a run that diverges, or finds no free weights before the last
+task, has none. It is learnt again with three seeds. Then alpha = 1, the power
 with the best score, and PackNet by its preset learn a hundred tasks with a
 fifth of the steps. Last, all recipes learn ten tasks with all steps, 3,000 and
 1,000, at a decay smaller by the square root of five. It takes an hour on one
@@ -69,11 +70,14 @@ class Settings(config.Settings):
   seeds: int = config.flag(3, 'The number of runs of the best recipes.', low=1)
 
 
-def _measure(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+def _measure(
+  summary: dict[str, Any] | None, tasks: int
+) -> dict[str, Any] | None:
   """Accuracies and capacity over the seeds; None of what did not end."""
-  if summary is None:
+  runs = list(summary['runs'].values()) if summary else []
+  # A run stops early where no weight is free for the next task.
+  if not runs or any(run['num_tasks'] < tasks for run in runs):
     return None
-  runs = list(summary['runs'].values())
   rows = [run['accuracy_matrix'][-1] for run in runs]
   valid = statistics.mean(
     statistics.mean(run['valid_accuracy']) for run in runs
@@ -102,7 +106,7 @@ def main(settings: Settings) -> None:
     flags = [*_COMMON, *data, *_SETTINGS[setting], *flags, f'--seeds={seeds}']
     flags += [f'--learning_rate={rate:g}', f'--phi_decay={decay:.3g}']
     summary = comparing.train('continual_learning', flags, root / name)
-    return _measure(summary)
+    return _measure(summary, 100 if setting == 'hundred' else 10)
 
   trials, results, chosen = [], [], {}
 
@@ -110,7 +114,7 @@ def main(settings: Settings) -> None:
     name = f'{label.replace(" ", "")}-{setting}-{rate:g}-{decay:.3g}'
     found = learn(name, setting, flags, rate, decay, seeds)
     row = {'recipe': label, 'steps': setting, 'rate': rate, 'decay': decay}
-    results.append(row | (found or {'diverged': True}))
+    results.append(row | (found or {'failed': True}))
     comparing.write(
       'continual-powers',
       {

@@ -1,6 +1,6 @@
 r"""Continual learning: many tasks in one network, none forgotten.
 
-  python -m experiments.continual_learning --method=epn --alpha=2
+  python -m experiments.continual_learning --method=epn --alpha=1.5
 
 learns five tasks of permuted digits with EfficientPackNet (section 4 of the
 paper). Lists of methods and powers, and several seeds, make a table:
@@ -49,7 +49,7 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
     decides=False,
   )
   alpha: tuple[float, ...] = config.flag(
-    (2.0,),
+    (1.5,),
     'The powers alpha, each at least 1; 1 is the baseline without'
     ' Powerpropagation.',
     check=power.check_alpha,

@@ -435,7 +435,7 @@ def _content(folder):
 @pytest.mark.slow
 def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  (name,) = ('epn-alpha=2.0-seed=0',)
+  (name,) = ('epn-alpha=1.5-seed=0',)
   arguments = '--tasks=2', f'--out_dir={killed}'
   first = killed / 'checkpoints' / name / '1'
   _killed(_start(tmp_path, *arguments), first)
@@ -452,7 +452,7 @@ def test_the_binary_is_killed_and_ends_with_the_same_result(tmp_path):
     'seconds',
   ):
     assert key in run
-  for figure in ('accuracy', 'capacity', 'matrix-2.0-epn', 'overlap-2.0-epn'):
+  for figure in ('accuracy', 'capacity', 'matrix-1.5-epn', 'overlap-1.5-epn'):
     assert (killed / f'{figure}.png').read_bytes()[1:4] == b'PNG'
   settings = json.loads((killed / 'config.json').read_text())['settings']
   assert settings['gamma'] == 0.97
