@@ -32,6 +32,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -157,6 +158,8 @@ def write_network(
   sizes = export.save_compressed(
     path, tree, masks, alpha=network.alpha, values=values
   )
+  if not masks['theta']:
+    print('No weight is pruned: there is no --density.', file=sys.stderr)
   networks = {
     'trained': tree,
     'pruned': export.from_dict(export.to_dict(tree, masks), tree),

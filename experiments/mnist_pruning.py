@@ -368,9 +368,10 @@ def warn_of_little_decay(settings: Settings) -> None:
       few.append(f'{nats:.1f} nats at alpha = {alpha:g}')
   if few:
     print(
-      f'Idle weights shrink by {", ".join(few)}. To be pruned once to a high'
-      f' sparsity, a network needs {_ENOUGH_NATS} nats or more: raise'
-      ' --phi_decay or --steps.',
+      f'Weights without a gradient shrink by exp(-n), n being {", ".join(few)}.'
+      f' To be pruned once to a high sparsity, a network needs {_ENOUGH_NATS}'
+      ' nats, or 7 in a short run: give --phi_decay, of 1e-3 or so in 10,000'
+      ' steps.',
       file=sys.stderr,
     )
 
@@ -407,6 +408,7 @@ def main(settings: Settings) -> None:
     results = runs.finished(out_dir, todo)
     if results:
       summarise(list(results.values()), settings, out_dir)
+      print(output.about_accuracy(len(data.test.labels)))
   runs.finish(*ended, len(results), len(todo))
 
 

@@ -503,6 +503,7 @@ def main(settings: Settings) -> None:
       sweep_report.write(
         list(results.values()), settings.distributions, out_dir
       )
+      print(output.about_accuracy(len(data.test.labels)))
   runs.finish(*ended, len(results), len(todo))
 
 

@@ -269,7 +269,10 @@ def train(
     with config.refusing():
       start = start_or_resume(problem, manager, settings.init_from)
     if first and start.step:
-      print(f'Going on from step {start.step}.', file=sys.stderr)
+      message = f'Going on from step {start.step}.'
+      if start.step >= settings.steps:
+        message = f'All {start.step} steps are done already.'
+      print(message, file=sys.stderr)
     timing, compiled = start.timing, False
     progress = devices.replicate(start.progress, axis)
     if start.choose:
@@ -446,7 +449,8 @@ def table(summary: dict[str, Any]) -> str:
       rows.append((name, f'{100 * summary[name]:.2f} %'))
   for name in ('inference_flops', 'training_flops'):
     value = summary[name]
-    shown = f'{value["absolute"]:.4g} ({value["relative"]:.3f} x dense)'
+    shown = f'{value["absolute"]:.4g} per image'
+    shown += f' ({value["relative"]:.3f} x dense)'
     rows.append((name, shown))
   rows.append(('weights ever in use', f'{summary["explored"]:.4f}'))
   rows.append(('dead units', str(summary['dead_units'])))
@@ -488,6 +492,7 @@ def main(settings: Settings) -> None:
     if jax.process_index() == 0:
       output.write_json(out_dir / 'summary.json', summary)
       print(table(summary))
+      print(f'\nIn {out_dir}: summary.json, checkpoints')
 
 
 if __name__ == '__main__':

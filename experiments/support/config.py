@@ -116,7 +116,7 @@ def like(
   if default is dataclasses.MISSING:
     default = there.default
   elif default != there.default:
-    added.append(f'Other binaries have the default {_shown(there.default)}.')
+    added.append(f'In other programs it is {_shown(there.default)} by default.')
   options = dataclasses.replace(
     options,
     help=' '.join(filter(None, added)),

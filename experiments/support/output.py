@@ -190,10 +190,13 @@ def _check_config(path: epath.Path, wanted: Mapping[str, Any]) -> None:
     raise config.Refused(
       f'{file} was not written by this program. Choose another --out_dir.'
     )
-  differences = _differences(
-    {'binary': found.get('binary'), **found['settings']},
-    {'binary': wanted['binary'], **wanted['settings']},
-  )
+  there = found.get('binary')
+  if there != wanted['binary']:
+    raise config.Refused(
+      f'{path} holds an experiment of {there or "another program"}. Choose'
+      ' another --out_dir.'
+    )
+  differences = _differences(found['settings'], wanted['settings'])
   if differences:
     raise config.Refused(
       f'{path} holds an experiment with other settings. Choose another'
@@ -223,6 +226,22 @@ def _check_kinds(path: epath.Path) -> None:
       raise config.Refused(
         f'{place} is a {kinds[1]} and has to be a {kinds[0]}. Move it away.'
       )
+
+
+def about_accuracy(num_examples: int) -> str:
+  """A line below a table, on how much the accuracies in it may be off.
+
+  Args:
+    num_examples: how many examples they were measured on.
+
+  Returns:
+    The line.
+  """
+  error = 100 * (0.95 * 0.05 / num_examples) ** 0.5
+  return (
+    f'Higher is better. Of {num_examples:,} test images the standard error of'
+    f' an accuracy of 95 % is {error:.1f} points.'
+  )
 
 
 @contextlib.contextmanager

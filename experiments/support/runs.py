@@ -122,6 +122,9 @@ def run_all(
   missing = {name: run for name, run in runs.items() if name not in done}
   if not missing:
     return [], False
+  if done:
+    count = f'{len(done)} of {len(runs)}'
+    print(f'Finished already: {count} runs.', file=sys.stderr)
   (out_dir / 'runs').mkdir(exist_ok=True)
   write = output.Metrics(
     out_dir / 'metrics.jsonl', lambda line: line.get('run') not in missing
@@ -192,7 +195,7 @@ def finish(
   if interrupted:
     print(
       f'\nInterrupted with {done} of {total} runs finished. The same command'
-      ' continues.',
+      ' keeps these and makes the others.',
       file=sys.stderr,
     )
   sys.exit(130 if interrupted else bool(messages))

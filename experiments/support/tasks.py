@@ -208,9 +208,7 @@ class Settings(
     'Whether every batch is shared out among all devices. Without it each'
     ' device trains networks of its own.',
   )
-  learning_rate: float = config.like(
-    optimisers.Optimiser, 'learning_rate', 0.3
-  )
+  learning_rate: float = config.like(optimisers.Optimiser, 'learning_rate', 0.3)
   momentum: float = config.like(optimisers.Optimiser, 'momentum', 0.9)
   schedule: str = config.like(optimisers.Optimiser, 'schedule', 'cosine')
   clip_norm: float = config.like(optimisers.Optimiser, 'clip_norm', 1.0)

@@ -232,11 +232,14 @@ def load(
   try:
     found = checkpoint.load(folder(path), evaluation.BEST if best else None)
   except FileNotFoundError as e:
-    if not best:
-      raise
-    raise FileNotFoundError(
-      f'{e} Runs of sparse_training with --evaluate_every have one.'
-    ) from e
+    remedy = (
+      'Runs of sparse_training with --evaluate_every have one.'
+      if best
+      else 'Give a file runs/NAME.safetensors of mnist_pruning, the folder of a'
+      ' run of sparse_training, or a folder checkpoints/NAME of'
+      ' continual_learning; sparse_sweep keeps no networks.'
+    )
+    raise FileNotFoundError(f'{e} {remedy}') from e
   binary = found.config.get('binary')
   if binary not in _FROM_CHECKPOINT:
     raise ValueError(

@@ -236,7 +236,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
     asked.set()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Not `print`, which must not be called again while it is running.
-    os.write(2, b'\nStopping at the next boundary; Ctrl-C ends at once.\n')
+    os.write(2, b'\nStopping after these steps; another Ctrl-C ends at once.\n')
 
   numbers = (signal.SIGTERM, signal.SIGINT)
   previous = {number: signal.signal(number, hear) for number in numbers}

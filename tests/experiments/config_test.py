@@ -137,12 +137,12 @@ def test_help_shows_every_flag_under_its_subject():
   assert parts[0] == 'A program.'
   own, shared, presets = parts[2:5]
   assert own.startswith(
-    'What is tested.\n  --steps=10\n      The steps. Between'
+    'The settings of the program that is tested.\n  --steps=10\n      The steps.'
   )
   assert '--alphas=1,2\n      The powers. At least 1.' in own
   assert shared.startswith(
-    'What several have.\n  --rate=0.25\n      The rate. Other binaries have the'
-    ' default 0.5. At least 0.'
+    'Settings that several programs share.\n  --rate=0.25\n      The rate. In'
+    ' other programs it is 0.5 by default. At least 0.'
   )
   assert '--kind=a\n      The kind. One of a, b.' in shared
   assert 'One of fast.' in presets

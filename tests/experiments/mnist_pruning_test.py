@@ -125,7 +125,7 @@ def test_mnist_pruning_stops_and_keeps_what_is_finished(start, tmp_path):
   process.send_signal(signal.SIGTERM)  # Ctrl-C has the same effect.
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
-  assert 'The same command continues' in err
+  assert 'The same command keeps these' in err
   done = len(list(tmp_path.glob('runs/*.json')))
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert np.shape(summary['results']['1.0']['mean']) == (2,)
@@ -241,7 +241,9 @@ def test_little_decay_is_said(capsys):
   assert 'by 0.0 nats at alpha = 2, 0.0 nats at alpha = 3.' in said(
     '--alphas=2,3'
   )
-  assert said('--phi_decay=0.004').startswith('Idle weights shrink by 8.0')
+  assert said('--phi_decay=0.004').startswith(
+    'Weights without a gradient shrink by exp(-n), n being 8.0'
+  )
   assert said('--phi_decay=0.006') == ''
   assert said('--phi_decay_norm=l1') == ''
 

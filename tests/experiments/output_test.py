@@ -102,7 +102,7 @@ def test_an_experiment_goes_on_with_equal_settings_alone(tmp_path):
   ):
     pass
   with (
-    pytest.raises(ValueError, match='binary: test there, other now'),
+    pytest.raises(ValueError, match='holds an experiment of test'),
     _open(tmp_path, binary='other'),
   ):
     pass
