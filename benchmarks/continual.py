@@ -138,7 +138,8 @@ def main(settings: Settings) -> None:
     chosen[label] = score, flags, rate, decay
   power = max(chosen.keys() - {_BASELINE}, key=lambda label: chosen[label][0])
   for label in (_BASELINE, power):
-    publish(label, 'hundred', *chosen[label][1:], 1)
+    _, flags, rate, decay = chosen[label]
+    publish(label, 'hundred', flags, rate, decay, 1)
   packnet = ('--method=packnet', '--alpha=1')
   publish('PackNet, alpha = 1', 'hundred', packnet, 0.1, 3e-4 * 5**0.5, 1)
   for label, (_, flags, rate, decay) in chosen.items():
