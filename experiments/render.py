@@ -323,6 +323,38 @@ def _continual(name: str) -> str:
   )
 
 
+def _continual_powers(steps: str) -> str:
+  """A line for each recipe of one of the settings of `benchmarks.continual`."""
+  rows = []
+  for r in load('continual-powers')['results']:
+    if r['steps'] == steps:
+      cells = ['', 'none ended', '', '', '']
+      if 'failed' not in r:
+        cells = [
+          str(r['seeds']),
+          _percent(r['average'], r['std']),
+          _percent(r['worst']),
+          _percent(r['used'], digits=1),
+          _percent(r['forgotten']),
+        ]
+      row = [r['recipe'], f'{r["rate"]:g}', f'{r["decay"]:.2g}', *cells]
+      rows.append(row)
+  headings = ['recipe', 'rate', 'decay', 'seeds', 'average', 'worst', 'in use']
+  return _markdown([*headings, 'forgotten'], rows)
+
+
+def _hundred_curves() -> dict[str, list[float]]:
+  """The accuracies that the figure of a hundred tasks shows."""
+  titles = {'PackNet, alpha = 1': '1.0 PackNet'}
+  return {
+    titles.get(r['recipe'])
+    or r['recipe'].replace('alpha = ', '').replace('1, L1', '1 L1 decay,')
+    + ' EfficientPackNet': r['by_task']
+    for r in load('continual-powers')['results']
+    if r['steps'] == 'hundred'
+  }
+
+
 def _before_retraining() -> str:
   rows = [
     [
@@ -562,6 +594,8 @@ TABLES: dict[str, Callable[[], str]] = {
       'continual-rotated',
     )
   },
+  'continual-powers-short': lambda: _continual_powers('short'),
+  'continual-powers-hundred': lambda: _continual_powers('hundred'),
   'continual-before-retraining': _before_retraining,
   'continual-search': _search,
   'continual-inference': _inference,
@@ -641,6 +675,7 @@ FIGURES: dict[str, Callable[[], style.Figure]] = {
     load('mnist_pruning-paper')
   ),
   'trained_to_be_pruned': _tuned_figure,
+  'continual_hundred': lambda: plots.accuracy_by_task(_hundred_curves()),
   'lengths': lambda: plots.accuracy_against_steps(_length_panels()),
   'sign_changes': lambda: plots.sign_changes(_signs_by_method()),
   'sparse_sweep': lambda: plots.accuracy_against_sparsity(_sweep_curves()),
