@@ -237,8 +237,8 @@ def test_little_decay_is_said(capsys):
     mnist_pruning.warn_of_little_decay(settings)
     return capsys.readouterr().err
 
-  assert 'shrink by 0.0 nats at alpha = 2. To' in said()
-  assert 'by 0.0 nats at alpha = 2, 0.0 nats at alpha = 3.' in said(
+  assert 'n being 0.0 nats at alpha = 2. To' in said()
+  assert 'being 0.0 nats at alpha = 2, 0.0 nats at alpha = 3.' in said(
     '--alphas=2,3'
   )
   assert said('--phi_decay=0.004').startswith(
