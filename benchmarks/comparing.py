@@ -1,4 +1,4 @@
-"""Trials of recipes by the binaries: what the scripts of evidence share."""
+"""Runs of the programs that several benchmarks of recipes share."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -10,13 +10,15 @@ import subprocess
 import sys
 from typing import Any
 
+from experiments.support import config
+
 _RESULTS = pathlib.Path(__file__).parent.parent / 'experiments' / 'results'
 
 
 def train(
   binary: str, flags: Sequence[str], out_dir: pathlib.Path
 ) -> dict[str, Any] | None:
-  """What a binary writes to summary.json, which is kept if it is there.
+  """Runs a binary, unless it has ended before with the same flags.
 
   Args:
     binary: its name, such as 'mnist_pruning'.
@@ -24,10 +26,21 @@ def train(
     out_dir: the folder of its results.
 
   Returns:
-    The summary, or None if the binary failed, as it does where a run diverges.
+    What it wrote to summary.json, or None if it wrote nothing because no run
+    ended, as where it diverged.
+
+  Raises:
+    config.Refused: if the folder has the results of other flags.
   """
-  path = out_dir / 'summary.json'
+  path, kept = out_dir / 'summary.json', out_dir / 'flags.json'
+  asked = json.dumps([binary, *flags], indent=1)
+  if kept.exists() and kept.read_text() != asked:
+    raise config.Refused(
+      f'{out_dir} has results of other flags. Choose another --out_dir.'
+    )
   if not path.exists():
+    out_dir.mkdir(parents=True, exist_ok=True)
+    kept.write_text(asked)
     # A process for each, which gives back the memory of what it compiled.
     command = ['-m', f'experiments.{binary}', *flags, f'--out_dir={out_dir}']
     subprocess.run([sys.executable, *command], check=False)

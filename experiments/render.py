@@ -3,8 +3,9 @@
   python -m experiments.render
 
 replaces what stands between `<!-- table: NAME -->` and `<!-- end of table -->`
-in README.md and docs/, and draws the figures of docs/ whose numbers are kept.
-With --check it changes nothing, and fails if a table differs from its numbers.
+in README.md, docs/ and experiments/README.md, and draws the figures of docs/
+whose numbers are kept. With --check it changes nothing, and fails if a table
+differs from its numbers.
 
 A file of experiments/results/ holds the results of one command: the 'source'
 (the commands, the machine, the minutes) and the numbers as the binary writes
@@ -36,6 +37,7 @@ DOCUMENTS = (
   'docs/choosing.md',
   'docs/results.md',
   'docs/tutorial.md',
+  'experiments/README.md',
 )
 
 _TABLE = re.compile(
@@ -208,6 +210,7 @@ def _ablations() -> str:
     ('global', 1.0, '100 %'),
     ('layer', 0.01, '1 %, by layer'),
     ('layer', 0.007, '0.7 %, by layer'),
+    ('layer', 0.005, '0.5 %, by layer'),
     ('global', 0.01, '1 %, globally'),
     ('global', 0.005, '0.5 %, globally'),
   )
@@ -588,6 +591,7 @@ TABLES: dict[str, Callable[[], str]] = {
   **{
     name: lambda name=name: _continual(name)
     for name in (
+      'continual-default',
       'continual-ten',
       'continual-hundred',
       'continual-split',

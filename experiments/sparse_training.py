@@ -447,10 +447,12 @@ def table(summary: dict[str, Any]) -> str:
   for name in ('valid_accuracy', 'valid_top5', 'test_accuracy', 'test_top5'):
     if name in summary:
       rows.append((name, f'{100 * summary[name]:.2f} %'))
-  for name in ('inference_flops', 'training_flops'):
+  for name, unit in (
+    ('inference_flops', 'per image'),
+    ('training_flops', 'per image of a batch'),
+  ):
     value = summary[name]
-    shown = f'{value["absolute"]:.4g} per image'
-    shown += f' ({value["relative"]:.3f} x dense)'
+    shown = f'{value["absolute"]:.4g} {unit} ({value["relative"]:.3f} x dense)'
     rows.append((name, shown))
   rows.append(('weights ever in use', f'{summary["explored"]:.4f}'))
   rows.append(('dead units', str(summary['dead_units'])))

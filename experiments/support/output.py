@@ -239,7 +239,7 @@ def about_accuracy(num_examples: int) -> str:
   """
   error = 100 * (0.95 * 0.05 / num_examples) ** 0.5
   return (
-    f'Higher is better. Of {num_examples:,} test images the standard error of'
+    f'Higher is better. With {num_examples:,} test images the standard error of'
     f' an accuracy of 95 % is {error:.1f} points.'
   )
 
