@@ -5,12 +5,14 @@
 takes folders that `continual_learning` wrote, prints a table, and writes
 accuracy.png and capacity.png to --out_dir. Methods that need different learning
 rates can be compared in this way. The table has a row for each folder and
-power, under the name of the folder; figures name the methods. Forward transfer
-is measured against the runs of `independent`, if there are any.
+power, under the name of the folder; figures name the methods. A second table
+has the settings in which the folders differ. Forward transfer is measured
+against the runs of `independent`, if there are any.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import json
 
 from etils import epath
 
@@ -80,6 +82,28 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
   return renamed
 
 
+def differences(folders: Sequence[str]) -> list[list[str]]:
+  """The settings that are not the same in all folders.
+
+  Args:
+    folders: paths of folders that `continual_learning` has written.
+
+  Returns:
+    A row for each such setting: its name, and its value in each folder, or '-'
+    where a folder does not say.
+  """
+  found = []
+  for path in map(output.folder, folders):
+    file = path / 'config.json'
+    kept = output.read_json(file) if file.exists() else {}
+    found.append(kept.get('settings', {}))
+  rows = [
+    [name, *(json.dumps(one[name]) if name in one else '-' for one in found)]
+    for name in sorted({name for one in found for name in one})
+  ]
+  return [row for row in rows if len({*row[1:]}) > 1]
+
+
 def write(runs: Sequence[comparison.Run], out_dir: epath.Path) -> None:
   """Writes the figures, and prints the table.
 
@@ -101,7 +125,12 @@ def main(settings: Settings) -> None:
   output.announce('continual_compare')
   with config.refusing():
     runs = load(settings.runs)
+    differing = differences(settings.runs)
   write(runs, output.folder(settings.out_dir))
+  if differing:
+    names = [output.folder(run).name for run in settings.runs]
+    print('\nSettings that differ:\n')
+    print(output.table(differing, ['setting', *names]))
 
 
 if __name__ == '__main__':

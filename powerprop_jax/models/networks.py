@@ -362,6 +362,7 @@ NETWORKS: dict[str, Network] = {
   'lenet_300_100': lenet_300_100,
   'lenet_5': lenet_5,
   'alexnet_s': alexnet_s,
+  'wrn_10_1': functools.partial(wide_resnet, depth=10, width=1),
   'wrn_22_2': functools.partial(wide_resnet, depth=22, width=2),
   'resnet18': functools.partial(resnet, depth=18),
   'resnet50': functools.partial(resnet, depth=50),

@@ -205,7 +205,10 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
   n = len(distributions)
   columns = min(n, _COLUMNS)
   rows = -(-n // columns)
-  figure = Figure(figsize=(3.0 * columns + 0.6, 3.5 * rows + 0.4))
+  # A single panel is too narrow for the entries of the legend side by side.
+  in_legend = 3 if columns > 1 else 1
+  height = 3.5 * rows + (0.4 if columns > 1 else 0.8)
+  figure = Figure(figsize=(3.0 * columns + 0.6, height))
   grid = figure.subplots(
     2 * rows,
     2 * columns,
@@ -246,7 +249,7 @@ def weight_scatter(distributions: Mapping[Any, Mapping[str, Any]]) -> Figure:
   figure.legend(
     *first.get_legend_handles_labels(),
     loc='outside lower center',
-    ncols=3,
+    ncols=in_legend,
     columnspacing=1.2,
     handletextpad=0.4,
     markerscale=3,

@@ -1,6 +1,7 @@
 """Tests of the comparison of runs of continual learning."""
 
 import json
+import pathlib
 
 from etils import epath
 import figures
@@ -71,6 +72,19 @@ def test_legends_name_methods_and_folders_only_where_they_must(folders):
   capacity = comparison.figures(continual_compare.load(folders[1:]))
   assert figures.legend(capacity['capacity.png'].legends[0]) == [
     r'$\alpha$ = 2, EfficientPackNet'
+  ]
+
+
+def test_settings_that_differ(folders):
+  assert not continual_compare.differences(folders)  # Nothing is known.
+  for path, gamma in zip(map(pathlib.Path, folders), (0.9, 0.95, 0.9)):
+    kept = {'tasks': 10, 'gamma': gamma, 'network': 'lenet_300_100'}
+    if gamma > 0.9:
+      kept['search'] = 'binary'
+    (path / 'config.json').write_text(json.dumps({'settings': kept}))
+  assert continual_compare.differences(folders) == [
+    ['gamma', '0.9', '0.95', '0.9'],
+    ['search', '-', '"binary"', '-'],
   ]
 
 

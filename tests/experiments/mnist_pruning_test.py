@@ -230,6 +230,19 @@ def test_training_images_are_moved(data, max_shift, rows):
   assert np.flatnonzero(changed).tolist() == rows
 
 
+def test_other_networks_are_trained_if_the_images_fit(data):
+  settings = _parse('--network=wrn_10_1', '--steps=3')
+  functions = mnist_pruning.make_functions(settings, 2.0, 'chain_rule', data)
+  key = jax.random.key(0)
+  state = jax.eval_shape(functions.init, key, key, data.train.images[:1])
+  assert 'group_0_block_0/conv_0' in state.phi
+  split = data.train._replace(images=data.train.images[:, :5, :5])
+  with pytest.raises(ValueError, match='lenet_5 takes .* at least 16'):
+    mnist_pruning.make_functions(
+      _parse('--network=lenet_5'), 2.0, 'chain_rule', data._replace(train=split)
+    )
+
+
 def test_little_decay_is_said(capsys):
   def said(*args):
     arguments = ['--alphas=1,2', '--steps=1000', *args]

@@ -279,15 +279,15 @@ def test_progress_without_a_terminal(monkeypatch, capfd):
   clock = [0.0]
   monkeypatch.setattr(output.time, 'monotonic', lambda: clock[0])
   progress = output.Progress(400, initial=100)
-  for _ in range(300):
+  for i in range(300):
     clock[0] += 0.5
-    progress.add(1, {'loss': 0.25})
+    progress.add(1, {'loss': 0.25}, run='alpha=2.0-seed=0' if i > 100 else None)
   progress.close()
   lines = capfd.readouterr().err.split('\n')
   assert len(lines) == 6  # One every 30 seconds, the last, and the end.
-  assert (
-    lines[0] == 'step 161 of 400, 2 steps per second, 01:59 left: loss 0.25'
-  )
+  shown = 'step 161 of 400, 2 steps per second, 01:59 left: loss 0.25'
+  assert lines[0] == shown
+  assert lines[-2].endswith('left: loss 0.25 (alpha=2.0-seed=0)')
   assert '\r' not in ''.join(lines)
 
 

@@ -221,6 +221,16 @@ def test_weight_scatter_panels_share_their_axes():
   assert named == ['Trained value', '', '', 'Trained value']
 
 
+@pytest.mark.parametrize('alphas', [(2.0,), (1.0, 2.0)])
+def test_weight_scatter_has_room_for_its_legend(alphas):
+  figure = plots.weight_scatter({a: _distribution(a) for a in alphas})
+  figure.draw_without_rendering()
+  (legend,) = figure.legends
+  for text in legend.get_texts():
+    box = text.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_weight_scatter_draws_the_density_curves():
   distribution = _distribution(2.0, density=0.5)
   figure = plots.weight_scatter({'2.0': distribution})
