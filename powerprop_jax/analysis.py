@@ -30,9 +30,6 @@ from powerprop_jax import types
 from powerprop_jax.sparse import masks
 from powerprop_jax.sparse import pruning
 
-with extras.needed('plots'):
-  from scipy import stats
-
 
 @functools.partial(jax.jit, static_argnums=3)
 def _overlap(before, after, counts, is_weight):
@@ -144,6 +141,9 @@ def _density_curve(values: np.ndarray) -> dict[str, list[float]]:
   and the rules of scipy, which use the standard deviation alone, would smooth
   their peak away.
   """
+  with extras.needed('plots'):
+    from scipy import stats  # It takes a second to import.
+
   if len(np.unique(values)) < 2:
     return {'x': [], 'density': []}
   std, range_ = np.std(values, ddof=1), stats.iqr(values)
@@ -198,6 +198,7 @@ def weight_distribution(
   Raises:
     ValueError: if theta is not finite, no leaf is a weight, or the density, the
       number of samples or an option is impossible.
+    ModuleNotFoundError: if scipy is not installed.
   """
   if num_samples < 1:
     raise ValueError(f'num_samples must be at least 1, got {num_samples}.')

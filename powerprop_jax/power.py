@@ -91,6 +91,11 @@ def check_alpha(alpha: chex.Numeric) -> float:
   return value
 
 
+# Outside of traced functions a map compiles once for a shape, and not once for
+# each operation; inside of them this adds nothing to the program.
+_compiled = functools.partial(jax.jit, static_argnums=1, inline=True)
+
+
 def _in_float32(f):
   """Evaluates f(x, ...) in float32 for half-precision x, and rounds once."""
 
@@ -151,7 +156,12 @@ def _abs_power_jvp(exponent, primals, tangents):
   return abs_power(x, exponent), slope * dx
 
 
+@_compiled
 @_in_float32
+def _psi_derivative(x, alpha):
+  return alpha * abs_power(x, alpha - 1.0)
+
+
 def psi_derivative(x: jax.Array, alpha: float) -> jax.Array:
   """psi'(x) = alpha |x|^(alpha - 1), of the shape and dtype of x.
 
@@ -171,9 +181,7 @@ def psi_derivative(x: jax.Array, alpha: float) -> jax.Array:
   [6. 0.]
   """
   alpha = check_alpha(alpha)
-  if alpha == 1.0:
-    return jnp.ones_like(x)
-  return alpha * abs_power(x, alpha - 1.0)
+  return jnp.ones_like(x) if alpha == 1.0 else _psi_derivative(x, alpha)
 
 
 # Differentiating x |x|^(alpha - 1) by the product rule gives 0 * inf = NaN at
@@ -188,6 +196,9 @@ def _psi(x, alpha):
 def _psi_jvp(alpha, primals, tangents):
   (x,), (dx,) = primals, tangents
   return _psi(x, alpha), psi_derivative(x, alpha) * dx
+
+
+_compiled_psi = _compiled(_psi)
 
 
 def psi(x: jax.Array, alpha: float) -> jax.Array:
@@ -213,7 +224,7 @@ def psi(x: jax.Array, alpha: float) -> jax.Array:
   [-9.    0.25]
   """
   alpha = check_alpha(alpha)
-  return x if alpha == 1.0 else _psi(x, alpha)
+  return x if alpha == 1.0 else _compiled_psi(x, alpha)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -227,6 +238,9 @@ def _psi_inverse_jvp(alpha, primals, tangents):
   (x,), (dx,) = primals, tangents
   phi = _psi_inverse(x, alpha)
   return phi, dx / psi_derivative(phi, alpha)
+
+
+_compiled_psi_inverse = _compiled(_psi_inverse)
 
 
 def psi_inverse(x: jax.Array, alpha: float) -> jax.Array:
@@ -251,7 +265,7 @@ def psi_inverse(x: jax.Array, alpha: float) -> jax.Array:
   [-3.   0.5]
   """
   alpha = check_alpha(alpha)
-  return x if alpha == 1.0 else _psi_inverse(x, alpha)
+  return x if alpha == 1.0 else _compiled_psi_inverse(x, alpha)
 
 
 def is_traced(value: Any) -> bool:
@@ -374,11 +388,12 @@ def _is_zero(x: Any) -> bool:
   """Whether all elements of an array are known to be zero."""
   if is_traced(x) or not isinstance(x, jax.Array | np.ndarray):
     return False
-  # On a CPU numpy reads the array in place and compiles nothing.
-  any_of = np.any if jax.default_backend() == 'cpu' else jnp.any
   # Known values stay known while a function that holds them is traced.
   with jax.ensure_compile_time_eval():
-    return x.size > 0 and not any_of(x != 0)
+    on_cpu = jax.default_backend() == 'cpu'
+    if on_cpu and getattr(x, 'is_fully_addressable', True):
+      x = np.asarray(x)  # Numpy reads it in place and compiles nothing.
+    return x.size > 0 and not (x != 0).any()
 
 
 def check_not_zero(params: types.Params, powers: types.Powers) -> None:

@@ -133,7 +133,12 @@ def ones_like(x: Any) -> jax.Array:
   """
   if not isinstance(x, jax.Array | np.ndarray | np.number):
     return jnp.ones(jnp.shape(x), bool)
-  return jnp.asarray((x == x) | (x != x))
+  return _is_anything(x)
+
+
+@functools.partial(jax.jit, inline=True)
+def _is_anything(x):
+  return (x == x) | (x != x)
 
 
 def dense(params: types.Params) -> Masks:
@@ -203,7 +208,8 @@ def apply_mask(tree: _Tree, mask: types.Mask) -> _Tree:
   def leaf(m, x):
     if x is None:  # An optimiser may have no update for a leaf.
       return None
-    return jnp.where(m, x, jnp.zeros_like(x))
+    # One zero for all shapes, outside of traced functions, compiles once.
+    return jnp.where(m, x, jnp.zeros((), jnp.result_type(x)))
 
   check_shapes(tree, mask)
   return jax.tree.map(leaf, mask, tree)

@@ -17,6 +17,7 @@ import sys
 
 import haiku as hk
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 from PIL import Image
 import pytest
@@ -33,15 +34,15 @@ from experiments.support import trained
 from powerprop_jax.models import networks
 from powerprop_jax.training import checkpoint
 
-# Flags by method. The last run is killed in the middle, which ends the program;
-# those before it are asked to stop there.
+# The data sets of the methods. In the middle of a run the second host is asked
+# to stop, and then both do; another run is killed, which ends the program.
 _DATASETS = {
   'top_kast': 'imagenet2012',
   'magnitude': 'folder',
   'acdc': 'imagenet2012',
   'rigl': 'folder',
 }
-_KILLED = 'rigl'
+_STOPPED, _KILLED = 'top_kast', 'rigl'
 _COUNTS = {'train': 36, 'validation': 12}
 _ENDED_AT = 12  # An evaluation is written then, its checkpoint is not.
 
@@ -130,14 +131,14 @@ def _settings(root, method, out_dir):
 
 
 class _Ending(output.Metrics):
-  """Metrics that end a run in the middle."""
+  """Metrics that end a run in the middle. Only the first host writes any."""
 
-  signal = signal.SIGTERM
+  process, signal = os.getpid(), signal.SIGKILL
 
   def __call__(self, metrics, histograms=None):
     super().__call__(metrics, histograms)
     if metrics['step'] == _ENDED_AT and 'sparsity' in metrics:
-      os.kill(os.getpid(), self.signal)
+      os.kill(self.process, self.signal)
 
 
 def _train_one(root, method, out_dir):
@@ -153,11 +154,12 @@ def _train(root, address, index, ended):
   assert (jax.local_device_count(), jax.device_count()) == (2, 4)
   if ended:
     output.Metrics = _Ending
-    for method in _DATASETS:
-      if method == _KILLED:
-        _Ending.signal = signal.SIGKILL
-      with pytest.raises(SystemExit, match='130'):
-        _train_one(root, method, method)
+    processes = multihost_utils.process_allgather(np.array(os.getpid()))
+    _Ending.process, _Ending.signal = int(processes[1]), signal.SIGTERM
+    with pytest.raises(SystemExit, match='130'):
+      _train_one(root, _STOPPED, _STOPPED)
+    _Ending.process, _Ending.signal = os.getpid(), signal.SIGKILL
+    _train_one(root, _KILLED, _KILLED)
   for method in _DATASETS:
     _train_one(root, method, method)
   _train_one(root, _KILLED, 'whole')
@@ -227,7 +229,7 @@ def test_runs_are_ended_go_on_and_are_exported(tmp_path, monkeypatch):
   assert first.returncode == -signal.SIGKILL, errors
   other.kill()
   other.wait()
-  for method in _DATASETS:
+  for method in (_STOPPED, _KILLED):
     steps = [x['step'] for x in _lines(tmp_path / method) if 'sparsity' in x]
     assert steps == [4, 8, _ENDED_AT]
   processes = _start(tmp_path, '')

@@ -105,10 +105,6 @@ def test_mnist_pruning_writes_and_prints_its_results(run, tmp_path):
   assert kept.stat().st_mtime_ns == time_kept
   assert json.loads((tmp_path / 'summary.json').read_text()) == summary
 
-  code, _, err = run(*args, '--learning_rate=0.2')
-  assert code == 2
-  assert 'learning_rate: 0.1 there, 0.2 now' in err
-
 
 @pytest.mark.slow
 def test_mnist_pruning_stops_and_keeps_what_is_finished(start, tmp_path):
