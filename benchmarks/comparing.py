@@ -47,6 +47,19 @@ def train(
   return json.loads(path.read_text()) if path.exists() else None
 
 
+def read(name: str) -> dict[str, Any]:
+  """Reads a file of experiments/results/.
+
+  Args:
+    name: the name of the file, without '.json'.
+
+  Returns:
+    Its content, which is empty if there is no such file.
+  """
+  path = _RESULTS / f'{name}.json'
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write(name: str, source: dict[str, Any], numbers: dict[str, Any]) -> None:
   """Writes a file of experiments/results/.
 

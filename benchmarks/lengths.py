@@ -9,7 +9,8 @@ to --out_dir, and a summary to experiments/results/lengths.json, from which
 `experiments.render` makes a figure and tables.
 
 The recipes were chosen at 10,000 steps by the validation accuracy of one seed,
-after seventeen trials each (experiments/results/trials-lengths.json). At other
+after seventeen trials each (experiments/results/trials-lengths.json), and the
+penalty that grows after six, of the decay alone (ablations.json). At other
 lengths the rate is the same, and the decay per step is that at 10,000 steps
 times the square root of 10,000 / steps. The square root was chosen because it
 leads from the recipes at 10,000 steps to those that had been found at 100,000
@@ -21,6 +22,7 @@ import itertools
 import json
 import pathlib
 import statistics
+from typing import Any
 
 from benchmarks import comparing
 from experiments.support import config
@@ -76,6 +78,15 @@ _FACTORS, _MORE_FACTORS = 'logits=5,linear_1=2', 'logits=8,linear_1=3'
 # Each is the best trial of its kind. For the power that grows it is one within
 # 0.1 points of the best, at a smaller rate: at 0.2 longer runs may diverge.
 RECIPES = {
+  # The same penalty on theta as that of the power that grows.
+  'growing-penalty': Recipe(
+    '1.0 with a growing penalty',
+    1.0,
+    0.16,
+    3.5e-4,
+    _FACTORS,
+    ('--phi_decay_norm=1.333333,1:0.25,0.666667:0.5', '--clip_norm=3'),
+  ),
   'l1': Recipe(
     '1.0 with L1', 1.0, 0.1, 6e-4, _FACTORS, ('--phi_decay_norm=l1',)
   ),
@@ -129,7 +140,11 @@ def main(settings: Settings) -> None:
 
 
 def write(root: pathlib.Path) -> None:
-  """Writes the results of all recipes and lengths that are finished."""
+  """Writes the results of all recipes and lengths that are finished.
+
+  Those that the summary has and the folder has not stay in it.
+  """
+  kept = {_key(r): r for r in comparing.read('lengths').get('results', ())}
   results = []
   for name, steps in itertools.product(RECIPES, _LENGTHS):
     path = root / f'{name}-{steps}' / 'summary.json'
@@ -148,6 +163,11 @@ def write(root: pathlib.Path) -> None:
           'valid_mean': [round(x, 6) for x in valid],
         }
       )
+  kept |= {_key(r): r for r in results}
+  labels = [recipe.label for recipe in RECIPES.values()]
+  order = sorted(
+    kept, key=lambda key: (labels.index(key[0]), key[1], key[2] != 'layer')
+  )
   comparing.write(
     'lengths',
     {
@@ -157,8 +177,12 @@ def write(root: pathlib.Path) -> None:
         for recipe in RECIPES.values()
       },
     },
-    {'kept': list(_KEPT), 'results': results},
+    {'kept': list(_KEPT), 'results': [kept[key] for key in order]},
   )
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+  return row['recipe'], row['steps'], row['scope']
 
 
 if __name__ == '__main__':

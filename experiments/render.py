@@ -145,13 +145,13 @@ def _adam() -> str:
 
 def _lengths_in(
   recipe: str, steps: int, scope: str, kept: float
-) -> tuple[float, float]:
-  """The mean and the standard deviation of the accuracy of one recipe."""
+) -> tuple[float, float | None]:
+  """The mean accuracy of a recipe, and the deviation of more than one seed."""
   content = load('lengths')
   i = content['kept'].index(kept)
   for r in content['results']:
     if (r['recipe'], r['steps'], r['scope']) == (recipe, steps, scope):
-      return r['mean'][i], r['std'][i]
+      return r['mean'][i], r['std'][i] if r['seeds'] > 1 else None
   raise KeyError(f'{recipe} was not measured at {steps} steps')
 
 
@@ -178,25 +178,38 @@ def _lengths(scope: str) -> str:
 
 _GROWING = '1.5 then 2 and 3'
 _ALPHA_1 = ('1.0 with L1', '1.0 with the 2/3-norm')
+_PENALTY = '1.0 with a growing penalty'
 
 
 def _lengths_best() -> str:
-  """The power that grows against alpha = 1 with the better of its decays."""
-  rows = []
-  for steps in sorted({r['steps'] for r in load('lengths')['results']}):
-    row = [f'{steps:,}']
-    for kept in (0.0546, 0.01, 0.007, 0.005):
-      growing, *baselines = (
-        _lengths_in(r, steps, 'global', kept)[0] for r in (_GROWING, *_ALPHA_1)
-      )
-      row += [_percent(growing), _percent(max(baselines))]
-    rows.append(row)
-  headings = [
-    f'{100 * kept:.3g} %, {what}'
-    for kept in (0.0546, 0.01, 0.007, 0.005)
-    for what in ('growing', '`alpha = 1`')
+  """The power that grows, against its penalty and the best fixed one."""
+  shown = (0.0546, 0.01, 0.007, 0.005)
+  recipes = {
+    'growing': [_GROWING],
+    '1, the same penalty': [_PENALTY],
+    '1, the better fixed penalty': _ALPHA_1,
+  }
+  rows = [
+    [
+      f'{steps:,}',
+      title,
+      *(
+        _percent(max(_lengths_in(r, steps, 'global', p)[0] for r in several))
+        for p in shown
+      ),
+    ]
+    for steps in sorted({r['steps'] for r in load('lengths')['results']})
+    for title, several in recipes.items()
+    # The penalty that grows was not measured at every length.
+    if all(_was_measured(r, steps) for r in several)
   ]
-  return _markdown(['steps', *headings], rows, left=0)
+  headings = [f'{100 * p:.3g} %' for p in shown]
+  return _markdown(['steps', 'alpha', *headings], rows, left=2)
+
+
+def _was_measured(recipe: str, steps: int) -> bool:
+  results = load('lengths')['results']
+  return (recipe, steps) in {(r['recipe'], r['steps']) for r in results}
 
 
 def _ablations() -> str:
@@ -288,6 +301,44 @@ def _sweep_decays() -> str:
   ]
   headings = ['method', 'alpha', 'decay of phi', 'test accuracy (%)']
   return _markdown([*headings, 'signs changed (%)'], rows)
+
+
+def _one_shot(name: str) -> str:
+  """A line for each recipe of `benchmarks.one_shot`."""
+  content = load(name)
+  rows = [
+    [
+      r['recipe'],
+      f'{r["rate"]:g}',
+      f'{r["decay"]:.2g}',
+      str(r['seeds']),
+      *map(_percent, r['mean'], r['std']),
+    ]
+    for r in content['results']
+  ]
+  kept = [f'{100 * p:g} %' for p in content['kept']]
+  return _markdown(['alpha', 'rate', 'decay', 'seeds', *kept], rows)
+
+
+def _sweep_powers(name: str) -> str:
+  """A line for each method and power of `benchmarks.sparse`."""
+  entries = load(name)['results']
+  sparsities = sorted({r['sparsity'] for r in entries})
+  lines: dict[tuple[str, ...], dict[float, list[str]]] = {}
+  for r in sorted(entries, key=_in_order):
+    title = sweep_report.TITLES[r['method']]
+    key = title, f'{r["alpha"]:g}', f'{r["decay"]:g}'
+    lines.setdefault(key, {})[r['sparsity']] = [
+      _percent(r['mean'], r['std']),
+      _percent(r['sign_changes'], digits=1),
+    ]
+  rows = [
+    [*key, *(cells[s][i] for i in range(2) for s in sparsities)]
+    for key, cells in lines.items()
+  ]
+  shown = [f'{100 * s:g} %' for s in sparsities]
+  signs = [f'signs changed, {s}' for s in shown]
+  return _markdown(['method', 'alpha', 'decay of phi', *shown, *signs], rows)
 
 
 def _in_order(r: Mapping[str, Any]) -> tuple[int, float]:
@@ -468,13 +519,12 @@ def _expectations() -> str:
   paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
   found = lambda recipe, steps: _lengths_in(recipe, steps, 'global', 0.01)[0]
   growing = lambda steps: _percent(found(_GROWING, steps))
-  tuned = lambda steps: _percent(max(found(r, steps) for r in _ALPHA_1))
-  ablations = load('ablations')
-  penalty = next(
-    _percent(r['mean'][ablations['kept'].index(0.01)])
-    for r in ablations['results']
-    if r['variant'].startswith('1, with p') and r['scope'] == 'global'
-  )
+  penalty = lambda steps: _percent(found(_PENALTY, steps))
+  fixed = _percent(max(found(r, 10_000) for r in _ALPHA_1))
+  sparsest = [
+    _percent(_lengths_in(recipe, 50_000, 'global', 0.005)[0])
+    for recipe in (_GROWING, _PENALTY)
+  ]
   decays = {
     (r['method'], r['alpha']): 100 * r['mean']
     for r in load('sparse_sweep-decays')['results']
@@ -496,13 +546,13 @@ def _expectations() -> str:
     [
       'pruning once a network that was trained to be pruned, with decay on phi'
       ' and an `alpha` that grows',
-      f'{growing(10_000)} % against {tuned(10_000)} % of `alpha = 1`, tuned'
-      f' alike, with 1 % of the weights after 10,000 steps; {growing(50_000)} %'
-      f' against {tuned(50_000)} % after 50,000',
+      f'{growing(10_000)} % against {penalty(10_000)} % of `alpha = 1` with the'
+      f' same penalty on theta, and {fixed} % with the better fixed one, with'
+      ' 1 % of the weights after 10,000 steps',
       'a rate, a decay, and clipping to tune',
-      'below 0.7 %, where `alpha = 1` with a 2/3-norm is ahead; and most of the'
-      ' gain is that of a penalty that grows, with which `alpha = 1` has'
-      f' {penalty} % after 10,000',
+      'in long runs: after 50,000 steps `alpha = 1` with that penalty is level'
+      f' ({penalty(50_000)} % against {growing(50_000)} % with 1 %) and ahead'
+      f' with 0.5 % ({sparsest[1]} % against {sparsest[0]} %)',
     ],
     [
       'gradual pruning, and AC/DC, to 99 %',
@@ -571,11 +621,21 @@ TABLES: dict[str, Callable[[], str]] = {
       '`growing-p-norm`': ('growing-p-norm', '1.0'),
     }
   ),
+  'mnist_pruning-growing-penalty': lambda: _layer_and_global(
+    {
+      '`growing`': ('growing', '1.5'),
+      '`growing-penalty`': ('growing-penalty', '1.0'),
+    }
+  ),
   'mnist_pruning-adam': _adam,
   'lengths-global': lambda: _lengths('global'),
   'lengths-layer': lambda: _lengths('layer'),
   'lengths-best': _lengths_best,
   'ablations': _ablations,
+  'one_shot-lenet_5': lambda: _one_shot('one_shot-lenet_5'),
+  'sparse_sweep-lenet_5-powers': lambda: _sweep_powers(
+    'sparse_sweep-lenet_5-powers'
+  ),
   'sparse_sweep-decays': _sweep_decays,
   'sparse_sweep-flops': _sweep_flops,
   **{
