@@ -103,15 +103,12 @@ def main(settings: Settings) -> None:
     best, folder = None, root
     for rate, factor in itertools.product(recipe.rates, _FACTORS):
       decay = recipe.decay * factor * (10_000 / settings.steps) ** 0.5
-      chosen = [f'--learning_rate={rate:g}', f'--phi_decay={decay:.3g}']
-      flags = [*common, *recipe.flags, *chosen]
-      path = root / f'{name}-{rate:g}-{decay:.3g}'
+      decay = float(f'{decay:.3g}')
+      flags = [*common, *recipe.flags]
+      flags += [f'--learning_rate={rate:g}', f'--phi_decay={decay:g}']
+      path = root / f'{name}-{rate:g}-{decay:g}'
       summary = comparing.train('mnist_pruning', [*flags, '--seeds=1'], path)
-      trial = {
-        'recipe': recipe.label,
-        'rate': rate,
-        'decay': float(chosen[1][12:]),
-      }
+      trial = {'recipe': recipe.label, 'rate': rate, 'decay': decay}
       if summary is None:
         trials.append(trial | {'valid': None})
         continue

@@ -99,8 +99,8 @@ def main(settings: Settings) -> None:
       continue
     trials += map(_row, summary['results'])
     chosen = [row['recipe'] for row in summary['results'] if row['chosen']]
-    every_one = ','.join(f'{s:g}' for s in settings.sparsities)
-    flags = [f'--sparsities={every_one}', f'--seeds={settings.seeds}']
+    sparsities = ','.join(f'{s:g}' for s in settings.sparsities)
+    flags = [f'--sparsities={sparsities}', f'--seeds={settings.seeds}']
     summary = comparing.train(
       'sparse_sweep',
       [*of_method, *flags, *_recipes(chosen)],
