@@ -55,10 +55,9 @@ _VARIANTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(config.Settings):
+class Settings(comparing.Settings):
   """Where the data lie, and where the results go."""
 
-  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/ablations', 'The folder of results.')
   seeds: int = config.flag(3, 'The number of runs of each kind.', low=1)
 
@@ -85,10 +84,9 @@ def _judge(results: dict | None) -> float:
 def main(settings: Settings) -> None:
   """Trains what is not finished, and writes all."""
   root = pathlib.Path(settings.out_dir)
-  data = [f'--data_dir={settings.data_dir}'] if settings.data_dir else []
 
   def train(name, flags, decay, seeds):
-    flags = [*_COMMON, *flags, *data, f'--seeds={seeds}']
+    flags = [*_COMMON, *flags, *settings.data(), f'--seeds={seeds}']
     flags += [f'--learning_rate={_RATE:g}', f'--phi_decay={decay:g}']
     return _by_scope(comparing.train('mnist_pruning', flags, root / name))
 

@@ -1,6 +1,7 @@
 """Runs of the programs that several benchmarks of recipes share."""
 
 from collections.abc import Sequence
+import dataclasses
 from importlib import metadata
 import json
 import os
@@ -13,6 +14,26 @@ from typing import Any
 from experiments.support import config
 
 _RESULTS = pathlib.Path(__file__).parent.parent / 'experiments' / 'results'
+
+# What recipes for networks that are trained on full MNIST have in common.
+COMMON = (
+  '--dataset=mnist',
+  '--batch_size=60',
+  '--momentum=0.9',
+  '--schedule=cosine',
+  '--phi_decay_schedule=cosine',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(config.Settings):
+  """Where the data lie."""
+
+  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
+
+  def data(self) -> list[str]:
+    """The flag of a binary that says where the data lie, if it is known."""
+    return [f'--data_dir={self.data_dir}'] if self.data_dir else []
 
 
 def train(

@@ -54,10 +54,9 @@ _RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(config.Settings):
+class Settings(comparing.Settings):
   """Where the data lie, and where the results go."""
 
-  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/continual', 'The folder of results.')
   seeds: int = config.flag(3, 'The number of runs of the best recipes.', low=1)
 
@@ -92,11 +91,16 @@ def _measure(
 def main(settings: Settings) -> None:
   """Learns what is not finished, and writes all."""
   root = pathlib.Path(settings.out_dir)
-  data = [f'--data_dir={settings.data_dir}'] if settings.data_dir else []
 
   def learn(name, setting, flags, rate, decay, seeds):
     tasks = _TASKS[setting]
-    flags = [*_COMMON, *data, *_SETTINGS[setting], *flags, f'--seeds={seeds}']
+    flags = [
+      *_COMMON,
+      *settings.data(),
+      *_SETTINGS[setting],
+      *flags,
+      f'--seeds={seeds}',
+    ]
     flags += [f'--tasks={tasks}', f'--evaluate_every={tasks}']
     flags += [f'--learning_rate={rate:g}', f'--phi_decay={decay:.3g}']
     summary = comparing.train('continual_learning', flags, root / name)

@@ -30,11 +30,7 @@ from experiments.support import config
 _LENGTHS = (2_500, 5_000, 10_000, 25_000, 50_000, 100_000)
 _KEPT = (1.0, 0.1, 0.0546, 0.0207, 0.01, 0.007, 0.005)
 _COMMON = (
-  '--dataset=mnist',
-  '--batch_size=60',
-  '--momentum=0.9',
-  '--schedule=cosine',
-  '--phi_decay_schedule=cosine',
+  *comparing.COMMON,
   '--scope=layer,global',
   f'--kept={",".join(map(str, _KEPT))}',
 )
@@ -112,10 +108,9 @@ RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(config.Settings):
+class Settings(comparing.Settings):
   """The lengths and seeds to train, and where the results go."""
 
-  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/lengths', 'The folder of results.')
   seeds: int = config.flag(3, 'The number of seeds of each recipe.', low=1)
   lengths: tuple[int, ...] = config.flag(
@@ -128,11 +123,10 @@ class Settings(config.Settings):
 
 def main(settings: Settings) -> None:
   """Trains what is not finished, and writes the results so far."""
-  data = [f'--data_dir={settings.data_dir}'] if settings.data_dir else []
   root = pathlib.Path(settings.out_dir)
   for steps in settings.lengths:
     for name, recipe in RECIPES.items():
-      flags = [*_COMMON, *recipe.flags(steps), *data]
+      flags = [*_COMMON, *recipe.flags(steps), *settings.data()]
       flags.append(f'--seeds={settings.seeds}')
       # Where a run diverges the others count.
       comparing.train('mnist_pruning', flags, root / f'{name}-{steps}')

@@ -23,18 +23,14 @@ from typing import Any
 
 from benchmarks import comparing
 from experiments.support import config
-from powerprop_jax.models import networks
+from experiments.support import settings as settings_lib
 
 _KEPT = (1.0, 0.1, 0.05, 0.02, 0.01, 0.005, 0.003, 0.002)
 _CHOOSING = (0.1, 0.02, 0.01, 0.005, 0.002)  # Their mean chooses.
 _RATES, _LARGER = (0.1, 0.2), (0.2, 0.4)
 _FACTORS = (0.1, 0.25, 0.5)  # Of the decay.
 _COMMON = (
-  '--dataset=mnist',
-  '--batch_size=60',
-  '--momentum=0.9',
-  '--schedule=cosine',
-  '--phi_decay_schedule=cosine',
+  *comparing.COMMON,
   '--clip_norm=1',
   '--scope=global',
   f'--kept={",".join(map(str, _KEPT))}',
@@ -79,14 +75,11 @@ RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(config.Settings):
+class Settings(comparing.Settings):
   """What is trained, and where the results go."""
 
-  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/one_shot', 'The folder of results.')
-  network: str = config.flag(
-    'lenet_5', 'The network to train.', choices=networks.NETWORKS
-  )
+  network: str = config.like(settings_lib.Network, 'network', 'lenet_5')
   steps: int = config.flag(2_000, 'The number of training steps.', low=1)
   seeds: int = config.flag(3, 'The number of seeds of each recipe.', low=1)
 
@@ -95,9 +88,7 @@ def main(settings: Settings) -> None:
   """Trains what is not finished, and writes the results."""
   root = pathlib.Path(settings.out_dir)
   common = [*_COMMON, f'--network={settings.network}']
-  common += [f'--steps={settings.steps}']
-  if settings.data_dir:
-    common.append(f'--data_dir={settings.data_dir}')
+  common += [f'--steps={settings.steps}', *settings.data()]
   results, trials = [], []
   for name, recipe in RECIPES.items():
     best, folder = None, root

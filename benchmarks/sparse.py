@@ -19,30 +19,20 @@ from typing import Any
 
 from benchmarks import comparing
 from experiments.support import config
-from powerprop_jax.models import networks
+from experiments.support import settings as settings_lib
 
 _METHODS = ('magnitude', 'top_kast', 'rigl', 'acdc')
 _ALPHAS = (1.0, 1.5)
 _RATE = 0.2
 _NATS = (0.1, 1.0, 3.0)
-_COMMON = (
-  '--dataset=mnist',
-  '--batch_size=60',
-  '--momentum=0.9',
-  '--schedule=cosine',
-  '--phi_decay_schedule=cosine',
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(config.Settings):
+class Settings(comparing.Settings):
   """What is trained, and where the results go."""
 
-  data_dir: str = config.flag('', 'The folder in which the TFDS sets lie.')
   out_dir: str = config.flag('results/sparse', 'The folder of results.')
-  network: str = config.flag(
-    'lenet_5', 'The network to train.', choices=networks.NETWORKS
-  )
+  network: str = config.like(settings_lib.Network, 'network', 'lenet_5')
   steps: int = config.flag(600, 'The number of training steps.', low=100)
   seeds: int = config.flag(3, 'The number of seeds of each recipe.', low=1)
   sparsities: tuple[float, ...] = config.flag(
@@ -70,9 +60,8 @@ def _recipes(recipes: Sequence[dict[str, float]]) -> list[str]:
 def main(settings: Settings) -> None:
   """Trains what is not finished, and writes the results."""
   root, steps = pathlib.Path(settings.out_dir), settings.steps
-  common = [*_COMMON, f'--network={settings.network}', f'--steps={steps}']
-  if settings.data_dir:
-    common.append(f'--data_dir={settings.data_dir}')
+  common = [*comparing.COMMON, f'--network={settings.network}']
+  common += [f'--steps={steps}', *settings.data()]
   grid = [
     {
       'alpha': alpha,
@@ -113,7 +102,7 @@ def main(settings: Settings) -> None:
     f'sparse_sweep-{settings.network}-powers',
     {
       'commands': [f'{command} --steps={steps} --data_dir=DIR'],
-      'flags': ' '.join(_COMMON),
+      'flags': ' '.join(comparing.COMMON),
       'choice': 'by the validation accuracy of one seed at the first sparsity',
     },
     {'results': results, 'trials': trials},

@@ -97,7 +97,7 @@ def _details(run: comparison.Run) -> str:
     new = ', '.join(map(str, run['new_weights'][:10]))
     more = ', ...' if run['num_tasks'] > 10 else ''
     lines.insert(1, f'weights in use by each task (%): {density}{more}')
-    lines.insert(2, f'of them new, as a number: {new}{more}')
+    lines.insert(2, f'new weights of each task: {new}{more}')
   if run['num_tasks'] > 1:
     lines.append(
       'transfer (%) of Lopez-Paz and Ranzato: backward'
