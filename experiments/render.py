@@ -280,22 +280,6 @@ def _sweep_flops() -> str:
   )
 
 
-def _sweep_decays() -> str:
-  """A line for each method and alpha, by the best of its decays."""
-  rows = [
-    [
-      sweep_report.TITLES[r['method']],
-      f'{r["alpha"]:g}',
-      f'{r["decay"]:g}',
-      _percent(r['mean'], r['std']),
-      _percent(r['sign_changes'], digits=1),
-    ]
-    for r in sorted(load('sparse_sweep-decays')['results'], key=_in_order)
-  ]
-  headings = ['method', 'alpha', 'decay of phi', 'test accuracy (%)']
-  return _markdown([*headings, 'signs changed (%)'], rows)
-
-
 def _one_shot(name: str) -> str:
   """A line for each recipe of `benchmarks.one_shot`."""
   content = load(name)
@@ -314,24 +298,25 @@ def _one_shot(name: str) -> str:
 
 
 def _sweep_powers(name: str) -> str:
-  """A line for each method and power of `benchmarks.sparse`."""
+  """A line for each method and power, by the best of its recipes."""
   entries = load(name)['results']
   sparsities = sorted({r['sparsity'] for r in entries})
   lines: dict[tuple[str, ...], dict[float, list[str]]] = {}
   for r in sorted(entries, key=_in_order):
     title = sweep_report.TITLES[r['method']]
-    key = title, f'{r["alpha"]:g}', f'{r["decay"]:g}'
+    floor = f', floor {r["floor"]:g}' if r.get('floor') else ''
+    key = title, f'{r["alpha"]:g}{floor}', f'{r["rate"]:g}', f'{r["decay"]:g}'
     lines.setdefault(key, {})[r['sparsity']] = [
       _percent(r['mean'], r['std']),
       _percent(r['sign_changes'], digits=1),
     ]
   rows = [
-    [*key, *(cells[s][i] for i in range(2) for s in sparsities)]
+    [*key, *(cells[s][0] for s in sparsities), cells[sparsities[-1]][1]]
     for key, cells in lines.items()
   ]
   shown = [f'{100 * s:g} %' for s in sparsities]
-  signs = [f'signs changed, {s}' for s in shown]
-  return _markdown(['method', 'alpha', 'decay of phi', *shown, *signs], rows)
+  headings = ['method', 'alpha', 'rate', 'decay of phi', *shown]
+  return _markdown([*headings, f'signs changed, {shown[-1]}'], rows)
 
 
 def _in_order(r: Mapping[str, Any]) -> tuple[int, float]:
@@ -498,15 +483,6 @@ def _at_kept(name: str, label: str, kept: float) -> str:
   return _percent(content['results'][label]['mean'][i])
 
 
-def _at_sparsity(method: str, sparsity: float) -> dict[float, float]:
-  """The accuracies in percent of a method in the sweep, by alpha."""
-  return {
-    r['recipe']['alpha']: 100 * r['mean']
-    for r in load('sparse_sweep-mnist')['results']
-    if (r['method'], r['sparsity']) == (method, sparsity)
-  }
-
-
 def _expectations() -> str:
   """The table of the README: what to expect, by numbers of other tables."""
   paper = lambda alpha, kept: _at_kept('mnist_pruning-paper', alpha, kept)
@@ -514,23 +490,24 @@ def _expectations() -> str:
   growing = lambda steps: _percent(found(_GROWING, steps))
   penalty = lambda steps: _percent(found(_PENALTY, steps))
   fixed = _percent(max(found(r, 10_000) for r in _ALPHA_1))
-  sparsest = [
-    _percent(_lengths_in(recipe, 50_000, 'global', 0.005)[0])
-    for recipe in (_GROWING, _PENALTY)
-  ]
+  tuned = lambda preset, kept: _at_kept(
+    f'mnist_pruning-{preset}', f'{_GROWING_PRESETS[preset]} global', kept
+  )
   one_shot = load('one_shot-lenet_5')
   lenet = {
     r['recipe']: _percent(r['mean'][one_shot['kept'].index(0.01)])
     for r in one_shot['results']
   }
-  decays = {
-    (r['method'], r['alpha']): 100 * r['mean']
-    for r in load('sparse_sweep-decays')['results']
-  }
-  decayed = lambda method: (
-    f'{decays[method, 1.5]:.2f} % against {decays[method, 1.0]:.2f} %'
-  )
-  rigl, kast = _at_sparsity('rigl', 0.98), _at_sparsity('top_kast', 0.98)
+
+  def sparse(method, sparsity, file='decays'):
+    found = {
+      r['alpha']: _percent(r['mean'])
+      for r in load(f'sparse_sweep-{file}')['results']
+      if (r['method'], r['sparsity']) == (method, sparsity)
+      and not r.get('floor')
+    }
+    return f'{found[1.5]} % against {found[1.0]} %'
+
   ten = {r['preset']: r for r in load('continual-ten')['results']}
   used = {k: f'{100 * r.get("used", 0):.0f}' for k, r in ten.items()}
   rows = [
@@ -549,23 +526,26 @@ def _expectations() -> str:
       ' 1 % of the weights after 10,000 steps',
       'a rate, a decay, and clipping to tune',
       'in long runs: after 50,000 steps `alpha = 1` with that penalty is level'
-      f' ({penalty(50_000)} % against {growing(50_000)} % with 1 %) and ahead'
-      f' with 0.5 % ({sparsest[1]} % against {sparsest[0]} %); and in short'
-      f' runs of LeNet-5, where L1 is ahead ({lenet["1 with L1"]} % against'
-      f' {lenet["2"]} % with 1 %)',
+      f' ({tuned("growing-penalty", 0.01)} % against {tuned("growing", 0.01)} %'
+      f' with 1 %, {tuned("growing-penalty", 0.005)} % against'
+      f' {tuned("growing", 0.005)} % with 0.5 %); and in short runs of LeNet-5,'
+      f' where L1 is ahead ({lenet["1 with L1"]} % against {lenet["2"]} % with'
+      ' 1 %)',
     ],
     [
       'gradual pruning, and AC/DC, to 99 %',
-      f'{decayed("magnitude")}, and {decayed("acdc")}, each with a decay of its'
-      ' own',
+      f'{sparse("magnitude", 0.99)}, and {sparse("acdc", 0.99)}, each with a'
+      ' decay of its own; gradual pruning of LeNet-5'
+      f' {sparse("magnitude", 0.99, "lenet_5-powers")}',
       'a rate and a decay to tune',
-      'gradual pruning at 98 % and less, and short runs of LeNet-5',
+      'gradual pruning at 98 % and less, and AC/DC in short runs of networks of'
+      ' convolutions',
     ],
     [
       'static masks, SNIP, SET, RigL, Top-KAST',
       'none was found',
-      f'RigL at 98 %: {rigl[1.5]:.2f} % against {rigl[1.0]:.2f} %; Top-KAST'
-      f' {kast[1.5]:.2f} % against {kast[1.0]:.2f} %',
+      f'RigL at 98 %: {sparse("rigl", 0.98)}; Top-KAST'
+      f' {sparse("top_kast", 0.98)}',
       'use `alpha = 1`',
     ],
     [
@@ -596,6 +576,12 @@ def _nats() -> str:
   return _markdown(['steps', 'decay of phi', 'nats'], rows, left=0)
 
 
+_GROWING_PRESETS = {
+  'growing': '1.5',
+  'growing-penalty': '1.0',
+  'growing-p-norm': '1.0',
+  'growing-l1': '1.0',
+}
 TABLES: dict[str, Callable[[], str]] = {
   'expectations': _expectations,
   'nats': _nats,
@@ -614,13 +600,15 @@ TABLES: dict[str, Callable[[], str]] = {
       '`baseline-unshifted`': ('baseline-unshifted', '1.0'),
     }
   ),
-  'mnist_pruning-growing': lambda: _layer_and_global(
-    {
-      '`growing`': ('growing', '1.5'),
-      '`growing-l1`': ('growing-l1', '1.0'),
-      '`growing-p-norm`': ('growing-p-norm', '1.0'),
-    }
-  ),
+  **{
+    f'mnist_pruning-growing-{scope}': lambda suffix=suffix: _by_kept(
+      {
+        f'`{name}`': (f'mnist_pruning-{name}', f'{alpha}{suffix}')
+        for name, alpha in _GROWING_PRESETS.items()
+      }
+    )
+    for scope, suffix in (('layer', ''), ('global', ' global'))
+  },
   'mnist_pruning-growing-longer': lambda: _layer_and_global(
     {
       '`growing-longer`': ('growing-longer', '1.5'),
@@ -633,10 +621,14 @@ TABLES: dict[str, Callable[[], str]] = {
   'lengths-best': _lengths_best,
   'ablations': _ablations,
   'one_shot-lenet_5': lambda: _one_shot('one_shot-lenet_5'),
-  'sparse_sweep-lenet_5-powers': lambda: _sweep_powers(
-    'sparse_sweep-lenet_5-powers'
-  ),
-  'sparse_sweep-decays': _sweep_decays,
+  **{
+    name: lambda name=name: _sweep_powers(name)
+    for name in (
+      'sparse_sweep-decays',
+      'sparse_sweep-lenet_5-powers',
+      'sparse_sweep-wrn_10_1-powers',
+    )
+  },
   'sparse_sweep-flops': _sweep_flops,
   **{
     name: lambda name=name: _sweep_accuracy(name)
@@ -658,6 +650,7 @@ TABLES: dict[str, Callable[[], str]] = {
     )
   },
   'continual-powers-short': lambda: _continual_powers('short'),
+  'continual-powers-full': lambda: _continual_powers('full'),
   'continual-powers-hundred': lambda: _continual_powers('hundred'),
   'continual-before-retraining': _before_retraining,
   'continual-search': _search,
@@ -702,8 +695,9 @@ def _signs_by_method() -> dict[str, dict[str, float]]:
   """The shares of changed signs that `plots.sign_changes` draws."""
   found: dict[str, dict[str, float]] = {}
   for r in sorted(load('sparse_sweep-decays')['results'], key=_in_order):
-    shares = found.setdefault(str(r['alpha']), {})
-    shares[sweep_report.TITLES[r['method']]] = r['sign_changes']
+    if r['sparsity'] == 0.99 and not r.get('floor'):
+      shares = found.setdefault(str(r['alpha']), {})
+      shares[sweep_report.TITLES[r['method']]] = r['sign_changes']
   return found
 
 
