@@ -14,8 +14,8 @@ then chosen in the same way with all steps, for which the presets have recipes
 of the others. At last alpha = 1, the power with the best score in short runs,
 and PackNet by its preset learn a hundred tasks with a fifth of the steps. All
 this takes an hour on one core, and continues when it is given again. The
-results go to --out_dir, and together to
-experiments/results/continual-powers.json.
+results go to --out_dir, and together to experiments/results/, as
+continual-powers.json.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ class Settings(comparing.Settings):
     (0.2, 0.4), 'The learning rates of the trials.', low=0.0
   )
   nats: tuple[float, ...] = config.flag(
-    (0.1, 1.0, 3.0), 'The decays of the trials, in nats of theta.', low=0.0
+    (0.1, 1.0, 3.0), 'The decays of the trials, in nats.', low=0.0
   )
   sparsities: tuple[float, ...] = config.flag(
     (0.98, 0.99, 0.9, 0.95),
