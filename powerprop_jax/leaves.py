@@ -224,23 +224,31 @@ def axes(
   return types.Axes(tuple(range(first)), tuple(inputs), tuple(outputs))
 
 
+def _owner(tree: Any, key_path: tuple[Any, ...]) -> type | None:
+  """The class of the node in which a leaf is, or None if it is unknown."""
+  node = tree
+  for key in key_path[:-1]:
+    if isinstance(key, jax.tree_util.GetAttrKey):
+      node = getattr(node, key.name)
+    elif isinstance(key, jax.tree_util.SequenceKey):
+      node = node[key.idx]
+    elif isinstance(key, jax.tree_util.DictKey):
+      node = node[key.key]
+    else:
+      return None
+  return type(node)
+
+
 def _path(tree: Any, key_path: tuple[Any, ...]) -> types.Path:
-  # Flax nnx hides each array in the `value` of a variable.
   if key_path and key_path[-1] == jax.tree_util.GetAttrKey('value'):
-    key_path = key_path[:-1]
+    # Flax nnx hides each array in the `value` of a variable.
+    owner = _owner(tree, key_path)
+    classes = () if owner is None else owner.__mro__
+    if not classes or any(x.__module__.startswith('flax.') for x in classes):
+      key_path = key_path[:-1]
   path = types.Path(jax.tree_util.keystr(key_path, simple=True, separator='/'))
   if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey):
-    node = tree
-    for key in key_path[:-1]:
-      if isinstance(key, jax.tree_util.GetAttrKey):
-        node = getattr(node, key.name)
-      elif isinstance(key, jax.tree_util.SequenceKey):
-        node = node[key.idx]
-      elif isinstance(key, jax.tree_util.DictKey):
-        node = node[key.key]
-      else:
-        return path
-    path.owner = type(node)
+    path.owner = _owner(tree, key_path)
   return path
 
 

@@ -143,7 +143,7 @@ def abs_power(x: jax.Array, exponent: float) -> jax.Array:
   >>> print(power.abs_power(jnp.array([-4.0, 9.0]), 1.5))
   [ 8. 27.]
   """
-  magnitude = jnp.abs(x)
+  magnitude, exponent = jnp.abs(x), float(exponent)
   if exponent >= 0 and (8 * exponent).is_integer():
     return _products_and_roots(magnitude, exponent)
   return jnp.exp2(exponent * jnp.log2(magnitude))

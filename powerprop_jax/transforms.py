@@ -50,7 +50,10 @@ they are refused where their state tells of them:
 
 Wrappers that pass updates on, hold them back or choose among parameters
 (`chain`, `masked`, `partition`, `MultiSteps`, `apply_if_finite`,
-`inject_hyperparams`) do the same inside and outside.
+`inject_hyperparams`) work inside and outside. Two differences remain. Around a
+power `masked` leaves the parameters that it does not choose without one, and
+inside the power still scales their updates. A schedule of alpha counts the
+steps of `MultiSteps` that is outside, and its small batches if it is inside.
 
 A few optimisers that are not wrappers cannot be inside either, and are not
 refused, because nothing tells them from others. `contrib.cocob` and
@@ -462,6 +465,9 @@ def decay_phi(
   rate for p = 2, to first order in the rate. For parameters without a power,
   p = 2 / alpha at half the rate is the penalty that 'l2' puts on the weights of
   a network with the power alpha; compare the two with these settings.
+
+  Keep the parameters in single precision: bfloat16 has no numbers between 1 and
+  1 - 1 / 256, so that a decay of less than a fifth of a percent is lost.
 
   Args:
     rate: how much a step takes away, >= 0; a number or a schedule.

@@ -1,7 +1,7 @@
 """Tests of which leaves are weights, in trees of Haiku, Flax and Equinox."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 from flax import nnx
@@ -320,6 +320,16 @@ def test_embeddings_are_weights_if_asked_for(library):
   weights, others = _chosen(params, with_embeddings)
   assert others == {'linear/b'}
   assert len(weights) == 2
+
+
+def test_only_flax_hides_arrays_in_a_value():
+  class Attention(NamedTuple):
+    query: jax.Array
+    value: jax.Array
+
+  tree = {'attention': Attention(X, X), 'flax': nnx.Param(X)}
+  paths = ['attention/query', 'attention/value', 'flax']
+  assert leaves.paths(tree) == paths
 
 
 def test_names_without_an_owner():

@@ -361,7 +361,7 @@ def test_p_norm_is_the_known_decay_to_first_order():
   phi = {'w': jnp.linspace(0.1, 2.0, 50)}
   for rate in (1e-2, 1e-3):
     soft = _decayed(transforms.decay_phi(rate, 'l1'), phi)['w']
-    one = _decayed(transforms.decay_phi(rate, 1.0), phi)['w']
+    one = _decayed(transforms.decay_phi(rate, 1), phi)['w']
     # phi^2 / (phi + r) - (phi - r) = r^2 / (phi + r).
     np.testing.assert_allclose(
       one - soft, rate**2 / (phi['w'] + rate), atol=2e-7

@@ -282,7 +282,9 @@ def efficient_packnet(
     dense = performance(size, size)
     found = find(
       lambda p: performance(masks.num_kept(p, size), max_new),
-      gamma * dense,
+      # Less by the rounding of two performances in single precision: 19 of 20
+      # right are 0.95 of all right.
+      gamma * dense * (1 - 2**-23),
       predictions,
     )
     count = masks.num_kept(found.density, size)

@@ -117,13 +117,18 @@ def fisher(
     grads = score(theta, *example)
     counts = example[1] >= 0
     return jax.tree.map(
-      lambda t, g: t + jnp.where(counts, g * g, 0), total, grads
+      lambda t, g: t + jnp.where(counts, jnp.square(g.astype(t.dtype)), 0),
+      total,
+      grads,
     ), None
 
-  zeros = jax.tree.map(jnp.zeros_like, theta)
+  def zeros_like(x):  # A sum of half precision soon stops growing.
+    return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+
+  zeros = jax.tree.map(zeros_like, theta)
   total, _ = jax.lax.scan(add, zeros, (images, classes))
   count = jnp.maximum(jnp.sum(classes >= 0), 1)
-  return jax.tree.map(lambda x: x / count, total)
+  return jax.tree.map(lambda x, t: (t / count).astype(x.dtype), theta, total)
 
 
 def add_task(

@@ -416,9 +416,10 @@ def learn_task(
     and the record that `choose` returned, or None without it.
 
   Raises:
-    ValueError: if there are masked leaves and no `choose`, if `choose` returns
-      a mask that does not fit or that takes weights that `omit` leaves out, or
-      if there are too many tasks for `claim`.
+    ValueError: if there are masked leaves and no `choose`, if the index is
+      negative or that of a task that was learned, if `choose` returns a mask
+      that does not fit or that takes weights that `omit` leaves out, or if
+      there are too many tasks for `claim`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual
@@ -438,6 +439,15 @@ def learn_task(
       f'The weights {list(memory.owners)} are masked, and nothing chooses the'
       ' mask of a task. Pass choose, such as packnet(...) or'
       ' efficient_packnet(...).'
+    )
+  if index < 0:
+    raise ValueError(f'Tasks are counted from 0, got {index}.')
+  known = [x for x in memory.owners.values() if not power.is_traced(x)]
+  number = jnp.int32(index + 1)
+  if any(jnp.any(owner == number) for owner in known):
+    raise ValueError(
+      f'Task {index} has weights already, which training would overwrite. Give'
+      ' each task an index of its own.'
     )
   memory = begin_task(memory, fresh, layout)
   frozen = layout.state == 'frozen' and index > 0

@@ -340,8 +340,9 @@ def make_saliency(
 
   Returns:
     A pure function of (theta, args, batches) that returns a tree of the
-    structure and the shapes of theta. The arrays in batches have the shape
-    [number of batches, examples per batch, ...], and args are handed to `loss`.
+    structure and the shapes of theta, in single precision or better. The arrays
+    in batches have the shape [number of batches, examples per batch, ...], and
+    args are handed to `loss`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax.continual import search
@@ -352,13 +353,19 @@ def make_saliency(
   """
 
   def saliency(theta, args, batches):
+    def product(zero, x, y):
+      return x.astype(zero.dtype) * y.astype(zero.dtype)
+
+    def zeros_like(x):  # A sum of half precision soon stops growing.
+      return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+
     def add(totals, batch):
       grads = jax.grad(loss)(theta, args, batch)
-      moved = jax.tree.map(jnp.multiply, grads, theta)
+      moved = jax.tree.map(product, totals[0], grads, theta)
       squares = jax.tree.map(jnp.square, moved)
       return jax.tree.map(jnp.add, totals, (moved, squares)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (theta, theta))
+    zeros = jax.tree.map(zeros_like, (theta, theta))
     totals, _ = jax.lax.scan(add, zeros, batches)
     n, size = jax.tree.leaves(batches)[0].shape[:2]
     return jax.tree.map(lambda a, b: (size * b / 2 - a) / n, *totals)

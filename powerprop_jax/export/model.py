@@ -106,7 +106,8 @@ def from_dict(arrays: Mapping[str, Any], like: Params) -> Params:
     A tree of jax arrays of the structure of like.
 
   Raises:
-    ValueError: if the paths or the shapes are not those of like.
+    ValueError: if the paths or the shapes are not those of like, or if integers
+      do not fit into those of JAX.
 
   >>> import numpy as np
   >>> tree = from_dict({'linear/w': np.ones(2)}, {'linear': {'w': np.zeros(2)}})
@@ -123,7 +124,19 @@ def from_dict(arrays: Mapping[str, Any], like: Params) -> Params:
       if shapes.get(p) != wanted.get(p)
     ]
     raise ValueError('The leaves differ. ' + '; '.join(differing))
-  return leaves.map_with_path(lambda p, _: jnp.array(arrays[p]), like)
+
+  def to_jax(path, _):
+    x = np.asarray(arrays[path])
+    array = jnp.array(x)
+    is_narrow = x.dtype.kind in 'iu' and x.itemsize > array.itemsize
+    if is_narrow and np.any(np.asarray(array) != x):
+      raise ValueError(
+        f'{path!r} has integers that do not fit into {array.dtype}. Set'
+        ' jax_enable_x64.'
+      )
+    return array
+
+  return leaves.map_with_path(to_jax, like)
 
 
 def _masks_by_path(masks: Mask, arrays: Arrays) -> Arrays:

@@ -247,20 +247,28 @@ def check_density(density: float) -> float:
     density: the fraction of weights that are kept, 1 - sparsity.
 
   Returns:
-    The density as a float.
+    The density as a float: of a number of less than double precision, such as
+    those of an array of densities, the shortest decimal that rounds to it.
 
   Raises:
     ValueError: if it is not in (0, 1].
 
-  >>> check_density(1)
-  1.0
+  >>> check_density(1), check_density(jnp.float32(0.7))
+  (1.0, 0.7)
   """
-  if not 0.0 < float(density) <= 1.0:
+  value = _float(density)
+  if not 0.0 < value <= 1.0:
     raise ValueError(
       f'density must be in (0, 1], got {density}. It is the fraction of weights'
       ' that are kept, 1 - sparsity.'
     )
-  return float(density)
+  return value
+
+
+def _float(number: Any) -> float:
+  """The decimal that a number stands for, as a float."""
+  array = np.asarray(number)
+  return float(str(array[()]) if array.dtype.itemsize < 8 else array)
 
 
 # How far a float may be off from the number that it stands for: 1 - 0.9 is less
@@ -301,7 +309,7 @@ def floor_multiply(
   (29, 100)
   """
   if not isinstance(fraction, jax.Array):
-    exact = fractions.Fraction(float(fraction)) + _ROUNDING
+    exact = fractions.Fraction(_float(fraction)) + _ROUNDING
     return min(math.floor(exact * int(size)), int(size))
   fraction = jnp.clip(fraction.astype(jnp.float32), 0.0, 1.0)
   size = jnp.asarray(size).astype(jnp.uint32)

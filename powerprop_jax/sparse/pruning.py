@@ -221,6 +221,35 @@ def _by_distribution(
   return total(counts, theta, is_weight)
 
 
+def check_counts(
+  counts: types.Counts, theta: types.Params, is_weight: types.IsWeight
+) -> None:
+  """Raises ValueError where counts cut what is not a weight.
+
+  Args:
+    counts: a `masks.Count` for each leaf.
+    theta: the parameters, or their shapes.
+    is_weight: a function of (path, leaf).
+
+  >>> theta = {'w': jnp.ones((2, 3)), 'b': jnp.ones(2)}
+  >>> check_counts({'w': 3, 'b': 2}, theta, leaves.is_weight)
+  >>> check_counts({'w': 3, 'b': 1}, theta, leaves.is_weight)
+  Traceback (most recent call last):
+  ...
+  ValueError: 1 of the 2 entries of 'b' are to be kept, but it is no...
+  """
+  flat = jax.tree.leaves(counts, is_leaf=masks.is_count)
+  for path, x, n in zip(leaves.paths(theta), jax.tree.leaves(theta), flat):
+    if isinstance(n, jax.Array) or is_weight(path, x):
+      continue
+    if (number := masks.num_entries(n, x.shape)) < x.size:
+      raise ValueError(
+        f'{number} of the {x.size} entries of {str(path)!r} are to be kept, but'
+        ' it is not a weight. Give the distribution and the method the same'
+        ' is_weight.'
+      )
+
+
 def total(
   counts: types.Counts,
   theta: types.Params,
@@ -238,11 +267,12 @@ def total(
 
   Raises:
     ValueError: if a leaf keeps n of every m weights, which a global ranking
-      cannot ensure.
+      cannot ensure, or as `check_counts`.
 
   >>> total({'w': 3, 'b': 2}, {'w': jnp.ones(5), 'b': jnp.ones(2)})
   3
   """
+  check_counts(counts, theta, is_weight)
   flat = jax.tree.leaves(counts, is_leaf=masks.is_count)
   rows = zip(leaves.paths(theta), jax.tree.leaves(theta), flat)
   chosen = [(str(p), x.shape, n) for p, x, n in rows if is_weight(p, x)]
@@ -296,7 +326,14 @@ def kept_counts(
     density = masks.check_density(density)
   rows, scale = leaves.weight_rows(theta, is_weight), density_scale or {}
   if scope == 'global':
-    return masks.num_kept(density, sum(x.size for _, x in rows))
+    size = sum(x.size for _, x in rows)
+    kept = masks.num_kept(density, size)
+    if static and not kept and size:
+      warnings.warn(
+        f'A density of {density:g} keeps none of the {size} weights.',
+        stacklevel=3,
+      )
+    return kept
   for pattern in scale:
     if not any(re.search(pattern, path) for path, _ in rows):
       raise ValueError(
@@ -409,10 +446,11 @@ def prune(
   Raises:
     ValueError: if the scope, a factor or a static density is impossible, two
       options exclude each other, a pattern matches no weight, there is no
-      weight, or scores have another structure than theta.
+      weight, or scores have another structure or other shapes than theta.
 
   Warns:
-    UserWarning: if a static density keeps no weight of a layer or of a unit.
+    UserWarning: if a static density keeps no weight of a layer or of a unit, or
+      none at all.
 
   >>> theta = {'linear': {'w': jnp.array([[3.0, -1.0], [0.5, -2.0]])}}
   >>> prune(theta, 0.5)['linear']['w']
@@ -427,6 +465,7 @@ def prune(
       f'scores have the structure {jax.tree.structure(scores)}, but theta has'
       f' {jax.tree.structure(theta)}.'
     )
+  masks.check_shapes(scores, theta)
   return _select_compiled(scores, counts, is_weight)
 
 

@@ -132,20 +132,19 @@ def _weights(params: types.Params, state: optax.OptState) -> types.Params:
 
   for found in _states(state):
     mask = found.masks.forward
-    masks = jax.tree.leaves(mask, is_leaf=_is_missing)
-    leaves, treedef = jax.tree.flatten(params)
-    if len(masks) == len(leaves):
+    try:  # `optax.masked` may take out a whole branch, which is one leaf here.
+      params = jax.tree.map(cut, mask, params, is_leaf=_is_missing)
+    except ValueError as e:
       # Flax nnx has other containers in the state than among the parameters.
-      params = jax.tree.unflatten(treedef, map(cut, masks, leaves))
-    else:  # `optax.masked` may take out a whole branch.
-      try:
-        params = jax.tree.map(cut, mask, params, is_leaf=_is_missing)
-      except ValueError as e:
+      masks = jax.tree.leaves(mask, is_leaf=_is_missing)
+      leaves, treedef = jax.tree.flatten(params)
+      if len(masks) != len(leaves):
         raise ValueError(
           'These are not the parameters that `init` was given. Give `weights`'
           ' the arrays alone, and put the rest back: by `equinox.partition` and'
           ' `combine`, or by `nnx.split` and `merge`.'
         ) from e
+      params = jax.tree.unflatten(treedef, map(cut, masks, leaves))
   return params
 
 

@@ -67,6 +67,17 @@ def _choose(evaluate=_evaluate, **options):
   return continual.efficient_packnet(evaluate, _TRANSFORM, **options)
 
 
+def test_a_float32_performance_meets_a_decimal_target():
+  # 19 of 20 right is 0.95, which is not a binary number.
+  table = {10: 20, 8: 19, 6: 18, 4: 17, 2: 16}
+
+  def evaluate(theta, model_state):
+    return jnp.float32(table[_count(theta)]) / 20
+
+  _, choice = _choose(evaluate, gamma=0.95)(_memory(), 0)
+  assert (choice.density, choice.met) == (0.8, True)
+
+
 @pytest.mark.parametrize(
   ('gamma', 'density', 'met', 'evaluated'),
   [

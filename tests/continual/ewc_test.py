@@ -1,5 +1,6 @@
 """Tests of elastic weight consolidation, against sums worked by hand."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,19 @@ def test_fisher_of_given_labels_by_hand():
   w, b = _scores(_Y)
   np.testing.assert_allclose(found['linear']['w'], (w**2).mean(0), rtol=1e-5)
   np.testing.assert_allclose(found['linear']['b'], (b**2).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_fisher_of_half_precision_is_that_of_single(dtype):
+  theta = jax.tree.map(lambda x: x.astype(dtype), _THETA)
+  images = jnp.tile(jnp.array(_X), (400, 1))
+  labels = jnp.tile(jnp.array(_Y), 400)
+  found = ewc.fisher(_logits, theta, images.astype(dtype), labels=labels)
+  wanted = ewc.fisher(_logits, _THETA, images, labels=labels)
+  assert found['linear']['w'].dtype == dtype
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda x: x.astype(jnp.float32), found), wanted, rtol=0.05
+  )
 
 
 def test_fisher_does_not_count_negative_labels():

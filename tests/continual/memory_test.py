@@ -275,6 +275,21 @@ def test_masked_weights_need_a_choice():
     )
 
 
+def test_each_task_has_an_index_of_its_own():
+  learner = _Learner()
+  learner.learn()
+  for index, message in ((0, 'has weights already'), (-1, 'counted from 0')):
+    with pytest.raises(ValueError, match=message):
+      continual.learn_task(
+        learner.memory,
+        index,
+        learner.fresh(jax.random.key(0)),
+        learner.layout,
+        train=lambda memory, chosen: memory,
+        choose=lambda memory, index: learner.choose(memory),
+      )
+
+
 @pytest.mark.parametrize(
   'mask',
   [

@@ -219,6 +219,18 @@ def test_saliency_by_hand():
   np.testing.assert_allclose(found['w'], [4 / 4 - 2 / 2, 144 / 4 + 12 / 2])
 
 
+def test_saliency_of_half_precision_is_that_of_single():
+  def loss(theta, args, batch):
+    return jnp.mean(batch[0].astype(theta['w'].dtype)) * theta['w'].sum()
+
+  theta = {'w': jnp.array([0.25, 0.5])}
+  batches = (jnp.ones((1000, 1)),)
+  wanted = search.make_saliency(loss)(theta, None, batches)['w']
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), theta)
+  found = search.make_saliency(loss)(half, None, batches)['w']
+  np.testing.assert_allclose(found, wanted, rtol=0.01)
+
+
 def test_saliency_does_not_depend_on_the_size_of_batches():
   """It does not if the mean gradient vanishes, as it does after training."""
   rng = np.random.default_rng(0)

@@ -715,6 +715,14 @@ def test_dictionaries_are_checked():
   assert found.tolist() == [1 / 3, 0.0]
 
 
+def test_integers_are_not_cut_short():
+  tree = {'steps': np.array([2**40 + 1])}
+  with pytest.raises(ValueError, match='do not fit into int32'):
+    export.from_dict(export.to_dict(tree), tree)
+  small = {'steps': np.array([7])}
+  assert export.from_dict(export.to_dict(small), small)['steps'].tolist() == [7]
+
+
 # --- sparse matrices ----------------------------------------------------------
 
 

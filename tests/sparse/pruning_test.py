@@ -31,6 +31,27 @@ def _random(seed, sizes):
   }
 
 
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, jnp.float32])
+def test_densities_of_little_precision_count_exactly(dtype):
+  theta = {'w': jnp.arange(1.0, 1001)}
+  assert int(pruning.prune(theta, dtype(0.7))['w'].sum()) == 700
+  count = lambda pruned: jnp.sum(pruned['w'] != 0)
+  densities = [dtype(x) for x in (0.7, 0.9)]
+  assert pruning.make_prune_sweep(count, densities)(theta) == [700, 900]
+
+
+def test_a_global_density_that_keeps_nothing_is_told():
+  with pytest.warns(UserWarning, match='keeps none of the 6 weights'):
+    mask = pruning.prune(_theta(), 0.1, scope='global')
+  assert not mask['linear']['w'].any()
+
+
+def test_scores_have_the_shapes_of_the_weights():
+  scores = jax.tree.map(lambda x: x[:1], _theta())
+  with pytest.raises(ValueError, match='has the shape'):
+    pruning.prune(_theta(), 0.5, scores=scores)
+
+
 @pytest.mark.parametrize(
   ('density', 'options', 'linear', 'logits'),
   [
@@ -69,7 +90,7 @@ def test_prune_keeps_the_largest(density, options, linear, logits):
 @pytest.mark.parametrize(
   'options', [{'density_scale': {'logits': 2.0}}, {'scope': 'global'}]
 )
-@pytest.mark.filterwarnings('ignore:Pruning cuts')
+@pytest.mark.filterwarnings('ignore:Pruning cuts', 'ignore:A density')
 def test_prune_takes_a_traced_density(options):
   traces = []
   prune = functools.partial(pruning.prune, **options)

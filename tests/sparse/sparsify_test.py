@@ -417,6 +417,21 @@ def test_for_some_of_the_parameters(outside):
     np.testing.assert_array_equal(w, params['b']['w'])
 
 
+def test_masks_go_by_name_where_one_place_stands_for_several():
+  """A branch that is left out is one place, and an empty one is one too."""
+  w, ones = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.ones(4)
+  params = {'a': {'b': ones, 'w': w}, 'b': {'b': ones, 'w': w}, 'c': {}}
+  half = updaters.magnitude(lambda theta: {**theta, 'b': {'b': 4, 'w': 2}})
+  tx = sparse.sparsify(optax.sgd(0.5), half, key=_KEY, due=lambda t: t == 0)
+  outer = optax.partition(
+    {'sparse': tx, 'frozen': optax.set_to_zero()},
+    {'a': 'frozen', 'b': 'sparse', 'c': 'frozen'},
+  )
+  _, state = outer.update(params, outer.init(params), params)
+  weights = tx.weights(params, state)
+  _assert_same(weights, {**params, 'b': {'b': ones, 'w': w.at[:2].set(0)}})
+
+
 def test_masks_of_a_part_are_changed_on_the_host():
   tx = sparse.sparsify(optax.sgd(0.1), _rigl(), key=_KEY, due=None)
   outer = optax.chain(optax.clip(1.0), tx)

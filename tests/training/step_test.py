@@ -239,6 +239,23 @@ def test_masks_are_scored_by_the_mean_gradient():
   np.testing.assert_allclose(found['b'], 5.0, rtol=1e-6)
 
 
+def test_a_mean_gradient_of_half_precision_adds_up():
+  def loss(theta, model_state, key, batch):
+    return jnp.sum(theta['w'] * batch), (model_state, {})
+
+  updater = updaters.MaskUpdater(
+    init=lambda key, theta, grads: masks.Masks(grads, grads), update=None
+  )
+  transform = power.power_transform(1.0)
+  tx = optax.sgd(0.1)
+  theta = {'w': jnp.ones((1, 2), jnp.bfloat16)}
+  state = training.init_state(jax.random.key(0), theta, {}, tx, transform)
+  init_masks, _ = training.make_mask_updates(loss, tx, updater, transform)
+  batches = jnp.tile(jnp.array([[1.0, 1.5]], jnp.bfloat16), (1000, 1, 1))
+  found = init_masks(state, batches).masks.forward['w']
+  assert found.astype(float).tolist() == [[1.0, 1.5]]
+
+
 def test_run_steps_equals_a_python_loop():
   state, step = _linear_problem(3.0, optax.adam(1e-2))
   rng = np.random.default_rng(0)

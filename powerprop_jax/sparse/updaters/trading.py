@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from powerprop_jax import leaves
 from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import pruning
 from powerprop_jax.sparse.updaters import protocol
 
 
@@ -90,10 +91,9 @@ def _trading(
         return active
       return _drop_and_grow(x, growth, active, wanted, fraction, regrow_dropped)
 
-    growth = growth_scores(score_key, theta, grads)
-    forward = leaves.map_with_path(
-      trade, theta, growth, masks.forward, counts(theta)
-    )
+    growth, wanted = growth_scores(score_key, theta, grads), counts(theta)
+    pruning.check_counts(wanted, theta, is_weight)
+    forward = leaves.map_with_path(trade, theta, growth, masks.forward, wanted)
     fresh = None if regrow is None else regrow(value_key)
     theta = protocol.grown_values(theta, masks.forward, forward, fresh)
     return theta, protocol.same(forward)

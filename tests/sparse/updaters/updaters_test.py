@@ -48,6 +48,27 @@ def test_dense_is_all_ones():
   chex.assert_trees_all_equal((theta, same), (THETA, made))
 
 
+@pytest.mark.parametrize(
+  'make',
+  [
+    updaters.snip,
+    lambda counts: updaters.acdc(counts, lambda step: step >= 0, None),
+    lambda counts: updaters.magnitude(counts, scope='global'),
+    lambda counts: updaters.set_(counts, _drop(0.5), None),
+    lambda counts: updaters.rigl(counts, _drop(0.5), None),
+  ],
+)
+def test_counts_and_methods_agree_on_what_is_a_weight(make):
+  def is_matrix(path, leaf):
+    return leaf.ndim == 2
+
+  theta = {'attention': {'scores': jnp.ones((4, 5))}}
+  updater = make(distributions.uniform(0.9, is_weight=is_matrix))
+  with pytest.raises(ValueError, match=r'2 of the 20 .*the same is_weight'):
+    made = updater.init(KEY, theta, theta)
+    updater.update(KEY, 0, theta, made, theta)
+
+
 @pytest.mark.parametrize('dtype', [np.float32, np.int8])
 def test_a_given_mask_must_be_boolean(dtype):
   mask = jax.tree.map(
