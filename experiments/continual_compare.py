@@ -21,6 +21,7 @@ from experiments.support import config
 from experiments.support import output
 from experiments.support import runs as runs_lib
 from experiments.support import settings as settings_lib
+from powerprop_jax import paths
 from powerprop_jax import plots
 from powerprop_jax.continual import report as continual_report
 
@@ -43,7 +44,7 @@ class Settings(settings_lib.Output):
     super().__post_init__()
     if not self.runs:
       raise ValueError('--runs must name folders of continual_learning.')
-    if len({output.folder(run).name for run in self.runs}) < len(self.runs):
+    if len({paths.resolve(run).name for run in self.runs}) < len(self.runs):
       raise ValueError(
         f'--runs={",".join(self.runs)}: folders are told apart by their last'
         ' names, which must differ.'
@@ -65,7 +66,7 @@ def load(folders: Sequence[str]) -> list[comparison.Run]:
     ValueError: if a folder holds no finished run of `continual_learning`.
   """
   found = {}
-  for path in map(output.folder, folders):
+  for path in map(paths.resolve, folders):
     runs = runs_lib.finished(path).values()
     if not runs or not all(name in run for run in runs for name in _NEEDED):
       raise ValueError(f'{path} holds no finished run of continual_learning.')
@@ -93,7 +94,7 @@ def differences(folders: Sequence[str]) -> list[list[str]]:
     where a folder does not say.
   """
   found = []
-  for path in map(output.folder, folders):
+  for path in map(paths.resolve, folders):
     file = path / 'config.json'
     kept = output.read_json(file) if file.exists() else {}
     found.append(kept.get('settings', {}))
@@ -126,9 +127,9 @@ def main(settings: Settings) -> None:
   with config.refusing():
     runs = load(settings.runs)
     differing = differences(settings.runs)
-  write(runs, output.folder(settings.out_dir))
+  write(runs, paths.resolve(settings.out_dir))
   if differing:
-    names = [output.folder(run).name for run in settings.runs]
+    names = [paths.resolve(run).name for run in settings.runs]
     print('\nSettings that differ:\n')
     print(output.table(differing, ['setting', *names]))
 

@@ -83,7 +83,7 @@ class Settings(config.Settings):
     'Factors by which --density is multiplied in some layers, as'
     ' pattern=factor,...: a factor applies to the layers in whose path its'
     ' regular expression has a match, and the first that matches counts.',
-    check=config.check_factor,
+    check=lambda text: config.factors([text]),
   )
   values: str = config.flag(
     'float32',

@@ -239,52 +239,27 @@ def _ablations() -> str:
   return _markdown(headings, rows)
 
 
-def _sweep(
-  name: str,
-  cell: Callable[[dict[str, Any]], str],
-  alphas: Callable[[float], bool] | None = None,
-) -> str:
-  """A line for each method and alpha, a column for each sparsity.
-
-  Args:
-    name: the file.
-    cell: what stands in the table for an entry of the file.
-    alphas: which alphas are shown; if it is not given, all of them are, and
-      the table has a column for them.
-  """
-  entries = load(name)['results']
-  sparsities = sorted({r['sparsity'] for r in entries} - {0.0})
-  lines: dict[tuple[str, ...], dict[float, str]] = {}
-  for r in entries:
-    alpha = r['recipe']['alpha']
-    key: tuple[str, ...] = (sweep_report.TITLES[r['method']], f'{alpha:g}')
-    if alphas is not None:
-      key = key[:1]
-      if not alphas(alpha) or r['method'] == 'dense':
-        continue
-    # A dense network has no sparsity: its cell is the same in every column.
-    at = [r['sparsity']] if r['sparsity'] else sparsities
-    lines.setdefault(key, {}).update(dict.fromkeys(at, cell(r)))
-  headings = ['method'] if alphas else ['method', 'alpha']
-  return _markdown(
-    [*headings, *(f'{100 * s:g} %' for s in sparsities)],
-    [
-      [*key, *map(cells.__getitem__, sparsities)]
-      for key, cells in lines.items()
-    ],
+def _sweep(name: str) -> str:
+  """Accuracy, with a line for each method and alpha."""
+  headings, rows = sweep_report.by_sparsity(
+    load(name)['results'],
+    lambda r: (sweep_report.TITLES[r['method']], f'{r["recipe"]["alpha"]:g}'),
+    lambda r: _percent(r['mean'], r.get('std')),
   )
-
-
-def _sweep_accuracy(name: str) -> str:
-  return _sweep(name, lambda r: _percent(r['mean'], r.get('std')))
+  return _markdown(['method', 'alpha', *headings], rows)
 
 
 def _sweep_flops() -> str:
-  return _sweep(
-    'sparse_sweep-mnist',
+  headings, rows = sweep_report.by_sparsity(
+    [
+      r
+      for r in load('sparse_sweep-mnist')['results']
+      if r['recipe']['alpha'] == 1 and r['method'] != 'dense'
+    ],
+    lambda r: [sweep_report.TITLES[r['method']]],
     lambda r: f'{r["inference_flops"]:.3f} / {r["training_flops"]:.3f}',
-    lambda alpha: alpha == 1,
   )
+  return _markdown(['method', *headings], rows)
 
 
 def _one_shot(name: str) -> str:
@@ -639,7 +614,7 @@ TABLES: dict[str, Callable[[], str]] = {
   },
   'sparse_sweep-flops': _sweep_flops,
   **{
-    name: lambda name=name: _sweep_accuracy(name)
+    name: lambda name=name: _sweep(name)
     for name in (
       'sparse_sweep-mnist',
       'sparse_sweep-mnist-rate-0.3',
@@ -668,17 +643,6 @@ TABLES: dict[str, Callable[[], str]] = {
   'benchmarks-speed': _speed,
   'tutorial': _tutorial,
 }
-
-
-def _sweep_curves() -> dict[str, dict[str, list[float]]]:
-  """The lines that `plots.accuracy_against_sparsity` draws."""
-  lines: dict[str, dict[str, list[float]]] = {}
-  for r in load('sparse_sweep-mnist')['results']:
-    label = f'{r["recipe"]["alpha"]} {sweep_report.TITLES[r["method"]]}'
-    line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
-    for key, values in line.items():
-      values.append(r[key])
-  return lines
 
 
 def _length_panels() -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -743,7 +707,9 @@ FIGURES: dict[str, Callable[[], style.Figure]] = {
   'continual_hundred': lambda: plots.accuracy_by_task(_hundred_curves()),
   'lengths': lambda: plots.accuracy_against_steps(_length_panels()),
   'sign_changes': lambda: plots.sign_changes(_signs_by_method()),
-  'sparse_sweep': lambda: plots.accuracy_against_sparsity(_sweep_curves()),
+  'sparse_sweep': lambda: plots.accuracy_against_sparsity(
+    sweep_report.curves(load('sparse_sweep-mnist')['results'], 'erk')
+  ),
 }
 
 

@@ -36,6 +36,7 @@ from experiments.support import problem as problem_lib
 from experiments.support import settings as settings_lib
 from powerprop_jax import extras
 from powerprop_jax import leaves
+from powerprop_jax import paths
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax.sparse import flops
@@ -174,7 +175,7 @@ def start_or_resume(
     return Start(step, progress, False, Timing(**(extra or {})))
   if init_from is None:
     return Start(0, like, True)
-  place = output.folder(init_from)
+  place = paths.resolve(init_from)
   inside = place / 'checkpoints'
   source = checkpoint.load(inside if inside.is_dir() else place)
   names = ('phi', 'model_state', 'masks')
@@ -289,13 +290,6 @@ def train(
       compiled = True
       return progress._replace(state=state), metrics
 
-    measured: dict[int, dict[str, float]] = {}
-
-    def save(step, progress):
-      saved = devices.unreplicate(progress, axis)
-      metrics = measured.get(step)
-      checkpoint.save(manager, step, saved, timing._asdict(), metrics)
-
     def kept(line):
       step = line.get('step')
       return isinstance(step, int) and step <= start.step
@@ -312,7 +306,7 @@ def train(
       if bar is not None:
         bar.at(step, metrics)
 
-    every, after = settings.evaluate_every, []
+    every, evaluate = settings.evaluate_every, None
     if every:
       evaluate = evaluation.make_evaluate(
         problem,
@@ -323,17 +317,25 @@ def train(
         timing=timing,
       )
 
-      def measure(step, progress):
+    def evaluates(step):
+      return every and (step % every == 0 or step == settings.steps)
+
+    def save(step, progress, best=None):
+      saved = devices.unreplicate(progress, axis)
+      checkpoint.save(manager, step, saved, timing._asdict(), best)
+
+    def measure_and_save(step, progress):
+      best = None
+      if evaluate is not None and evaluates(step):
         state, ever = devices.unreplicate(progress, axis)
         found = evaluate(step, state, ever, timing)
-        measured.clear()
-        measured[step] = {evaluation.BEST: found.metrics[evaluation.BEST]}
+        best = {evaluation.BEST: found.metrics[evaluation.BEST]}
         if write is not None:
           write({'step': step, **found.metrics}, found.histograms)
+      save(step, progress, best)
 
-      due = lambda step: step % every == 0 or step == settings.steps
-      after = [loop.Hook(due, measure), loop.Hook(due, save)]
-    after.append(loop.Hook(loop.every(settings.checkpoint_every), save))
+    def is_due(step):
+      return evaluates(step) or step % settings.checkpoint_every == 0
 
     step, progress = loop.run(
       advance,
@@ -346,7 +348,7 @@ def train(
           lambda step, state: update(problem.update_masks, step, state),
         )
       ],
-      after=after,
+      after=[loop.Hook(is_due, measure_and_save)],
       report=report,
       recipe=optimisers.recipe(settings, settings.alpha),
       stopped=lambda: devices.any_host(asked.is_set()),
@@ -374,13 +376,6 @@ def fingerprint(state: training.TrainState) -> str:
   return digest.hexdigest()
 
 
-def _densities(mask: Any, phi: Any, layers: dict[str, float]) -> dict[str, Any]:
-  """The density of every layer that has operations, by path."""
-  report = report_lib.sparsity_report(mask, phi)
-  found = {row['path']: row['density'] for row in report['layers']}
-  return {path: found.get(path, 1.0) for path in layers}
-
-
 def summarise(
   problem: problem_lib.Problem,
   progress: Progress,
@@ -402,10 +397,10 @@ def summarise(
   """
   state, layers = progress.state, problem.layer_flops
   masks, ever = jax.device_get((state.masks, progress.ever))
-  report = report_lib.sparsity_report(masks.forward, state.phi)
-  explored = report_lib.sparsity_report(ever, state.phi)
+  reports = [report_lib.sparsity_report(m, state.phi) for m in (*masks, ever)]
+  found = [{r['path']: r['density'] for r in x['layers']} for x in reports]
   densities = methods.Densities(
-    *(_densities(m, state.phi, layers) for m in (*masks, ever))
+    *({path: x.get(path, 1.0) for path in layers} for x in found)
   )
   dense = math.fsum(layers.values())
   kept = flops.inference_flops(layers, densities.forward)
@@ -413,12 +408,8 @@ def summarise(
   step = problem.method.training_flops(layers, densities)
   return {
     **accuracy,
-    'sparsity': {
-      'total': 1 - report['total']['density'],
-      **{row['path']: 1 - row['density'] for row in report['layers']},
-    },
-    'dead_units': report['total']['dead'],
-    'explored': explored['total']['density'],
+    **evaluation.sparsities(reports[0]),
+    'explored': reports[-1]['total']['density'],
     'inference_flops': {'absolute': inference, 'relative': inference / dense},
     # These are for one example per step, over the whole run.
     'training_flops': {

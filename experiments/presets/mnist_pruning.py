@@ -90,14 +90,28 @@ _TUNED = {
   'scope': ('layer', 'global'),
   'kept': (0.005, 0.007, *KEPT),
 }
+
+
+def _tuned(
+  alpha: float, rate: float, decay: float, *scale: str, **others: Any
+) -> dict[str, Any]:
+  own = {'alphas': (alpha,), 'learning_rate': rate, 'phi_decay': decay}
+  own |= {'phi_decay_scale': scale}
+  return {**_TUNED, **own, **others}
+
+
+_L1 = {'phi_decay_norm': 'l1'}
+_L2 = {'phi_decay_norm': 'l2'}
+_RISING = {'phi_decay_warmup_steps': 30_000}
 # Settings of the power that grows, and of alpha = 1 to compare it with, which
 # had ten trials each.
-_HALF = {
-  'steps': 50_000,
-  'phi_decay_warmup_steps': 15_000,
-}
-_ALPHA_2 = {'alphas': (2.0,), 'learning_rate': 0.2, 'phi_decay_norm': 'l2'}
-_ALPHA_1 = {'alphas': (1.0,), 'phi_decay_norm': 'l1'}
+_HALF = {'steps': 50_000, 'phi_decay_warmup_steps': 15_000}
+_CLIPPED = {'clip_norm': 3.0}
+_GROWING = {'alpha_steps': ('2:0.25', '3:0.5'), **_CLIPPED, **_L2}
+_PENALTY = {'phi_decay_norm': '1.333333,1:0.25,0.666667:0.5', **_CLIPPED}
+_5_2 = ('logits=5', 'linear_1=2')
+_6_2 = ('logits=6', 'linear_1=2.5')
+_8_3 = ('logits=8', 'linear_1=3')
 PRESETS: dict[str, dict[str, Any]] = {
   'paper': {
     'dataset': 'mnist',
@@ -109,90 +123,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     'learning_rate': 0.1,
     'schedule': 'constant',
   },
-  'best': {
-    **_TUNED,
-    **_ALPHA_2,
-    'max_shift': 1,
-    'phi_decay': 4.5e-4,
-    'phi_decay_warmup_steps': 30_000,
-    'phi_decay_scale': ('logits=8', 'linear_1=3'),
-  },
-  'baseline': {
-    **_TUNED,
-    **_ALPHA_1,
-    'max_shift': 1,
-    'steps': 50_000,
-    'learning_rate': 0.03,
-    'phi_decay': 7e-5,
-    'phi_decay_scale': ('logits=6', 'linear_1=2.5'),
-  },
-  'best-unshifted': {
-    **_TUNED,
-    **_ALPHA_2,
-    'phi_decay': 3.5e-4,
-    'phi_decay_scale': ('logits=5', 'linear_1=2.2'),
-  },
-  'baseline-unshifted': {
-    **_TUNED,
-    **_ALPHA_1,
-    'learning_rate': 0.03,
-    'phi_decay': 3.75e-5,
-    'phi_decay_scale': ('logits=6', 'linear_1=2.5'),
-  },
-  'sparsest': {
-    **_TUNED,
-    **_ALPHA_2,
-    'phi_decay': 6e-4,
-    'phi_decay_warmup_steps': 30_000,
-    'phi_decay_scale': ('logits=7', 'linear_1=2.8'),
-  },
-  'growing': {
-    **_TUNED,
-    **_HALF,
-    'alphas': (1.5,),
-    'alpha_steps': ('2:0.25', '3:0.5'),
-    'learning_rate': 0.16,
-    'clip_norm': 3.0,
-    'phi_decay_norm': 'l2',
-    'phi_decay': 6.5e-4,
-    'phi_decay_scale': ('logits=5', 'linear_1=2'),
-  },
-  'growing-longer': {
-    **_TUNED,
-    'alphas': (1.5,),
-    'alpha_steps': ('2:0.25', '3:0.5'),
-    'learning_rate': 0.1,
-    'clip_norm': 3.0,
-    'phi_decay_norm': 'l2',
-    'phi_decay': 3.16e-4,
-    'phi_decay_warmup_steps': 30_000,
-    'phi_decay_scale': ('logits=5', 'linear_1=2'),
-  },
-  'growing-penalty': {
-    **_TUNED,
-    **_HALF,
-    'alphas': (1.0,),
-    'learning_rate': 0.16,
-    'clip_norm': 3.0,
-    'phi_decay_norm': '1.333333,1:0.25,0.666667:0.5',
-    'phi_decay': 1.9e-4,
-    'phi_decay_scale': ('logits=5', 'linear_1=2'),
-  },
-  'growing-l1': {
-    **_TUNED,
-    **_HALF,
-    **_ALPHA_1,
-    'learning_rate': 0.1,
-    'phi_decay': 2.7e-4,
-    'phi_decay_scale': ('logits=5', 'linear_1=2'),
-  },
-  'growing-p-norm': {
-    **_TUNED,
-    **_HALF,
-    'alphas': (1.0,),
-    'learning_rate': 0.2,
-    'phi_decay_norm': '0.666667',
-    'phi_decay': 3e-4,
-    'phi_decay_scale': ('logits=8', 'linear_1=3'),
-  },
+  'best': _tuned(2.0, 0.2, 4.5e-4, *_8_3, **_L2, **_RISING, max_shift=1),
+  'baseline': _tuned(1.0, 0.03, 7e-5, *_6_2, **_L1, max_shift=1, steps=50_000),
+  'best-unshifted': _tuned(2.0, 0.2, 3.5e-4, 'logits=5', 'linear_1=2.2', **_L2),
+  'baseline-unshifted': _tuned(1.0, 0.03, 3.75e-5, *_6_2, **_L1),
+  'sparsest': _tuned(
+    2.0, 0.2, 6e-4, 'logits=7', 'linear_1=2.8', **_L2, **_RISING
+  ),
+  'growing': _tuned(1.5, 0.16, 6.5e-4, *_5_2, **_HALF, **_GROWING),
+  'growing-longer': _tuned(1.5, 0.1, 3.16e-4, *_5_2, **_RISING, **_GROWING),
+  'growing-penalty': _tuned(1.0, 0.16, 1.9e-4, *_5_2, **_HALF, **_PENALTY),
+  'growing-l1': _tuned(1.0, 0.1, 2.7e-4, *_5_2, **_HALF, **_L1),
+  'growing-p-norm': _tuned(
+    1.0, 0.2, 3e-4, *_8_3, **_HALF, phi_decay_norm='0.666667'
+  ),
 }

@@ -355,32 +355,6 @@ _PRESET_HELP = (
 )
 
 
-def read(
-  cls: type[T], values: flags.FlagValues, presets: Presets | None = None
-) -> T:
-  """Makes settings from flags that were parsed.
-
-  Args:
-    cls: the settings class.
-    values: the flags to which `define` has added those of the class.
-    presets: as given to `define`.
-
-  Returns:
-    The settings: of every field the value on the command line, or else that of
-    the preset, or else the default.
-
-  Raises:
-    ValueError: if they are impossible.
-  """
-  given = {
-    field.name: values[field.name].value
-    for field in _fields(cls)
-    if values[field.name].present
-  }
-  preset = presets[values.preset] if presets and values.preset else {}
-  return cls(**{**preset, **given})
-
-
 def parse(
   cls: type[T], arguments: Sequence[str], presets: Presets | None = None
 ) -> T:
@@ -417,7 +391,12 @@ def _parsed(
     raise ValueError(re.sub(r'^flag (?=--)', '', message)) from e
   if len(rest) > 1:
     raise ValueError(f'There are arguments that are not flags: {rest[1:]}.')
-  return read(cls, values, presets)
+  fields = _fields(cls)
+  given = {
+    f.name: values[f.name].value for f in fields if values[f.name].present
+  }
+  preset = presets[values.preset] if presets and values.preset else {}
+  return cls(**{**preset, **given})
 
 
 def _heading(cls: type, name: str) -> type:
@@ -559,16 +538,12 @@ def check_pattern(text: str) -> None:
     raise ValueError(f'{text!r} is no regular expression: {e}') from e
 
 
-def check_factor(text: str) -> None:
-  """Raises ValueError if a text is not `pattern=factor`.
-
-  Args:
-    text: an item of a list flag.
-
-  Raises:
-    ValueError: with the form that is wanted.
-  """
-  factors([text])
+def number(text: str) -> float:
+  """The number that a text stands for, or NaN, which is in no interval."""
+  try:
+    return float(text)
+  except ValueError:
+    return math.nan
 
 
 def factors(items: Sequence[str]) -> dict[str, float]:
@@ -586,11 +561,8 @@ def factors(items: Sequence[str]) -> dict[str, float]:
   found = {}
   for item in items:
     pattern, equals, factor = item.rpartition('=')
-    try:
-      value = float(factor)
-    except ValueError:
-      value = math.nan
-    if not equals or not math.isfinite(value) or value < 0:
+    value = number(factor)
+    if not equals or not 0 <= value < math.inf:
       raise ValueError(
         'items must be pattern=factor with a factor of at least 0, got'
         f' {item!r}'

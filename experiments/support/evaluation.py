@@ -78,6 +78,16 @@ def _unit_densities(mask: Any, phi: Any) -> dict[str, np.ndarray]:
   return found
 
 
+def sparsities(report: dict[str, Any]) -> dict[str, Any]:
+  """What metrics and summaries have of a `sparsity_report`."""
+  layers = {row['path']: 1 - row['density'] for row in report['layers']}
+  total = report['total']
+  return {
+    'sparsity': {'total': 1 - total['density'], **layers},
+    'dead_units': total['dead'],
+  }
+
+
 def make_evaluate(
   problem: problem_lib.Problem,
   feed: feeds.Feed,
@@ -138,12 +148,7 @@ def make_evaluate(
     found = jax.device_get(shares(state.phi, forward, ever, positive))
     metrics |= {name: float(x) for name, x in found.items()}
     mask = jax.device_get(forward)
-    report = report_lib.sparsity_report(mask, state.phi)
-    metrics['sparsity'] = {
-      'total': 1 - report['total']['density'],
-      **{row['path']: 1 - row['density'] for row in report['layers']},
-    }
-    metrics['dead_units'] = report['total']['dead']
+    metrics |= sparsities(report_lib.sparsity_report(mask, state.phi))
     metrics['learning_rate'] = float(np.asarray(rate(step - 1)))
     steps, seconds = timing[0] - before[0], timing[1] - before[1]
     before = timing

@@ -30,14 +30,6 @@ METHODS = (
 _NEVER_UPDATED = ('dense', 'static', 'snip')
 
 
-class Cadence(NamedTuple):
-  """The steps at which masks are updated: range(start, last + 1, every)."""
-
-  every: int
-  start: int
-  last: int
-
-
 class Densities(NamedTuple):
   """The densities of the layers of a run, each as `flops` takes them.
 
@@ -204,25 +196,10 @@ def make_distribution(
   return distributions.custom(sparsities, default=sparsity)
 
 
-def make_cadence(settings: Method, steps: int) -> Cadence:
-  """The steps at which the masks of a run are updated, by method and flags.
-
-  Args:
-    settings: the method.
-    steps: the number of steps of the run.
-
-  Returns:
-    A `Cadence`.
-
-  Raises:
-    ValueError: if there is no update within the run.
-  """
-  every, start, stop = (
-    settings.update_every,
-    settings.update_start,
-    settings.update_stop,
-  )
-  start = every if start is None else start
+def _update_steps(settings: Method, steps: int) -> range:
+  """The steps of a run at which masks are updated, by method and flags."""
+  every, stop = settings.update_every, settings.update_stop
+  start = every if settings.update_start is None else settings.update_start
   if stop is None:
     # Top-KAST goes on; the others let the last masks settle.
     stop = steps if settings.method == 'top_kast' else 3 * steps // 4
@@ -231,21 +208,21 @@ def make_cadence(settings: Method, steps: int) -> Cadence:
       f'masks cannot be updated from step {start} to step {stop} of {steps}.'
       ' Change --update_start, --update_stop or --update_every.'
     )
-  return Cadence(every, start, start + max(0, stop - start) // every * every)
+  # Also methods that never update have schedules, which need one step.
+  return range(start, max(start, stop) + 1, every)
 
 
-def _progress(cadence: Cadence) -> Callable[[Any], Any]:
+def _progress(updates: range) -> Callable[[Any], Any]:
   """The schedule of gradual pruning: cubic, with its end at the last update."""
-  if cadence.last == cadence.start:
+  if len(updates) == 1:
     return lambda step: jnp.ones([])
   # The first update prunes something already.
-  return schedules.cubic(cadence.start - cadence.every, cadence.last)
+  return schedules.cubic(updates.start - updates.step, updates[-1])
 
 
-def _phases(cadence: Cadence) -> list[int]:
+def _phases(updates: range) -> list[int]:
   """The steps at which phases of AC/DC begin; the first and last are sparse."""
-  starts = list(range(cadence.start, cadence.last + 1, cadence.every))
-  return starts if len(starts) % 2 else starts[:-1]
+  return list(updates if len(updates) % 2 else updates[:-1])
 
 
 def _forward_and_backward(
@@ -271,7 +248,7 @@ def _forward_and_backward(
 
 def _make_updater(
   settings: Method,
-  cadence: Cadence,
+  updates: range,
   forward: distributions.Distribution,
   backward: distributions.Distribution,
   fresh: Callable[[jax.Array], Any],
@@ -280,7 +257,7 @@ def _make_updater(
   scope, dropped = settings.scope, settings.regrow_dropped
   # The cosine ends one update later, so that the last one still trades weights.
   drop = schedules.drop_fraction(
-    settings.drop_fraction, cadence.last + cadence.every, settings.drop_schedule
+    settings.drop_fraction, updates[-1] + updates.step, settings.drop_schedule
   )
   values = {
     'init': fresh,
@@ -294,15 +271,15 @@ def _make_updater(
     'set': lambda: updaters.set_(forward, drop, values, dropped),
     'rigl': lambda: updaters.rigl(forward, drop, values, dropped),
     'top_kast': lambda: updaters.top_kast(forward, backward),
-    'magnitude': lambda: updaters.magnitude(forward, _progress(cadence), scope),
+    'magnitude': lambda: updaters.magnitude(forward, _progress(updates), scope),
     'acdc': lambda: updaters.acdc(
-      forward, schedules.alternating(_phases(cadence)), values, scope
+      forward, schedules.alternating(_phases(updates)), values, scope
     ),
   }[settings.method]()
 
 
 def _gradual_flops(
-  cadence: Cadence,
+  updates: range,
   steps: int,
   dense: dict[str, float],
   first: dict[str, float],
@@ -311,7 +288,7 @@ def _gradual_flops(
   """Operations at inference, on average over a run of gradual pruning.
 
   Args:
-    cadence: when weights are pruned.
+    updates: when weights are pruned.
     steps: the number of steps of the run.
     dense: the operations of each layer with all weights.
     first: the same with the weights that it begins with.
@@ -320,11 +297,10 @@ def _gradual_flops(
   Returns:
     The operations of all layers together.
   """
-  updates = range(cadence.start, cadence.last + 1, cadence.every)
-  progress = [0.0, *(float(_progress(cadence)(t)) for t in updates)]
+  progress = [0.0, *(float(_progress(updates)(t)) for t in updates)]
   # The steps before the first update, between updates, and after the last.
-  spans = [cadence.every] * (len(updates) - 1)
-  spans = [cadence.start, *spans, steps - cadence.last]
+  spans = [updates.step] * (len(updates) - 1)
+  spans = [updates.start, *spans, steps - updates[-1]]
 
   def cost(p):
     # A layer that begins sparser than asked for is not pruned until later.
@@ -349,7 +325,7 @@ def _planned(theta: Any, counts: Any, backward_counts: Any) -> Densities:
 
 
 def _make_training_flops(
-  method: str, cadence: Cadence, steps: int, planned: Densities
+  method: str, updates: range, steps: int, planned: Densities
 ) -> Callable[..., float]:
   def training_flops(layers, densities=planned):
     forward, backward, ever = (
@@ -359,16 +335,16 @@ def _make_training_flops(
       math.fsum(x.values()) for x in (layers, forward, backward)
     )
     if method == 'rigl':
-      return flops.rigl_training_flops(dense, sparse, cadence.every)
+      return flops.rigl_training_flops(dense, sparse, updates.step)
     if method == 'top_kast':
       return flops.top_kast_training_flops(sparse, wide)
     if method == 'acdc':
-      starts = _phases(cadence)
+      starts = _phases(updates)
       ends = [*starts[1:], steps]
       share = (sum(ends[::2]) - sum(starts[::2])) / steps
       sparse = share * sparse + (1 - share) * dense
     if method == 'magnitude':
-      sparse = _gradual_flops(cadence, steps, layers, ever, forward)
+      sparse = _gradual_flops(updates, steps, layers, ever, forward)
     return flops.training_flops(sparse)
 
   return training_flops
@@ -405,18 +381,17 @@ def make_plan(
       '--regrow=zero: a weight at zero never moves for alpha > 1 (section 2 of'
       ' the paper). Use init or keep, or give --floor.'
     )
-  cadence = make_cadence(settings, steps)
+  updates = _update_steps(settings, steps)
   forward, backward = _forward_and_backward(settings)
   counts = forward(theta)  # Impossible distributions raise here.
   planned = _planned(theta, counts, backward(theta))
-  due = schedules.every(cadence.every, cadence.start, cadence.last + 1)
   penalty = functools.partial(
     updaters.exploration_penalty, strength=settings.exploration_penalty
   )
   return Plan(
-    updater=_make_updater(settings, cadence, forward, backward, fresh),
-    due=(lambda step: False) if method in _NEVER_UPDATED else due,
+    updater=_make_updater(settings, updates, forward, backward, fresh),
+    due=lambda step: step in updates and method not in _NEVER_UPDATED,
     penalty=penalty if method == 'top_kast' else None,
     counts=counts,
-    training_flops=_make_training_flops(method, cadence, steps, planned),
+    training_flops=_make_training_flops(method, updates, steps, planned),
   )

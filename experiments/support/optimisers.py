@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import transforms
 from powerprop_jax import types
+
+T = TypeVar('T')
 
 # Optimisers of optax whose first argument is a learning rate and which need no
 # more than gradients and parameters.
@@ -44,41 +46,27 @@ UPDATE_RULES = ('target_propagation', 'chain_rule')
 
 
 def _check_decay_schedule(text: str) -> None:
-  if text in ('constant', 'cosine'):
-    return
-  try:
-    fraction = float(text)
-  except ValueError:
-    fraction = math.nan
-  if not 0 <= fraction <= 1:
+  if text not in ('constant', 'cosine') and not 0 <= config.number(text) <= 1:
     raise ValueError('must be constant, cosine or a fraction from 0 to 1')
 
 
 def _read_alpha_step(text: str) -> tuple[float, float]:
   """The power and the fraction of the steps of an item of --alpha_steps."""
-  alpha, colon, fraction = text.partition(':')
-  try:
-    pair = float(alpha), float(fraction)
-  except ValueError:
-    pair = math.nan, math.nan
-  if not (colon and 0 <= pair[1] < 1):
+  alpha, fraction = map(config.number, text.partition(':')[::2])
+  if math.isnan(alpha) or not 0 <= fraction < 1:
     raise ValueError(
       'must be alpha:fraction, with a fraction of the steps from 0 to below 1'
     )
-  return power.check_alpha(pair[0]), pair[1]
+  return power.check_alpha(alpha), fraction
 
 
 def _read_norm(text: str) -> Any:
   """The norm as `decay_phi` takes it."""
   if text in ('l1', 'l2'):
     return text
-  try:
-    p = float(text)
-  except ValueError:
-    p = math.nan
-  if not 0 < p < 2:
+  if not 0 < config.number(text) < 2:
     raise ValueError('must be l1, l2 or a number between 0 and 2')
-  return p
+  return float(text)
 
 
 def _read_norms(text: str) -> dict[float, Any]:
@@ -87,17 +75,26 @@ def _read_norms(text: str) -> dict[float, Any]:
   norms = {0.0: _read_norm(first)}
   for item in later:
     norm, _, fraction = item.partition(':')
-    try:
-      start = float(fraction)
-    except ValueError:
-      start = math.nan
-    if not max(norms) < start < 1:
+    if not max(norms) < config.number(fraction) < 1:
       raise ValueError(
         'must be norm,norm:fraction,..., with fractions of the steps below 1'
         ' that rise from one to the next'
       )
-    norms[start] = _read_norm(norm)
+    norms[float(fraction)] = _read_norm(norm)
   return norms
+
+
+def _by_step(
+  by_fraction: Mapping[float, T], steps: int, flag: str, what: str
+) -> dict[int, T]:
+  """Values by the first of their steps; each must have a step of its own."""
+  by_step = {round(f * steps): x for f, x in by_fraction.items()}
+  if len(by_step) < len(by_fraction) or max(by_step, default=0) >= steps:
+    raise ValueError(
+      f'--{flag}: in a run of {steps} steps one of the {what} has no step. Give'
+      ' other fractions or more steps.'
+    )
+  return by_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +138,9 @@ class Powers(config.Settings):
     Raises:
       ValueError: if one of them has no step of its own.
     """
-    pairs = list(map(_read_alpha_step, self.alpha_steps))
-    later = {round(f * steps): a for a, f in pairs}
-    if len(later) < len(pairs) or max(later, default=0) >= steps:
-      raise ValueError(
-        f'--alpha_steps={",".join(self.alpha_steps)}: in a run of {steps} steps'
-        ' one of the powers has no step. Give other fractions or more steps.'
-      )
-    return {0: alpha} | later
+    later = {f: a for a, f in map(_read_alpha_step, self.alpha_steps)}
+    flag = f'alpha_steps={",".join(self.alpha_steps)}'
+    return {0: alpha} | _by_step(later, steps, flag, 'powers')
 
 
 def last_alpha(settings: Powers, alpha: float) -> float:
@@ -261,7 +253,7 @@ class Decay(config.Settings):
     'Factors by which --phi_decay is multiplied in some layers, as'
     ' pattern=factor,...: a factor applies to the layers in whose path its'
     ' regular expression has a match, and the first that matches counts.',
-    check=config.check_factor,
+    check=lambda text: config.factors([text]),
   )
 
   def decay_norms(self, steps: int) -> dict[int, Any]:
@@ -278,13 +270,8 @@ class Decay(config.Settings):
       ValueError: if one of them has no step of its own.
     """
     norms = _read_norms(self.phi_decay_norm)
-    by_step = {round(f * steps): norm for f, norm in norms.items()}
-    if len(by_step) < len(norms) or max(by_step) >= steps:
-      raise ValueError(
-        f'--phi_decay_norm={self.phi_decay_norm}: in a run of {steps} steps one'
-        ' of the norms has no step. Give other fractions or more steps.'
-      )
-    return by_step
+    flag = f'phi_decay_norm={self.phi_decay_norm}'
+    return _by_step(norms, steps, flag, 'norms')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,8 +335,8 @@ def decay_rate(settings: Decay, steps: int) -> optax.Schedule:
   elif schedule == 'cosine':
     rate = optax.cosine_decay_schedule(decay, steps)
   else:
-    end = float(schedule) * steps
-    rate = lambda t: jnp.where(jnp.asarray(t) < end, decay, 0.0)
+    end = math.ceil(float(schedule) * steps)
+    rate = optax.piecewise_constant_schedule(decay, {end: 0.0})
   warmup = settings.phi_decay_warmup_steps
   return _warmed(rate, warmup, steps, 'phi_decay_warmup_steps')
 
@@ -405,14 +392,9 @@ def _decay_of_theta(
 ) -> optax.Schedule:
   """alpha times the decay of phi, at every step of a run."""
   rate, powers = decay_rate(settings, steps), settings.powers(alpha, steps)
-
-  def decay(t):
-    now = alpha
-    for start, later in powers.items():  # The last that has come counts.
-      now = jnp.where(jnp.asarray(t) >= start, later, now)
-    return now * rate(t)
-
-  return decay
+  constants = map(optax.constant_schedule, powers.values())
+  now = optax.join_schedules([*constants], [*powers][1:])
+  return lambda t: now(t) * rate(t)
 
 
 def nats(settings: Settings, alpha: float, steps: int) -> float | None:

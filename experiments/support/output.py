@@ -62,21 +62,6 @@ def announce(binary: str) -> None:
   print(f'{binary} on {on} (Python {found["python"]}, {versions})', flush=True)
 
 
-def folder(path: str) -> epath.Path:
-  """The path of a folder, on this machine or in a bucket.
-
-  Args:
-    path: such as 'results', '~/results' or 'gs://bucket/results'.
-
-  Returns:
-    The path, with ~ expanded.
-
-  Raises:
-    ValueError: if the package that reads such an address is not installed.
-  """
-  return paths.resolve(path)
-
-
 def is_remote(path: epath.Path) -> bool:
   """Whether a path is in a bucket, and not in a file system of this machine."""
   return '://' in str(path)
@@ -274,12 +259,12 @@ def opened(
     path = error = None
     try:
       if re.match(r'(?!gs:)[a-z][a-z0-9+.-]+://', out_dir):
-        # This comes before `folder`, which would ask for a package to install.
+        # This comes before `resolve`, which would ask for a package to install.
         raise config.Refused(
           f'--out_dir={out_dir}: runs write to local folders and to addresses'
           ' that start with gs://, and to no others.'
         )
-      path = folder(out_dir)
+      path = paths.resolve(out_dir)
       path.mkdir(parents=True, exist_ok=True)
       if first:
         stack.enter_context(_locked(path))
@@ -407,22 +392,20 @@ class Progress:
     self._total, self._initial, self._step = total, initial, initial
     self._unit, self._stay = unit, stay
     self._begun = self._shown = time.monotonic()
-    self._turn = threading.Lock()
+    self._turn, self._at = threading.Lock(), {}
     self._text, self._bar = '', None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=total, initial=initial, unit=unit, smoothing=0.1, leave=stay
       )
 
-  def at(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Shows at which step the program is, with some metrics."""
-    self.add(step - self._step, metrics)
-
-  def add(
-    self, steps: int, metrics: Mapping[str, float], run: str | None = None
+  def at(
+    self, step: int, metrics: Mapping[str, float], run: str | None = None
   ) -> None:
-    """Shows that steps were taken, with metrics of the run that took them."""
+    """Shows at which step the program or a run is, with some metrics."""
     with self._turn:
+      steps = step - self._at.get(run, 0 if run else self._initial)
+      self._at[run] = step
       self._step += steps
       self._text = ', '.join(f'{k} {v:.4g}' for k, v in metrics.items())
       if run is not None:
@@ -466,11 +449,11 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = ()) -> str:
   Returns:
     Text of several lines.
   """
-  align = ('left', *['right'] * (max(map(len, rows)) - 1))
   return tabulate.tabulate(
     rows,
     headers,
-    tablefmt='plain' if not headers else 'simple',
-    colalign=align,
+    tablefmt='simple' if headers else 'plain',
+    colglobalalign='right',
+    colalign=('left',),
     disable_numparse=True,
   )

@@ -135,13 +135,9 @@ def run_all(
   progress = output.Progress(len(missing) * steps)
 
   def make_report(name):
-    at = 0
-
     def report(step, metrics):
-      nonlocal at
       write({'run': name, 'step': step, **metrics})
-      progress.add(step - at, metrics, name)
-      at = step
+      progress.at(step, metrics, name)
 
     return report
 

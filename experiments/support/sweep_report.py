@@ -1,6 +1,6 @@
 """Tables and figures of a sweep over sparse training methods."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -61,31 +61,39 @@ def summarise(results: Sequence[Row]) -> list[Row]:
   ]
 
 
-def _table(
-  rows: Sequence[Row],
-  heading: Sequence[str],
-  key: Callable[[Row], tuple[str, ...]],
+def by_sparsity(
+  rows: Iterable[Row],
+  key: Callable[[Row], Sequence[str]],
   cell: Callable[[Row], str],
-) -> str:
-  """A line for each key, and a column for each sparsity."""
+) -> tuple[list[str], list[list[str]]]:
+  """The headings of all sparsities, and a line of cells for each key."""
+  rows = list(rows)
   sparsities = sorted({r['sparsity'] for r in rows if r['method'] != 'dense'})
   lines: dict[tuple[str, ...], dict[float, str]] = {}
   for r in rows:
     # A dense network has no sparsity: its cell is the same in every column.
     at = sparsities if r['method'] == 'dense' else [r['sparsity']]
-    lines.setdefault(key(r), {}).update(dict.fromkeys(at, cell(r)))
-  table = [
+    lines.setdefault(tuple(key(r)), {}).update(dict.fromkeys(at, cell(r)))
+  return [f'{100 * s:g} %' for s in sparsities], [
     [*name, *(cells.get(s, '') for s in sparsities)]
     for name, cells in lines.items()
   ]
-  return output.table(
-    table, [*heading, *(f'{100 * s:g} %' for s in sparsities)]
-  )
 
 
-def _distribution(r: Row) -> str:
-  """The distribution in tables; dense networks and SNIP have none."""
-  return '' if r['method'] in ('dense', 'snip') else r['distribution']
+def _table(
+  rows: Iterable[Row], cell: Callable[[Row], str], with_alpha: bool = True
+) -> str:
+  """A line for each method, distribution and alpha."""
+  count = 3 if with_alpha else 2
+
+  def key(r):
+    # Dense networks and SNIP have no distribution.
+    found = '' if r['method'] in ('dense', 'snip') else r['distribution']
+    return (r['method'], found, f'{r["recipe"]["alpha"]:g}')[:count]
+
+  headings, lines = by_sparsity(rows, key, cell)
+  first = ['method', 'distribution', 'alpha'][:count]
+  return output.table(lines, [*first, *headings])
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
@@ -104,12 +112,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     )
     return f'{100 * r["mean"]:.2f}{deviation}'
 
-  return _table(
-    rows,
-    ['method', 'distribution', 'alpha'],
-    lambda r: (r['method'], _distribution(r), f'{r["recipe"]["alpha"]:g}'),
-    cell,
-  )
+  return _table(rows, cell)
 
 
 def flops_table(rows: Sequence[Row]) -> str:
@@ -124,9 +127,8 @@ def flops_table(rows: Sequence[Row]) -> str:
   alpha = rows[0]['recipe']['alpha']
   return _table(
     [r for r in rows if r['recipe']['alpha'] == alpha],
-    ['method', 'distribution'],
-    lambda r: (r['method'], _distribution(r)),
     lambda r: f'{r["inference_flops"]:.3f} / {r["training_flops"]:.3f}',
+    with_alpha=False,
   )
 
 
@@ -139,12 +141,7 @@ def sign_table(rows: Sequence[Row]) -> str:
   Returns:
     A line for each method, distribution and alpha, a column for each sparsity.
   """
-  return _table(
-    rows,
-    ['method', 'distribution', 'alpha'],
-    lambda r: (r['method'], _distribution(r), f'{r["recipe"]["alpha"]:g}'),
-    lambda r: f'{100 * r["sign_changes"]:.1f}',
-  )
+  return _table(rows, lambda r: f'{100 * r["sign_changes"]:.1f}')
 
 
 def curves(
@@ -162,7 +159,7 @@ def curves(
   """
   lines: dict[str, dict[str, list[float]]] = {}
   for r in sorted(rows, key=lambda r: r['sparsity']):
-    if {r['method'], r['distribution']} & {'dense', 'snip', distribution}:
+    if {r['method'], r.get('distribution')} & {'dense', 'snip', distribution}:
       label = f'{r["recipe"]["alpha"]} {TITLES[r["method"]]}'
       line = lines.setdefault(label, {'sparsity': [], 'mean': [], 'std': []})
       for name, values in line.items():

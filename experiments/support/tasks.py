@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.support import config
 from experiments.support import optimisers
@@ -482,12 +481,9 @@ def _make_functions(
 
   def mean_loss(theta, model_state, batch):
     images, labels = batch
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits(theta, model_state, images), jnp.maximum(labels, 0)
-    )
-    known = labels != classification.PADDING
-    # Padding does not count, also if a batch has nothing else.
-    return jnp.sum(losses, where=known) / jnp.maximum(jnp.sum(known), 1)
+    total = classification.counted(logits(theta, model_state, images), labels)
+    known = jnp.sum(labels != classification.PADDING)
+    return total['loss'] / jnp.maximum(known, 1)  # A batch may be padding only.
 
   accuracy = classification.make_accuracy(network_apply, prepare)
   return _Functions(make_loss, accuracy, logits, mean_loss)

@@ -19,6 +19,7 @@ from experiments.support import tasks as tasks_lib
 from powerprop_jax import continual
 from powerprop_jax import export
 from powerprop_jax import leaves
+from powerprop_jax import paths
 from powerprop_jax.continual import layouts
 from powerprop_jax.data import in_memory
 from powerprop_jax.models import networks
@@ -76,7 +77,7 @@ def _check_data(trained_on: Mapping[str, Any], fingerprint: str) -> None:
 
 
 def _of_mnist_pruning(path: pathlib.Path, data_dir: str | None) -> Network:
-  file = output.folder(str(path)).parent.parent / 'config.json'
+  file = paths.resolve(str(path)).parent.parent / 'config.json'
   settings = output.read_json(file).get('settings')
   if not isinstance(settings, dict) or 'dataset' not in settings:
     raise ValueError(f'{file} was not written by mnist_pruning.')

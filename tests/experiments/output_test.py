@@ -16,6 +16,7 @@ import pytest
 from experiments.support import events
 from experiments.support import output
 from experiments.support import runs
+from powerprop_jax import paths
 from powerprop_jax.data import in_memory
 
 _SETTINGS = {'alpha': 2.0, 'layers': ['a']}
@@ -26,7 +27,7 @@ def _open(path, binary='test', settings=_SETTINGS):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-  path = output.folder(str(tmp_path)) / 'summary.json'
+  path = paths.resolve(str(tmp_path)) / 'summary.json'
   output.write_json(path, {'a': 1})
   assert json.loads(path.read_text()) == {'a': 1}
 
@@ -69,7 +70,7 @@ def test_a_program_says_first_where_it_runs(name, monkeypatch):
 
 
 def test_threads_write_the_same_file(tmp_path):
-  path = output.folder(str(tmp_path)) / 'a.json'
+  path = paths.resolve(str(tmp_path)) / 'a.json'
   threads = [
     threading.Thread(target=output.write_json, args=(path, [i] * 1000))
     for i in range(8)
@@ -213,7 +214,7 @@ def _lines(path):
 
 
 def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
-  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+  path = paths.resolve(str(tmp_path)) / 'metrics.jsonl'
   write = output.Metrics(path, lambda line: True)
   for step in (1, 2, 3):
     write({'step': step})
@@ -234,7 +235,7 @@ def test_metrics_forget_what_comes_again(tmp_path, monkeypatch):
 
 
 def test_events_are_what_the_lines_are(tmp_path):
-  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+  path = paths.resolve(str(tmp_path)) / 'metrics.jsonl'
 
   def found(run):
     return list(events.read(tmp_path / 'events' / run))
@@ -267,7 +268,7 @@ def test_events_are_what_the_lines_are(tmp_path):
 
 def test_without_tensorboardx_there_are_lines_only(tmp_path, monkeypatch):
   monkeypatch.setattr(events, 'installed', lambda: False)
-  path = output.folder(str(tmp_path)) / 'metrics.jsonl'
+  path = paths.resolve(str(tmp_path)) / 'metrics.jsonl'
   write = output.Metrics(path, lambda line: True)
   write({'step': 1, 'loss': 0.5})
   write.close()
@@ -281,7 +282,10 @@ def test_progress_without_a_terminal(monkeypatch, capfd):
   progress = output.Progress(400, initial=100)
   for i in range(300):
     clock[0] += 0.5
-    progress.add(1, {'loss': 0.25}, run='alpha=2.0-seed=0' if i > 100 else None)
+    if i > 100:
+      progress.at(i - 100, {'loss': 0.25}, run='alpha=2.0-seed=0')
+    else:
+      progress.at(101 + i, {'loss': 0.25})
   progress.close()
   lines = capfd.readouterr().err.split('\n')
   assert len(lines) == 6  # One every 30 seconds, the last, and the end.

@@ -6,14 +6,14 @@ import signal
 
 import pytest
 
-from experiments.support import output
 from experiments.support import runs
+from powerprop_jax import paths
 from powerprop_jax.training import loop
 
 
 @pytest.fixture
 def out_dir(tmp_path):
-  return output.folder(str(tmp_path))
+  return paths.resolve(str(tmp_path))
 
 
 def _run(value):

@@ -24,10 +24,10 @@ from experiments.support import evaluation
 from experiments.support import events
 from experiments.support import methods
 from experiments.support import optimisers
-from experiments.support import output
 from experiments.support import problem as problem_lib
 from experiments.support import trained
 from powerprop_jax import leaves
+from powerprop_jax import paths
 from powerprop_jax import power
 from powerprop_jax import training
 from powerprop_jax.data import in_memory
@@ -134,7 +134,7 @@ def run(problem, settings, out_dir):
       problem.make_feed(),
       manager,
       settings,
-      output.folder(str(out_dir)),
+      paths.resolve(str(out_dir)),
     )
   finally:
     checkpoint.close(manager)
