@@ -96,7 +96,7 @@ def _details(run: comparison.Run) -> str:
     density = ', '.join(f'{100 * p:.1f}' for p in run['density'][:10])
     new = ', '.join(map(str, run['new_weights'][:10]))
     more = ', ...' if run['num_tasks'] > 10 else ''
-    lines.insert(1, f'weights in use by each task (%): {density}{more}')
+    lines.insert(1, f'density of the mask of each task (%): {density}{more}')
     lines.insert(2, f'new weights of each task: {new}{more}')
   if run['num_tasks'] > 1:
     lines.append(
@@ -139,11 +139,15 @@ def summarise(results: dict[str, comparison.Run], out_dir: epath.Path) -> None:
       figures[f'overlap-{name}.png'] = plots.overlap_matrix(run['overlap'])
   for name, figure in figures.items():
     plots.save(figure, out_dir / name)
-  print('\nTest accuracy after the last task, and capacity, in percent:\n')
+  print(
+    '\nTest accuracy after the last task, and weights in use, in percent:\n'
+  )
   print(continual_report.table(found))
   first = found[0]
+  others = '; summary.json has the others' if found[1:] else ''
   print(
-    f'\n{first["method"]}, alpha = {first["alpha"]:g}, seed {first["seed"]}:'
+    f'\n{first["method"]}, alpha = {first["alpha"]:g}, seed'
+    f' {first["seed"]}{others}:'
   )
   print(_details(first))
   print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')

@@ -48,8 +48,7 @@ from powerprop_jax.training import loop
 _CHUNK = 500  # The number of steps between two checks of the loss.
 # Less than this keeps next to none of the 266,200 weights of LeNet-300-100.
 _LEAST_KEPT = 1e-5
-# One-shot pruning costs little from about 15 nats on in long runs, and from 7
-# in short ones (`power.nats`).
+# Shorter runs than some 20,000 steps cannot stand as many (`power.nats`).
 _ENOUGH_NATS = 10
 
 
@@ -347,11 +346,14 @@ def summarise(
   }
   for name, figure in figures.items():
     plots.save(figure, out_dir / name)
-  print(
-    '\nTest accuracy (%) at each percentage of weights kept, mean ± standard'
-    f' deviation of {max(map(len, groups.values()))} seeds:\n'
-  )
+  numbers = {label: len(rows) for label, rows in groups.items()}
+  seeds = max(numbers.values())
+  mean = f', mean ± standard deviation of {seeds} seeds' if seeds > 1 else ''
+  print(f'\nTest accuracy (%) at each percentage of weights kept{mean}:\n')
   print(analysis.accuracy_table(summary))
+  for label, number in numbers.items():
+    if number < seeds:
+      print(f'{label}: {number} of {seeds} seeds ended')
   print(f'\nIn {out_dir}: summary.json, {", ".join(figures)}')
 
 
@@ -361,20 +363,24 @@ def warn_of_little_decay(settings: Settings) -> None:
   Args:
     settings: those of the binary.
   """
-  few = []
+  few = {}
   for alpha in dict.fromkeys(settings.alphas):
     nats = optimisers.nats(settings, alpha, settings.steps)
     has_power = optimisers.last_alpha(settings, alpha) > 1
     if has_power and nats is not None and nats < _ENOUGH_NATS:
-      few.append(f'{nats:.1f} nats at alpha = {alpha:g}')
-  if few:
-    print(
-      f'Weights without a gradient shrink by exp(-n), n being {", ".join(few)}.'
-      f' To be pruned once to a high sparsity, a network needs {_ENOUGH_NATS}'
-      ' nats, or 7 in a short run: give --phi_decay, of 1e-3 or so in 10,000'
-      ' steps.',
-      file=sys.stderr,
-    )
+      few[alpha] = nats
+  if not few:
+    return
+  if not any(few.values()):
+    said = 'There is no decay of phi, as in the paper. With one,'
+  else:
+    found = ', '.join(f'{n:.1f} nats at alpha = {a:g}' for a, n in few.items())
+    said = f'The decay of phi has {found}. With {_ENOUGH_NATS} and more,'
+  print(
+    f'{said} networks can be pruned much further: give --phi_decay, of 1e-3 or'
+    ' so in 10,000 steps of SGD, where 7 nats are enough (docs/choosing.md).',
+    file=sys.stderr,
+  )
 
 
 def main(settings: Settings) -> None:

@@ -528,9 +528,10 @@ def change_alpha(
 def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
   """The nats of decay: alpha times the sum of the decay of phi over all steps.
 
-  A weight that feels no gradient shrinks to e^-nats of its value. In long runs
-  one-shot pruning costs nothing from about 15 to 20 nats on, in short ones from
-  7 on; with 1 or 2 a power hardly acts.
+  A weight that feels no gradient shrinks to e^-nats of its value. Compare nats
+  of runs of one optimiser and one length: good recipes for one-shot pruning by
+  SGD have 4 in 2,500 steps, 7 in 10,000 and 17 in 50,000, and with 1 or 2 a
+  power hardly acts.
 
   Args:
     alpha: the power.

@@ -391,8 +391,10 @@ class Progress:
     """
     self._total, self._initial, self._step = total, initial, initial
     self._unit, self._stay = unit, stay
-    self._begun = self._shown = time.monotonic()
+    self._shown = time.monotonic()
     self._turn, self._at = threading.Lock(), {}
+    # When the first report came, and at which step: until then XLA compiles.
+    self._first: tuple[float, int] | None = None
     self._text, self._bar = '', None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
@@ -415,16 +417,16 @@ class Progress:
         self._bar.set_postfix_str(self._text)
       elif time.monotonic() - self._shown > _LINE_EVERY:
         self._line()
+      self._first = self._first or (time.monotonic(), self._step)
 
   def _line(self) -> None:
     self._shown = time.monotonic()
-    taken = self._step - self._initial
-    rate = taken / max(self._shown - self._begun, 1e-9)
-    left = (self._total - self._step) / rate if rate else 0.0
-    shown = (
-      f'{self._unit} {self._step} of {self._total}, {rate:.3g} {self._unit}s'
-      f' per second, {tqdm.tqdm.format_interval(left)} left'
-    )
+    shown = f'{self._unit} {self._step} of {self._total}'
+    begun, first = self._first or (self._shown, self._step)
+    if self._shown > begun and self._step > first:
+      rate = (self._step - first) / (self._shown - begun)
+      left = tqdm.tqdm.format_interval((self._total - self._step) / rate)
+      shown += f', {rate:.3g} {self._unit}s per second, {left} left'
     print(
       f'{shown}: {self._text}' if self._text else shown,
       file=sys.stderr,

@@ -86,12 +86,19 @@ def _of_mnist_pruning(path: pathlib.Path, data_dir: str | None) -> Network:
     raise ValueError(f'{path} does not tell the alpha it was trained with.')
   data = in_memory.load(settings['dataset'], data_dir)
   _check_data(settings, in_memory.fingerprint(data))
-  network = networks.build('lenet_300_100', data.num_classes)
+  name = settings.get('network', 'lenet_300_100')
+  network = networks.build(name, data.num_classes)
   accuracy = jax.jit(classification.make_accuracy(network.apply))
   images = jnp.zeros((1, *data.train.images.shape[1:]))
   like, state = jax.eval_shape(
-    lambda key: network.init(key, images, False), jax.random.key(0)
+    lambda key: network.init(key, images, True), jax.random.key(0)
   )
+  if jax.tree.leaves(state):
+    raise ValueError(
+      f'{path} has the weights of {name} and not its statistics of'
+      ' normalisation, which mnist_pruning does not keep. Train it with'
+      ' sparse_training, whose checkpoints have them.'
+    )
 
   def evaluate(theta, state):
     splits = {'valid_accuracy': data.valid, 'test_accuracy': data.test}
@@ -223,6 +230,15 @@ def load(
     FileNotFoundError: if there is no file and no whole checkpoint.
   """
   place = pathlib.Path(path).expanduser()
+  remedy = (
+    'Runs of sparse_training with --evaluate_every have one.'
+    if best
+    else 'Give a file runs/NAME.safetensors of mnist_pruning, the folder of a'
+    ' run of sparse_training, or a folder checkpoints/NAME of'
+    ' continual_learning; sparse_sweep keeps no networks.'
+  )
+  if not paths.resolve(path).exists():
+    raise FileNotFoundError(f'There is no file or folder {path}. {remedy}')
   if place.is_file():
     if best:
       raise ValueError(
@@ -233,13 +249,6 @@ def load(
   try:
     found = checkpoint.load(folder(path), evaluation.BEST if best else None)
   except FileNotFoundError as e:
-    remedy = (
-      'Runs of sparse_training with --evaluate_every have one.'
-      if best
-      else 'Give a file runs/NAME.safetensors of mnist_pruning, the folder of a'
-      ' run of sparse_training, or a folder checkpoints/NAME of'
-      ' continual_learning; sparse_sweep keeps no networks.'
-    )
     raise FileNotFoundError(f'{e} {remedy}') from e
   binary = found.config.get('binary')
   if binary not in _FROM_CHECKPOINT:

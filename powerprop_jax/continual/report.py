@@ -279,20 +279,20 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
   Returns:
     A heading, and a line for each method and alpha, in the order in which they
     first occur: the average accuracy ± its standard deviation over seeds, and
-    the means over seeds of the accuracy on the worst task, of the capacity
-    used, and of the forward transfer, if there is any.
+    the means over seeds of the accuracy on the worst task, of the weights in
+    use, and of the forward transfer, if there is any.
 
   >>> from powerprop_jax.continual import report
   >>> run = {'method': 'epn', 'alpha': 2.0, 'capacity_used': 0.5}
   >>> run |= {'average_accuracy': 0.96, 'worst_accuracy': 0.94}
   >>> print(report.table([run]))
-  method      alpha    average    worst    capacity used
-  epn             2      96.00    94.00             50.0
+  method      alpha    average    worst    in use
+  epn             2      96.00    94.00      50.0
   """
   groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
   for run in runs:
     groups.setdefault((run['method'], run['alpha']), []).append(run)
-  headers = ['method', 'alpha', 'average', 'worst', 'capacity used', 'transfer']
+  headers = ['method', 'alpha', 'average', 'worst', 'in use', 'transfer']
   rows = []
   for (method, alpha), seeds in groups.items():
     average = 100 * np.array([run['average_accuracy'] for run in seeds])

@@ -57,7 +57,8 @@ def _explain_missing(
   return (
     f'data set {name!r} is not prepared: {looked} Do one of these:\n'
     f'  prepare it, once:  {extras.command("prepare")}\n'
-    f'                     python -c {shlex.quote(prepare)}{others}'
+    f'                     python -c {shlex.quote(prepare)}\n'
+    f'  look elsewhere:    --data_dir=...{others}'
   )
 
 

@@ -65,6 +65,10 @@ _DTYPES = (
 )
 
 
+class _NoTaskError(ValueError):
+  """A file is whole, and has no such task."""
+
+
 class Sizes(NamedTuple):
   """The size of a file, and the sizes to compare it with, in bytes.
 
@@ -471,7 +475,10 @@ def read(
       if task is None and last >= 0:
         raise ValueError('It holds tasks: use load_task.')
       if task is not None and not 0 <= task <= last:
-        raise ValueError(f'There is no task {task}; the last is {last}.')
+        raise _NoTaskError(
+          f'{os.fspath(path)!r} has no task {task}. Tasks are counted from 0,'
+          f' and the last is {last}.'
+        )
       prefixes = [''] if task is None else ['', f'tasks/{task}/']
       rows = {k: _parse_rows(metadata['leaves'][k], k) for k in prefixes}
       needed = sum(map(_unpacked_bytes, rows.values()))
@@ -491,7 +498,7 @@ def read(
         found[prefix] = _unpack(rows[prefix], tensors, metadata['values'])
     own = {} if task is None else found[prefixes[1]]
     return metadata['alpha'], found[''], own
-  except OSError:
+  except (OSError, _NoTaskError):
     raise
   except Exception as error:  # Damage shows as errors of many types.
     raise ValueError(

@@ -197,16 +197,16 @@ def test_table_by_hand():
     _run('epn', 2.0, 0.98, 0.97, 0.4),
   ]
   assert continual_report.table(runs).splitlines() == [
-    'method      alpha       average    worst    capacity used',
-    'epn             2  97.50 ± 0.71    96.00             35.0',
-    'finetune        1         50.00    10.00                -',
+    'method      alpha       average    worst    in use',
+    'epn             2  97.50 ± 0.71    96.00      35.0',
+    'finetune        1         50.00    10.00         -',
   ]
   runs[0]['mean_forward_transfer'] = -0.02
   runs[2]['mean_forward_transfer'] = 0.01
   assert continual_report.table(runs).splitlines() == [
-    'method      alpha       average    worst    capacity used    transfer',
-    'epn             2  97.50 ± 0.71    96.00             35.0       -0.50',
-    'finetune        1         50.00    10.00                -           -',
+    'method      alpha       average    worst    in use    transfer',
+    'epn             2  97.50 ± 0.71    96.00      35.0       -0.50',
+    'finetune        1         50.00    10.00         -           -',
   ]
-  headers = ['method', 'alpha', 'average', 'worst', 'capacity', 'used']
+  headers = ['method', 'alpha', 'average', 'worst', 'in', 'use']
   assert continual_report.table([]).split() == headers

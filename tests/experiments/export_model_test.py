@@ -1,12 +1,15 @@
 """Tests of `export_model`, which writes trained networks to small files."""
 
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import chex
 from etils import epath
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from experiments.support import trained as trained_lib
 from powerprop_jax import export
 from powerprop_jax import leaves
 from powerprop_jax.data import in_memory
+from powerprop_jax.models import networks
 from powerprop_jax.training import checkpoint
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -117,6 +121,28 @@ def test_a_pruned_run_is_small_and_as_accurate(run, data, tmp_path):
   for line, name, accuracy in zip(lines[3:6], names, accuracies):
     assert line.startswith(name)
     assert line.endswith(f'test_accuracy {100 * accuracy:.2f} %')
+
+
+def test_runs_of_other_networks(tmp_path, data):
+  settings = {'dataset': 'mnist_5k', 'data': in_memory.fingerprint(data)}
+  for name in ('lenet_5', 'wrn_10_1'):
+    path = tmp_path / name / 'runs' / 'one.safetensors'
+    path.parent.mkdir(parents=True)
+    config_file = json.dumps({'settings': settings | {'network': name}})
+    (tmp_path / name / 'config.json').write_text(config_file)
+    init = functools.partial(networks.build(name, 10).init, is_training=True)
+    images = jnp.zeros((1, 28, 28, 1))
+    shapes, _ = jax.eval_shape(init, jax.random.key(0), images)
+    theta = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+    export.save_compressed(path, theta, {}, alpha=2.0)
+    if name == 'lenet_5':
+      found = trained_lib.load(str(path), None)
+      chex.assert_trees_all_equal(found.theta, theta)
+    else:
+      with pytest.raises(ValueError, match='statistics of normalisation'):
+        trained_lib.load(str(path), None)
+  with pytest.raises(FileNotFoundError, match='no file or folder .*none'):
+    trained_lib.load(str(tmp_path / 'none'), None)
 
 
 def test_statistics_are_written_and_used(tmp_path):
@@ -330,7 +356,8 @@ def test_what_was_trained_is_never_overwritten(run, sparse_run, tmp_path):
   ('args', 'message'),
   [
     (['--checkpoint='], '--checkpoint must be given'),
-    (['--checkpoint=results'], 'There is no whole checkpoint in'),
+    (['--checkpoint=none'], 'There is no file or folder none. Give a file'),
+    (['--checkpoint=.'], 'There is no whole checkpoint in'),
     (['--density=1.5'], r'density must be in \(0, 1\], got 1.5'),
     (['--density=nan'], '--density=nan'),
     (['--scope='], '--scope=.*layer.*global'),

@@ -246,12 +246,12 @@ def test_little_decay_is_said(capsys):
     mnist_pruning.warn_of_little_decay(settings)
     return capsys.readouterr().err
 
-  assert 'n being 0.0 nats at alpha = 2. To' in said()
-  assert 'being 0.0 nats at alpha = 2, 0.0 nats at alpha = 3.' in said(
-    '--alphas=2,3'
-  )
+  assert said().startswith('There is no decay of phi, as in the paper.')
   assert said('--phi_decay=0.004').startswith(
-    'Weights without a gradient shrink by exp(-n), n being 8.0'
+    'The decay of phi has 8.0 nats at alpha = 2. With 10 and more,'
+  )
+  assert ' 2.0 nats at alpha = 2, 3.0 nats at alpha = 3.' in said(
+    '--phi_decay=0.001', '--alphas=2,3'
   )
   assert said('--phi_decay=0.006') == ''
   assert said('--phi_decay_norm=l1') == ''
