@@ -1,19 +1,25 @@
 """Compares powers on a network of convolutions that is pruned once.
 
   python -m benchmarks.one_shot --data_dir=DIR
+  python -m benchmarks.one_shot --network=wrn_10_1 --steps=300 \
+    --recipes=l1,alpha-2,growing --rates=0.2,0.4 --factors=0.1,0.3 \
+    --kept=1,0.5,0.2,0.1,0.05 --choosing=0.2,0.1,0.05 --data_dir=DIR
 
-trains LeNet-5 on full MNIST and prunes it by magnitude over all layers, without
-retraining. Each recipe has six trials with one seed, of two rates and three
-decays; the mean validation accuracy with 10, 2, 1, 0.5 and 0.2 % of the weights
-chooses one, which is trained with more seeds. The decays are those that
-`benchmarks.lengths` has for LeNet-300-100, by its rule for the number of steps,
-times 0.1, 0.25 and 0.5, and twice as much for the power that grows. Trials of
-another grid had shown that more is too much for L1, and that powers need a rate
-above 0.1 here. It takes an hour on two cores, and the same command continues a
-run that was stopped. The results go to --out_dir, and a summary to
-experiments/results/, from which `experiments.render` makes a table.
+trains a network, by default LeNet-5, on full MNIST and prunes it by magnitude
+over all layers, without retraining. Each recipe has a trial with one seed of
+each of --rates, which are twice as large for powers, and of each decay; the
+mean validation accuracy with the fractions of --choosing chooses one, which is
+trained with more seeds. The decays are those that `benchmarks.lengths` has for
+LeNet-300-100, by its rule for the number of steps, times --factors, and twice
+as much for the power that grows. Trials of another grid had shown for LeNet-5
+that more is too much for L1, and that powers need a rate above 0.1. The first
+command takes an hour on two cores, and the second, for a ResNet-8, as long on
+one; the same command continues a run that was stopped. The results go to
+--out_dir, and a summary to experiments/results/, from which
+`experiments.render` makes a table.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import pathlib
@@ -25,16 +31,7 @@ from benchmarks import comparing
 from experiments.support import config
 from experiments.support import settings as settings_lib
 
-_KEPT = (1.0, 0.1, 0.05, 0.02, 0.01, 0.005, 0.003, 0.002)
-_CHOOSING = (0.1, 0.02, 0.01, 0.005, 0.002)  # Their mean chooses.
-_RATES, _LARGER = (0.1, 0.2), (0.2, 0.4)
-_FACTORS = (0.1, 0.25, 0.5)  # Of the decay.
-_COMMON = (
-  *comparing.COMMON,
-  '--clip_norm=1',
-  '--scope=global',
-  f'--kept={",".join(map(str, _KEPT))}',
-)
+_COMMON = (*comparing.COMMON, '--clip_norm=1', '--scope=global')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,33 +40,28 @@ class Recipe:
 
   Attributes:
     label: the name in tables.
-    rates: the learning rates of its trials.
     decay: the decay of phi per step at 10,000 steps, around which trials are.
     flags: further flags of `mnist_pruning`.
+    speed: the factor of the learning rates.
   """
 
   label: str
-  rates: tuple[float, ...]
   decay: float
   flags: tuple[str, ...]
+  speed: float = 1.0
 
 
 RECIPES = {
-  'l1': Recipe(
-    '1 with L1', _RATES, 6e-4, ('--alphas=1', '--phi_decay_norm=l1')
-  ),
+  'l1': Recipe('1 with L1', 6e-4, ('--alphas=1', '--phi_decay_norm=l1')),
   'p-norm': Recipe(
-    '1 with the 2/3-norm',
-    _RATES,
-    4.5e-4,
-    ('--alphas=1', '--phi_decay_norm=0.666667'),
+    '1 with the 2/3-norm', 4.5e-4, ('--alphas=1', '--phi_decay_norm=0.666667')
   ),
-  'alpha-2': Recipe('2', _LARGER, 2e-3, ('--alphas=2',)),
+  'alpha-2': Recipe('2', 2e-3, ('--alphas=2',), speed=2.0),
   'growing': Recipe(
     '1.5 then 2 and 3',
-    _LARGER,
     2e-3,
     ('--alphas=1.5', '--alpha_steps=2:0.25,3:0.5'),
+    speed=2.0,
   ),
 }
 
@@ -82,17 +74,40 @@ class Settings(comparing.Settings):
   network: str = config.like(settings_lib.Network, 'network', 'lenet_5')
   steps: int = config.flag(2_000, 'The number of training steps.', low=1)
   seeds: int = config.flag(3, 'The number of seeds of each recipe.', low=1)
+  recipes: tuple[str, ...] = config.flag(
+    tuple(RECIPES), 'The recipes.', choices=tuple(RECIPES)
+  )
+  rates: tuple[float, ...] = config.flag(
+    (0.1, 0.2), 'The learning rates of the trials at alpha = 1.', low=0.0
+  )
+  factors: tuple[float, ...] = config.flag(
+    (0.1, 0.25, 0.5), 'The factors of the decay of the trials.', low=0.0
+  )
+  kept: tuple[float, ...] = config.flag(
+    (1.0, 0.1, 0.05, 0.02, 0.01, 0.005, 0.003, 0.002),
+    'The fractions of the weights that are kept.',
+    low=0.0,
+    high=1.0,
+  )
+  choosing: tuple[float, ...] = config.flag(
+    (0.1, 0.02, 0.01, 0.005, 0.002),
+    'Those whose mean validation accuracy chooses a recipe.',
+    low=0.0,
+    high=1.0,
+  )
 
 
 def main(settings: Settings) -> None:
   """Trains what is not finished, and writes the results."""
   root = pathlib.Path(settings.out_dir)
   common = [*_COMMON, f'--network={settings.network}']
-  common += [f'--steps={settings.steps}', *settings.data()]
+  common += [f'--kept={_listed(settings.kept)}', f'--steps={settings.steps}']
+  common += settings.data()
   results, trials = [], []
-  for name, recipe in RECIPES.items():
-    best, folder = None, root
-    for rate, factor in itertools.product(recipe.rates, _FACTORS):
+  for name in settings.recipes:
+    recipe, best, folder = RECIPES[name], None, root
+    for rate, factor in itertools.product(settings.rates, settings.factors):
+      rate *= recipe.speed
       decay = recipe.decay * factor * (10_000 / settings.steps) ** 0.5
       decay = float(f'{decay:.3g}')
       flags = [*common, *recipe.flags]
@@ -105,7 +120,7 @@ def main(settings: Settings) -> None:
         continue
       valid = _means(summary, 'valid_accuracy')
       score = statistics.mean(
-        valid[summary['kept'].index(p)] for p in _CHOOSING
+        valid[summary['kept'].index(p)] for p in settings.choosing
       )
       trials.append(trial | {'valid': valid, 'score': round(score, 6)})
       if best is None or score > best[0]:
@@ -131,23 +146,36 @@ def main(settings: Settings) -> None:
           'valid_mean': _means(summary, 'valid_accuracy'),
         }
       )
-  command = f'python -m benchmarks.one_shot --network={settings.network}'
+  asked = {
+    name: getattr(settings, name)
+    for name in ('recipes', 'rates', 'factors', 'kept', 'choosing')
+    if getattr(settings, name) != getattr(Settings(), name)
+  }
+  more = ''.join(f' --{name}={_listed(x)}' for name, x in asked.items())
   comparing.write(
     f'one_shot-{settings.network}',
     {
-      'commands': [f'{command} --steps={settings.steps} --data_dir=DIR'],
+      'commands': [
+        f'python -m benchmarks.one_shot --network={settings.network}'
+        f' --steps={settings.steps}{more} --data_dir=DIR'
+      ],
       'recipes': {
-        r.label: ' '.join([*_COMMON, *r.flags]) for r in RECIPES.values()
+        RECIPES[name].label: ' '.join([*_COMMON, *RECIPES[name].flags])
+        for name in settings.recipes
       },
-      'choice': 'by the mean validation accuracy of one seed with 10, 2, 1, 0.5'
-      ' and 0.2 % of the weights',
+      'choice': 'by the mean validation accuracy of one seed with the fractions'
+      f' {_listed(settings.choosing)} of the weights',
     },
-    {'kept': list(_KEPT), 'results': results, 'trials': trials},
+    {'kept': list(settings.kept), 'results': results, 'trials': trials},
   )
 
 
+def _listed(values: Sequence[Any]) -> str:
+  return ','.join(map(str, values))
+
+
 def _means(summary: dict[str, Any], name: str) -> list[float]:
-  """The mean over seeds for each fraction in the order of `_KEPT`."""
+  """The mean over seeds for each fraction that is kept."""
   (found,) = summary['results'].values()
   return [round(statistics.mean(x), 6) for x in found[name]]
 
