@@ -3,12 +3,14 @@
   python -m benchmarks.tasks --data_dir=DIR
 
 runs every preset of the tables of ten tasks: permuted, rotated and split
-digits. It takes an hour on two cores, and the same command continues a run that
-was stopped. The results go to --out_dir, and a summary of each table to
-experiments/results/, from which `experiments.render` makes the tables.
+digits; and the searches of EfficientPackNet, and what pruning costs before
+retraining, side by side. It takes an hour on two cores, and the same command
+continues a run that was stopped. The results go to --out_dir, and a summary of
+each table to experiments/results/, from which `experiments.render` makes the
+tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import pathlib
 import statistics
@@ -43,13 +45,31 @@ _TABLES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
 }
 
 
+# The flags of each run of two other tables, and what the table says of it.
+_SEARCHES = {
+  f'--preset=epn-1.5 --tasks=5 --seeds=1 --search={x}': {'search': x}
+  for x in ('binary', 'linear', 'taylor')
+}
+_CAPPED = '--tasks=10 --cap=0.01 --seeds=1 --evaluate_every=10'
+_PRUNED = {
+  f'--preset=hundred-epn-1 --phi_decay=1e-3 --phi_decay_norm=l2 {_CAPPED}': {
+    'alpha': 1.0,
+    'norm': 'L2',
+  },
+  f'--preset=hundred-epn-1 {_CAPPED}': {'alpha': 1.0, 'norm': 'L1'},
+  f'--preset=hundred-epn-2 {_CAPPED}': {'alpha': 2.0, 'norm': 'L2'},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(comparing.Settings):
   """Where the data lie, and where the results go."""
 
   out_dir: str = config.flag('results/tasks', 'The folder of results.')
   tables: tuple[str, ...] = config.flag(
-    tuple(_TABLES), 'The tables to make.', choices=tuple(_TABLES)
+    (*_TABLES, 'search', 'before-retraining'),
+    'The tables to make.',
+    choices=(*_TABLES, 'search', 'before-retraining'),
   )
 
 
@@ -77,11 +97,66 @@ def _row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
   }
 
 
+def _search_row(run: dict[str, Any]) -> dict[str, Any]:
+  """What a search costs from the second task on; the first one compiles."""
+  tasks = run['tasks'][1:]
+  seconds = {
+    phase: sum(task['seconds'][phase] for task in tasks)
+    for phase in ('train', 'search', 'retrain')
+  }
+  return {
+    'evaluations': statistics.mean(task['evaluations'] for task in tasks),
+    'share': round(
+      seconds['search'] / (seconds['train'] + seconds['retrain']), 4
+    ),
+    'average': round(run['average_accuracy'], 6),
+    'used': round(run['capacity_used'], 6),
+    'tasks': run['num_tasks'],
+  }
+
+
+def _pruned_row(run: dict[str, Any]) -> dict[str, Any]:
+  """Accuracies after pruning, and after retraining."""
+  pruned = [task['pruned_test_accuracy'] for task in run['tasks']]
+  return {
+    'pruned': round(statistics.mean(pruned), 6),
+    'worst': round(min(pruned), 6),
+    'retrained': round(run['average_accuracy'], 6),
+  }
+
+
+def _write_runs(
+  table: str,
+  rows: dict[str, dict[str, Any]],
+  measure: Callable[[dict[str, Any]], dict[str, Any]],
+  settings: Settings,
+) -> None:
+  """Writes a table that has a line for each of several runs of one seed."""
+  found = []
+  for i, (flags, what) in enumerate(rows.items()):
+    folder = pathlib.Path(settings.out_dir) / f'{table}-{i}'
+    chosen = [*flags.split(), '--infer_tasks=', *settings.data()]
+    summary = comparing.train('continual_learning', chosen, folder)
+    if summary is not None:
+      (run,) = summary['runs'].values()
+      found.append({**what, 'flags': flags, **measure(run)})
+  command = f'python -m benchmarks.tasks --tables={table} --data_dir=DIR'
+  comparing.write(
+    f'continual-{table}', {'commands': [command]}, {'results': found}
+  )
+
+
 def main(settings: Settings) -> None:
   """Learns what is not finished, and writes the results so far."""
   root = pathlib.Path(settings.out_dir)
   command = 'python -m experiments.continual_learning'
   for table in settings.tables:
+    if table == 'search':
+      _write_runs(table, _SEARCHES, _search_row, settings)
+      continue
+    if table == 'before-retraining':
+      _write_runs(table, _PRUNED, _pruned_row, settings)
+      continue
     presets, flags = _TABLES[table]
     common = ['--infer_tasks=', *flags]
     folders = {preset: root / f'{table}-{preset}' for preset in presets}

@@ -544,10 +544,10 @@ def _expectations() -> str:
       'use `alpha = 1`',
     ],
     [
-      'ten tasks in one network (EfficientPackNet, `alpha = 2`) with an L2'
+      'ten tasks in one network (EfficientPackNet, `alpha = 1.5`) with an L2'
       ' decay',
-      f'{used["epn-2"]} % of the weights in use against {used["epn-1"]} %, with'
-      f' an accuracy of {mean["epn-2"]} against {mean["epn-1"]}',
+      f'{mean["epn-1.5"]} with {used["epn-1.5"]} % of the weights in use against'
+      f' {mean["epn-1"]} with {used["epn-1"]} %',
       'a rate to tune',
       f'with an L1 decay `alpha = 1` has {mean["epn-1-l1"]} with'
       f' {used["epn-1-l1"]} %',
