@@ -2,7 +2,8 @@
 
   python -m benchmarks.sparse --data_dir=DIR
   python -m benchmarks.sparse --network=wrn_10_1 --steps=300 \
-    --rates=0.2,0.4,0.8 --nats=0.1 --sparsities=0.98,0.95 --data_dir=DIR
+    --rates=0.2,0.4,0.8 --nats=0.1 --sparsities=0.98,0.95,0.9,0.99 \
+    --data_dir=DIR
 
 trains a network, by default LeNet-5, on full MNIST by gradual pruning,
 Top-KAST, RigL and AC/DC, with alpha = 1 and 1.5. For each method and power

@@ -533,8 +533,7 @@ def _expectations() -> str:
       f' {sparse("magnitude", 0.99)}, within the noise, and of LeNet-5'
       f' {sparse("magnitude", 0.99, "lenet_5-powers")}',
       'a rate and a decay to tune',
-      'gradual pruning at 98 % and less, and AC/DC in short runs of networks of'
-      ' convolutions',
+      'gradual pruning at 98 % and less, and AC/DC in short runs of LeNet-5',
     ],
     [
       'static masks, SNIP, SET, RigL, Top-KAST',
@@ -546,8 +545,8 @@ def _expectations() -> str:
     [
       'ten tasks in one network (EfficientPackNet, `alpha = 1.5`) with an L2'
       ' decay',
-      f'{mean["epn-1.5"]} with {used["epn-1.5"]} % of the weights in use against'
-      f' {mean["epn-1"]} with {used["epn-1"]} %',
+      f'{mean["epn-1.5"]} with {used["epn-1.5"]} % of the weights in use'
+      f' against {mean["epn-1"]} with {used["epn-1"]} %',
       'a rate to tune',
       f'with an L1 decay `alpha = 1` has {mean["epn-1-l1"]} with'
       f' {used["epn-1-l1"]} %',
