@@ -207,6 +207,7 @@ def test_density_curves_have_area_one():
     assert area == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.filterwarnings('ignore:A density of')
 def test_weight_distribution_without_survivors():
   theta = _theta()
   result = analysis.weight_distribution(theta, theta, 0.1, scope='global')
