@@ -13,8 +13,8 @@ trained with more seeds. The decays are those that `benchmarks.lengths` has for
 LeNet-300-100, by its rule for the number of steps, times --factors, and twice
 as much for the power that grows. Trials of another grid had shown for LeNet-5
 that more is too much for L1, and that powers need a rate above 0.1. The first
-command takes an hour on two cores, and the second, for a ResNet-8, as long on
-one; the same command continues a run that was stopped. The results go to
+command takes an hour on two cores; the second, for a ResNet-8, has not been run
+here. The same command continues a run that was stopped. The results go to
 --out_dir, and a summary to experiments/results/, from which
 `experiments.render` makes a table.
 """
