@@ -371,14 +371,14 @@ def warn_of_little_decay(settings: Settings) -> None:
       few[alpha] = nats
   if not few:
     return
-  if not any(few.values()):
-    said = 'There is no decay of phi, as in the paper. With one,'
-  else:
-    found = ', '.join(f'{n:.1f} nats at alpha = {a:g}' for a, n in few.items())
-    said = f'The decay of phi has {found}. With {_ENOUGH_NATS} and more,'
+  found = 'There is no decay of phi, as in the paper'
+  if any(few.values()):
+    nats = ', '.join(f'{n:.1f} nats at alpha = {a:g}' for a, n in few.items())
+    found = f'The decay of phi has {nats}'
   print(
-    f'{said} networks can be pruned much further: give --phi_decay, of 1e-3 or'
-    ' so in 10,000 steps of SGD, where 7 nats are enough (docs/choosing.md).',
+    f'{found}. With {_ENOUGH_NATS} networks can be pruned much further, or with'
+    ' 7 in 10,000 steps of SGD, which --phi_decay=1e-3 gives: docs/choosing.md'
+    ' has the settings.',
     file=sys.stderr,
   )
 

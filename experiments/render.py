@@ -17,6 +17,7 @@ the trials by which settings were chosen; LOG.md says what they showed.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -456,34 +457,26 @@ def _tutorial() -> str:
   return _markdown(['weights kept', *kept], rows)
 
 
-def _at_kept(name: str, label: str, kept: float) -> str:
+def _at_kept(name: str, label: str, kept: float, spread: bool = False) -> str:
   """An accuracy in percent at the fraction that is nearest to `kept`."""
   content = load(name)
   i = min(
     range(len(content['kept'])), key=lambda i: abs(content['kept'][i] - kept)
   )
-  return _percent(content['results'][label]['mean'][i])
+  found = content['results'][label]
+  return _percent(found['mean'][i], found['std'][i] if spread else None)
 
 
 def _expectations() -> str:
   """The table of the README: what to expect, by numbers of other tables."""
-
-  def paper(alpha, kept):
-    content = load('mnist_pruning-paper')
-    distance = [abs(x - kept) for x in content['kept']]
-    i = distance.index(min(distance))
-    found = content['results'][alpha]
-    return _percent(found['mean'][i], found['std'][i])
-
-  def lengths(recipe, steps):
-    return _percent(*_lengths_in(recipe, steps, 'global', 0.01))
-
+  paper = functools.partial(_at_kept, 'mnist_pruning-paper', spread=True)
   ablations = load('ablations')
   decayed = {
     r['variant']: _percent(r['mean'][ablations['kept'].index(0.01)])
     for r in ablations['results']
     if r['scope'] == 'global'
   }['1.5, then 2 and 3']
+  after = lambda recipe: _percent(*_lengths_in(recipe, 10_000, 'global', 0.01))
   tuned = lambda preset, kept: _at_kept(
     f'mnist_pruning-{preset}', f'{_GROWING_PRESETS[preset]} global', kept
   )
@@ -516,9 +509,9 @@ def _expectations() -> str:
     [
       'pruning once a network that was trained to be pruned (decay of phi, an'
       ' `alpha` that grows)',
-      f'with 1 % after 10,000 steps {lengths(_GROWING, 10_000)} against'
-      f' {lengths(_PENALTY, 10_000)} (`alpha = 1` with the same penalty on'
-      f' theta) and {max(lengths(x, 10_000) for x in _ALPHA_1)} (a fixed one);'
+      f'with 1 % after 10,000 steps {after(_GROWING)} against'
+      f' {after(_PENALTY)} (`alpha = 1` with the same penalty on'
+      f' theta) and {max(map(after, _ALPHA_1))} (a fixed one);'
       f' level ({decayed}) with the decay that holds 0.5 % too',
       'a rate, a decay, and clipping to tune',
       'in long runs: after 50,000 steps'

@@ -252,6 +252,28 @@ def _path(tree: Any, key_path: tuple[Any, ...]) -> types.Path:
   return path
 
 
+def zeros_for_sum(tree: Any) -> Any:
+  """Zeros to which trees like this one are added, many times over.
+
+  A sum of half precision stops growing after a few hundred terms, so that these
+  are of single precision or better.
+
+  Args:
+    tree: a pytree of arrays of floats.
+
+  Returns:
+    A pytree of the structure, the shapes and the shardings of tree.
+
+  >>> import jax.numpy as jnp
+  >>> from powerprop_jax import leaves
+  >>> leaves.zeros_for_sum({'w': jnp.ones(2, jnp.bfloat16)})
+  {'w': Array([0., 0.], dtype=float32)}
+  """
+  return jax.tree.map(
+    lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), tree
+  )
+
+
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   """`jax.tree.map` with the `Path` of the leaf as the first argument of f.
 

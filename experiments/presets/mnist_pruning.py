@@ -51,7 +51,7 @@ three seeds diverged. Its row has four seeds, of 5 minutes each.
   baseline-unshifted 97.90 ± 0.07    97.76 ± 0.13    85.70 ± 4.10
   sparsest           97.77 ± 0.09    97.69 ± 0.09    86.72 ± 3.33
   growing            97.81 ± 0.13    97.81 ± 0.13    94.78 ± 3.85
-  growing-longer     98.03 ± 0.04    98.03 ± 0.04    93.13 ± 4.41
+  growing-longer     98.03 ± 0.04    98.04 ± 0.04    93.13 ± 4.41
   growing-penalty    97.83 ± 0.15    97.83 ± 0.15    83.24 ± 3.00
   growing-l1         97.55 ± 0.08    97.49 ± 0.10    86.92 ± 0.40
   growing-p-norm     97.38 ± 0.12    97.38 ± 0.12    87.79 ± 9.10

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from powerprop_jax import leaves
 from powerprop_jax.training import step as step_lib
 from powerprop_jax.types import Params
 
@@ -122,10 +123,7 @@ def fisher(
       grads,
     ), None
 
-  def zeros_like(x):  # A sum of half precision soon stops growing.
-    return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-
-  zeros = jax.tree.map(zeros_like, theta)
+  zeros = leaves.zeros_for_sum(theta)
   total, _ = jax.lax.scan(add, zeros, (images, classes))
   count = jnp.maximum(jnp.sum(classes >= 0), 1)
   return jax.tree.map(lambda x, t: (t / count).astype(x.dtype), theta, total)

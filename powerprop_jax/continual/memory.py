@@ -417,8 +417,8 @@ def learn_task(
 
   Raises:
     ValueError: if there are masked leaves and no `choose`, if the index is
-      negative or that of a task that was learned, if `choose` returns a mask
-      that does not fit or that takes weights that `omit` leaves out, or if
+      negative or that of a task that was learnt before, if `choose` returns a
+      mask that does not fit or that takes weights that `omit` leaves out, or if
       there are too many tasks for `claim`.
 
   >>> import jax.numpy as jnp

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from powerprop_jax import leaves
 from powerprop_jax.sparse import masks
 from powerprop_jax.types import ByPath
 from powerprop_jax.types import Params
@@ -356,16 +357,13 @@ def make_saliency(
     def product(zero, x, y):
       return x.astype(zero.dtype) * y.astype(zero.dtype)
 
-    def zeros_like(x):  # A sum of half precision soon stops growing.
-      return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-
     def add(totals, batch):
       grads = jax.grad(loss)(theta, args, batch)
       moved = jax.tree.map(product, totals[0], grads, theta)
       squares = jax.tree.map(jnp.square, moved)
       return jax.tree.map(jnp.add, totals, (moved, squares)), None
 
-    zeros = jax.tree.map(zeros_like, (theta, theta))
+    zeros = leaves.zeros_for_sum((theta, theta))
     totals, _ = jax.lax.scan(add, zeros, batches)
     n, size = jax.tree.leaves(batches)[0].shape[:2]
     return jax.tree.map(lambda a, b: (size * b / 2 - a) / n, *totals)

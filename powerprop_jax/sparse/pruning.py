@@ -465,7 +465,13 @@ def prune(
       f'scores have the structure {jax.tree.structure(scores)}, but theta has'
       f' {jax.tree.structure(theta)}.'
     )
-  masks.check_shapes(scores, theta)
+  rows = zip(leaves.paths(theta), *map(jax.tree.leaves, (theta, scores)))
+  for path, x, score in rows:
+    if jnp.shape(score) != jnp.shape(x):
+      raise ValueError(
+        f'The scores of {str(path)!r} have the shape {jnp.shape(score)}, but'
+        f' the leaf has {jnp.shape(x)}.'
+      )
   return _select_compiled(scores, counts, is_weight)
 
 

@@ -138,7 +138,10 @@ def _weights(params: types.Params, state: optax.OptState) -> types.Params:
       # Flax nnx has other containers in the state than among the parameters.
       masks = jax.tree.leaves(mask, is_leaf=_is_missing)
       leaves, treedef = jax.tree.flatten(params)
-      if len(masks) != len(leaves):
+      fits = len(masks) == len(leaves) and all(
+        _is_missing(m) or m.shape == x.shape for m, x in zip(masks, leaves)
+      )
+      if not fits:
         raise ValueError(
           'These are not the parameters that `init` was given. Give `weights`'
           ' the arrays alone, and put the rest back: by `equinox.partition` and'

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from powerprop_jax import leaves
 from powerprop_jax import power
 from powerprop_jax import types
 from powerprop_jax.sparse import masking
@@ -255,11 +256,6 @@ def make_train_step(
   return train_step
 
 
-def _zeros_like(x):
-  """Zeros of the shape of x, in single precision or better."""
-  return jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _mean_gradient(loss_fn, theta, state, batches):
   """The gradient at theta, averaged over the leading axis of batches."""
   key = jax.random.fold_in(state.key, state.step)
@@ -268,9 +264,7 @@ def _mean_gradient(loss_fn, theta, state, batches):
     grads, _, _ = _gradient(loss_fn, theta, state, key, batch)
     return jax.tree.map(jnp.add, total, grads), None
 
-  # Sums of half precision stop growing after a few hundred terms.
-  zeros = jax.tree.map(_zeros_like, theta)
-  total, _ = jax.lax.scan(add, zeros, batches)
+  total, _ = jax.lax.scan(add, leaves.zeros_for_sum(theta), batches)
   n = len(jax.tree.leaves(batches)[0])
   return jax.tree.map(lambda x, g: (g / n).astype(x.dtype), theta, total)
 

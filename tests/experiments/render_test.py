@@ -1,13 +1,17 @@
 """Tests that the tables of the documents are those of the results."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import render
+from experiments.presets import continual
+from experiments.presets import mnist_pruning
 
 _DOCUMENTS = {
   name: (render.ROOT / name).read_text() for name in render.DOCUMENTS
@@ -21,6 +25,42 @@ def test_tables_are_what_the_results_say(name):
   assert render.render(_DOCUMENTS[name]) == _DOCUMENTS[name], (
     'Run: python -m experiments.render'
   )
+
+
+def test_presets_of_mnist_pruning_say_what_the_results_say():
+  doc, count = mnist_pruning.__doc__, 0
+  _, layer, everywhere = re.split('pruned by layer|pruned globally', doc)
+  for text, is_global in ((layer, False), (everywhere, True)):
+    for line in re.findall(r'^  [\w-]+(?: +[\d.]+ ± [\d.]+){3}$', text, re.M):
+      name, *cells = line.replace(' ± ', '±').split()
+      results = render.load(f'mnist_pruning-{name}')
+      found, *_ = (  # What a preset is compared with comes after it.
+        row
+        for label, row in results['results'].items()
+        if label.endswith('global') == is_global
+      )
+      kept = np.array(results['kept'])
+      at = [abs(kept - p).argmin() for p in (0.0207, 0.01, 0.005)]
+      shown = [f'{100 * found["mean"][i]:.2f}' for i in at]
+      assert [cell.partition('±')[0] for cell in cells] == shown, name
+      count += 1
+  assert count == 20
+
+
+def test_presets_of_continual_learning_say_what_the_results_say():
+  files = ('ten', 'hundred')
+  rows = [r for x in files for r in render.load(f'continual-{x}')['results']]
+  said = dict(
+    re.findall(r'^  ([\w.-]+) +([\d.]+.*, worst.*)$', continual.__doc__, re.M)
+  )
+  first = {r['preset']: r for r in reversed(rows)}
+  assert said.keys() == first.keys()
+  for name, r in first.items():
+    numbers = [f'{100 * r[key]:.2f}' for key in ('average', 'worst')]
+    assert re.match(r'[\d.]+', said[name])[0] == numbers[0], name
+    assert f'worst {numbers[1]}' in said[name], name
+    if 'used' in r:
+      assert f'{100 * r["used"]:.1f} in use' in said[name], name
 
 
 def test_every_table_is_in_some_document():

@@ -432,6 +432,14 @@ def test_masks_go_by_name_where_one_place_stands_for_several():
   _assert_same(weights, {**params, 'b': {'b': ones, 'w': w.at[:2].set(0)}})
 
 
+def test_weights_of_other_parameters_are_refused():
+  """As many leaves in another container, of which one would be broadcast."""
+  tx = sparse.sparsify(optax.sgd(0.1), updaters.dense(), key=_KEY, due=None)
+  state = tx.init({'a': jnp.ones(3), 'b': jnp.ones((2, 3))})
+  with pytest.raises(ValueError, match='not the parameters that `init`'):
+    tx.weights((jnp.ones((2, 3)), jnp.ones(3)), state)
+
+
 def test_masks_of_a_part_are_changed_on_the_host():
   tx = sparse.sparsify(optax.sgd(0.1), _rigl(), key=_KEY, due=None)
   outer = optax.chain(optax.clip(1.0), tx)

@@ -17,6 +17,7 @@ import numpy as np
 from powerprop_jax import leaves
 from powerprop_jax import types
 from powerprop_jax.sparse import masks as masks_lib
+from powerprop_jax.sparse import pruning
 from powerprop_jax.sparse.updaters import protocol
 
 
@@ -84,6 +85,7 @@ def top_kast(
   def init(key, theta, grads):
     del key, grads
     counts_a, counts_b = forward(theta), backward(theta)
+    pruning.check_counts(counts_a, theta, is_weight)
     flat = (
       jax.tree.leaves(counts, is_leaf=masks_lib.is_count)
       for counts in (counts_a, counts_b)

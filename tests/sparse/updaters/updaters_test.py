@@ -56,6 +56,7 @@ def test_dense_is_all_ones():
     lambda counts: updaters.magnitude(counts, scope='global'),
     lambda counts: updaters.set_(counts, _drop(0.5), None),
     lambda counts: updaters.rigl(counts, _drop(0.5), None),
+    lambda counts: updaters.top_kast(counts, counts),
   ],
 )
 def test_counts_and_methods_agree_on_what_is_a_weight(make):
