@@ -7,7 +7,7 @@ and 3, with parts of that taken away, and with alpha = 1 under the penalties on
 theta that these powers have (p = 2 / alpha = 4/3, 1 and 2/3 in turn). Each has
 six trials of the decay with one seed; the best of them, by the mean
 validation accuracy at 5.5, 2.1, 1.0 and 0.7 % kept by layer and 1.0 and 0.5 %
-globally, is trained again with three seeds. It takes half an hour on one core,
+globally, is trained again with five seeds. It takes half an hour on one core,
 and continues when it is given again. The results go to --out_dir, and together
 to experiments/results/ablations.json.
 """
@@ -59,7 +59,7 @@ class Settings(comparing.Settings):
   """Where the data lie, and where the results go."""
 
   out_dir: str = config.flag('results/ablations', 'The folder of results.')
-  seeds: int = config.flag(3, 'The number of runs of each kind.', low=1)
+  seeds: int = config.flag(5, 'The number of runs of each kind.', low=1)
 
 
 def _by_scope(summary: dict | None) -> dict | None:

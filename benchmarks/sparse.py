@@ -101,7 +101,7 @@ def main(settings: Settings) -> None:
     grid = _grid(settings, rate)
     name = f'{method}-trials-{rate:g}'
     for row in sweep(method, settings.sparsities[0], 1, grid, name):
-      trials.append(_row(row))
+      trials.append(result(row))
       score, alpha = trials[-1]['valid'], trials[-1]['alpha']
       best = chosen.setdefault(method, {})
       if alpha not in best or score > best[alpha][0]:
@@ -110,7 +110,7 @@ def main(settings: Settings) -> None:
     recipes = [recipe for _, recipe in chosen[method].values()]
     name = f'{method}-{sparsity:g}'
     rows = sweep(method, sparsity, settings.seeds, recipes, name)
-    results += map(_row, rows)
+    results += map(result, rows)
     _write(settings, results, trials)
 
 
@@ -136,7 +136,7 @@ def _write(
   )
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def result(row: dict[str, Any]) -> dict[str, Any]:
   """What is kept of a row of the summary of `sparse_sweep`."""
   valid = row['valid_accuracy']
   return {

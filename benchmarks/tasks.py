@@ -3,11 +3,12 @@
   python -m benchmarks.tasks --data_dir=DIR
 
 runs every preset of the tables of ten tasks: permuted, rotated and split
-digits; and the searches of EfficientPackNet, and what pruning costs before
-retraining, side by side. It takes an hour on two cores, and the same command
-continues a run that was stopped. The results go to --out_dir, and a summary of
-each table to experiments/results/, from which `experiments.render` makes the
-tables.
+digits; those of a hundred tasks, and the inference of the task among them; and
+the searches of EfficientPackNet, and what pruning costs before retraining, side
+by side. It takes two hours on two cores for a hundred tasks and one for all
+else, and the same command continues a run that was stopped. The results go to
+--out_dir, and a summary of each table to experiments/results/, from which
+`experiments.render` makes the tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +34,33 @@ _TEN = {
   'epn-1-l1-omit': 'alpha = 1, L1, gamma 0.998, `--omit_first_layer`',
   'epn-1.5-omit': 'alpha = 1.5, L2, gamma 0.998, `--omit_first_layer`',
 }
+# With a cap of 1 % the presets of a hundred tasks leave the last ones little to
+# choose from; masks that were chosen freely are those whose tasks are inferred.
+_FREELY = '--cap=0.01 --seeds=1 --infer_tasks=10,50'
+_HUNDRED = {
+  'hundred-epn-1': 'alpha = 1, L1',
+  'hundred-epn-2': 'alpha = 2, L2',
+  # As ten tasks chose it (`benchmarks.continual`), by its rule for the steps.
+  'hundred-epn-2 --alpha=1.5 --alpha_steps=2:0.25,3:0.5 --learning_rate=0.15'
+  ' --phi_decay=5.5e-4 --seeds=1': 'alpha = 1.5, then 2 and 3, L2',
+  f'hundred-epn-1 {_FREELY}': '`--cap=0.01`',
+  f'hundred-epn-2 {_FREELY}': '`--cap=0.01`',
+  'hundred-packnet': 'alpha = 1',
+}
 _FIVE = ('independent', 'finetune', 'packnet', 'epn-1-l1', 'epn-1.5')
-# The presets of a table with what the table says of them, and further flags.
+# The presets of a table, perhaps with flags of their own, with what the table
+# says of them; and further flags.
 _TABLES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-  'rotated': (dict.fromkeys(_FIVE, 'rotated'), ('--benchmark=rotated',)),
+  'rotated': (
+    dict.fromkeys(_FIVE, 'rotated'),
+    ('--infer_tasks=', '--benchmark=rotated'),
+  ),
   'split': (
     dict.fromkeys(_FIVE, 'split'),
-    ('--benchmark=split', '--tasks=5'),
+    ('--infer_tasks=', '--benchmark=split', '--tasks=5'),
   ),
-  'ten': (_TEN, ()),
+  'ten': (_TEN, ('--infer_tasks=',)),
+  'hundred': (_HUNDRED, ()),
 }
 
 
@@ -125,6 +144,15 @@ def _pruned_row(run: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def _inference_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
+  """How often each rule found the task."""
+  return [
+    {'tasks': int(count), 'rule': rule, 'alpha': run['alpha'], 'found': found}
+    for count, rules in run['task_inference'].items()
+    for rule, found in rules.items()
+  ]
+
+
 def _write_runs(
   table: str,
   rows: dict[str, dict[str, Any]],
@@ -158,29 +186,34 @@ def main(settings: Settings) -> None:
       _write_runs(table, _PRUNED, _pruned_row, settings)
       continue
     presets, flags = _TABLES[table]
-    common = ['--infer_tasks=', *flags]
-    folders = {preset: root / f'{table}-{preset}' for preset in presets}
+    # A folder is named by what is learnt in it.
+    folders = {
+      preset: root / f'{table}-{preset.replace(" --", "-").replace(":", "_")}'
+      for preset in presets
+    }
     for preset, folder in folders.items():
-      chosen = [f'--preset={preset}', *common]
-      comparing.train('continual_learning', [*chosen, *settings.data()], folder)
+      chosen = [*f'--preset={preset}'.split(), *flags, *settings.data()]
+      comparing.train('continual_learning', chosen, folder)
       done = {k: x for k, x in folders.items() if (x / 'summary.json').exists()}
       runs = continual_compare.load([*map(str, done.values())])
-      rows = []
+      rows, inferred = [], []
       for name, place in done.items():
-        row = _row([run for run in runs if run['method'] == place.name])
+        found = [run for run in runs if run['method'] == place.name]
+        row = _row(found)
         if name == 'independent':  # It is what the others are compared with.
           row.pop('transfer', None)
-        rows.append({'preset': name, 'what': presets[name], **row})
-      comparing.write(
-        f'continual-{table}',
-        {
-          'commands': [
-            f'python -m benchmarks.tasks --tables={table} --data_dir=DIR',
-            ' '.join([command, '--preset=PRESET', *common, '--data_dir=DIR']),
-          ]
-        },
-        {'results': rows},
-      )
+        what = {'preset': name.split()[0], 'what': presets[name]}
+        rows.append({**what, **row})
+        inferred.extend(row for run in found for row in _inference_rows(run))
+      source = {
+        'commands': [
+          f'python -m benchmarks.tasks --tables={table} --data_dir=DIR',
+          ' '.join([command, '--preset=PRESET', *flags, '--data_dir=DIR']),
+        ]
+      }
+      comparing.write(f'continual-{table}', source, {'results': rows})
+      if inferred:
+        comparing.write('continual-inference', source, {'results': inferred})
 
 
 if __name__ == '__main__':

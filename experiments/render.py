@@ -603,7 +603,10 @@ TABLES: dict[str, Callable[[], str]] = {
   'lengths-layer': lambda: _lengths('layer'),
   'lengths-best': _lengths_best,
   'ablations': _ablations,
-  'one_shot-lenet_5': lambda: _one_shot('one_shot-lenet_5'),
+  **{
+    name: lambda name=name: _one_shot(name)
+    for name in ('one_shot-lenet_5', 'one_shot-wrn_10_1')
+  },
   **{
     name: lambda name=name: _sweep_powers(name)
     for name in (

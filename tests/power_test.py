@@ -365,6 +365,11 @@ def test_descriptions():
   assert traced == abstract
 
 
+def test_random_keys_in_the_state_of_a_model_are_described():
+  (row,) = power.descriptions({'rngs': {'key': jax.random.key(0)}})
+  assert row[:5] == ('rngs/key', (), False, 1.0, False)
+
+
 def test_describe_is_a_table(capsys):
   phi = {'linear': {'b': jnp.zeros(3), 'w': jnp.ones((2, 3))}}
   text = power.describe(phi, 2.5)
