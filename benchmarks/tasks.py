@@ -45,7 +45,7 @@ _HUNDRED = {
   ' --phi_decay=5.5e-4 --seeds=1': 'alpha = 1.5, then 2 and 3, L2',
   f'hundred-epn-1 {_FREELY}': '`--cap=0.01`',
   f'hundred-epn-2 {_FREELY}': '`--cap=0.01`',
-  'hundred-packnet': 'alpha = 1',
+  'hundred-packnet --seeds=1': 'alpha = 1',
 }
 _FIVE = ('independent', 'finetune', 'packnet', 'epn-1-l1', 'epn-1.5')
 # The presets of a table, perhaps with flags of their own, with what the table

@@ -366,7 +366,7 @@ def _hundred_curves() -> dict[str, list[float]]:
     or r['recipe'].replace('alpha = ', '').replace('1, L1', '1 L1 decay,')
     + ' EfficientPackNet': r['by_task']
     for r in load('continual-powers')['results']
-    if r['steps'] == 'hundred'
+    if r['steps'] == 'hundred' and 'by_task' in r
   }
 
 
