@@ -79,7 +79,9 @@ class Settings(comparing.Settings):
     (0.1, 0.2, 0.4), 'The learning rates of the trials at alpha = 1.', low=0.0
   )
   factors: tuple[float, ...] = config.flag(
-    (0.1, 0.25, 0.5, 1.0, 2.0), 'The factors of the decay of the trials.', low=0.0
+    (0.1, 0.25, 0.5, 1.0, 2.0),
+    'The factors of the decay of the trials.',
+    low=0.0,
   )
   kept: tuple[float, ...] = config.flag(
     (1.0, 0.1, 0.05, 0.02, 0.01, 0.005, 0.003, 0.002),

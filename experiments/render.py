@@ -400,10 +400,17 @@ def _search() -> str:
 
 
 def _inference() -> str:
+  titles = {
+    'entropy': 'lowest entropy',
+    'entropy_halving': 'lowest entropy, halving',
+    'logsumexp': 'largest log-sum-exp',
+    'one_shot': 'one-shot',
+    'one_shot_normalised': 'one-shot, normalised',
+  }
   entries = load('continual-inference')['results']
   lines: dict[tuple[str, str], list[str]] = {}
   for r in sorted(entries, key=lambda r: r['alpha']):
-    cells = lines.setdefault((str(r['tasks']), r['rule']), [])
+    cells = lines.setdefault((str(r['tasks']), titles[r['rule']]), [])
     cells.extend(_percent(x, digits=1) for x in r['found'].values())
   alphas = dict.fromkeys(f'{r["alpha"]:g}' for r in entries)
   headings = [

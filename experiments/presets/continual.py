@@ -115,5 +115,5 @@ PRESETS = {
   'epn-1.5-omit': _epn(1.5, 0.3, 7e-4, **_ACCURATE),
   'hundred-packnet': _baseline('packnet', 0.1, phi_decay=3e-4, **_HUNDRED),
   'hundred-epn-1': _epn(1.0, 0.1, 1.8e-4, **_L1, **_CAPPED),
-  'hundred-epn-2': _epn(2.0, 0.3, 1.05e-3, **_CAPPED),
+  'hundred-epn-2': _epn(2.0, 0.2, 1.05e-3, **_CAPPED),
 }
