@@ -2,7 +2,7 @@
 
   python -m benchmarks.one_shot --data_dir=DIR
   python -m benchmarks.one_shot --network=wrn_10_1 --steps=300 \
-    --recipes=l1,alpha-2,growing --rates=0.2,0.4 --factors=0.1,0.3,1 \
+    --recipes=l1,alpha-2,growing --rates=0.2,0.4 --factors=0.1,0.3 \
     --kept=1,0.5,0.2,0.1,0.05 --choosing=0.2,0.1,0.05 --data_dir=DIR
 
 trains a network, by default LeNet-5, on full MNIST and prunes it by magnitude
@@ -12,7 +12,7 @@ mean validation accuracy with the fractions of --choosing chooses one, which is
 trained with more seeds. The decays are those that `benchmarks.lengths` has for
 LeNet-300-100, by its rule for the number of steps, times --factors, and twice
 as much for the power that grows. Each of the commands, of which the second
-trains a ResNet-8, takes forty minutes on one core, and continues a run that was
+trains a ResNet-8, takes up to an hour on one core, and continues a run that was
 stopped. The results go to --out_dir, and a summary to experiments/results/,
 from which `experiments.render` makes a table.
 """

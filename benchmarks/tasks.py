@@ -46,7 +46,9 @@ _HUNDRED = {
   'hundred-epn-2 --alpha=1.5 --alpha_steps=2:0.25,3:0.5 --learning_rate=0.15'
   ' --phi_decay=5.5e-4 --seeds=1': 'alpha = 1.5, then 2 and 3, L2',
   f'hundred-epn-1 {_FREELY}': '`--cap=0.01`',
-  f'hundred-epn-2 {_FREELY}': '`--cap=0.01`',
+  f'hundred-epn-2 --learning_rate=0.3 {_FREELY}': (
+    '`--learning_rate=0.3 --cap=0.01`'
+  ),
   'hundred-packnet --seeds=1': 'alpha = 1',
 }
 _FIVE = ('independent', 'finetune', 'packnet', 'epn-1-l1', 'epn-1.5')
