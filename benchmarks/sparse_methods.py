@@ -6,7 +6,7 @@ runs `sparse_sweep` on full MNIST for every table of docs/results.md that has
 LeNet-300-100: all methods by the recipe of the preset, some at another rate,
 without clipping, with uniform layers, and four methods with the decays that
 trials chose (experiments/results/trials-sparse_training-decays.json). It takes
-an hour and a half on one core, and continues a run that was stopped. The
+two hours on one core, and continues a run that was stopped. The
 results go to --out_dir, and a summary of each table to experiments/results/,
 from which `experiments.render` makes the tables.
 """
