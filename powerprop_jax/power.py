@@ -388,7 +388,7 @@ def _is_zero(x: Any) -> bool:
   """Whether all elements of an array are known to be zero."""
   if is_traced(x) or not isinstance(x, jax.Array | np.ndarray):
     return False
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return False  # Random keys, which the state of a model may hold.
   # Known values stay known while a function that holds them is traced.
   with jax.ensure_compile_time_eval():
