@@ -51,7 +51,7 @@ class Settings(comparing.Settings):
   )
 
 
-def _recipes(recipes: Sequence[dict[str, float]]) -> list[str]:
+def recipe_flags(recipes: Sequence[dict[str, float]]) -> list[str]:
   """The flags of `sparse_sweep` for a recipe for each of several powers."""
   names = {
     'alpha': 'alphas',
@@ -91,7 +91,7 @@ def main(settings: Settings) -> None:
     flags = [f'--methods={method}', f'--update_every={every[method]}']
     flags += [f'--sparsities={sparsity:g}', f'--seeds={seeds}']
     summary = comparing.train(
-      'sparse_sweep', [*common, *flags, *_recipes(recipes)], root / name
+      'sparse_sweep', [*common, *flags, *recipe_flags(recipes)], root / name
     )
     return summary['results'] if summary else []
 

@@ -6,9 +6,9 @@ runs `sparse_sweep` on full MNIST for every table of docs/results.md that has
 LeNet-300-100: all methods by the recipe of the preset, some at another rate,
 without clipping, with uniform layers, and four methods with the decays that
 trials chose (experiments/results/trials-sparse_training-decays.json). It takes
-two hours on one core, and continues a run that was stopped. The
-results go to --out_dir, and a summary of each table to experiments/results/,
-from which `experiments.render` makes the tables.
+two hours on one core, and continues a run that was stopped. The results go to
+--out_dir, and a summary of each table to experiments/results/, from which
+`experiments.render` makes the tables.
 """
 
 import dataclasses
@@ -89,13 +89,14 @@ def _compare_decays(settings: Settings) -> None:
     shared = [*common, f'--methods={method}']
     if method == 'acdc':
       shared.append('--update_every=500')  # The length of its phases.
-    plain = [*shared, '--alphas=1,1.5', '--learning_rates=0.2,0.2']
-    plain += ['--clip_norms=1,1', f'--phi_decays={decays[0]},{decays[1]}']
-    runs = {0.0: plain}
+    recipes = [
+      {'alpha': a, 'learning_rate': 0.2, 'phi_decay': d, 'clip_norm': 1.0}
+      for a, d in zip((1.0, 1.5), decays)
+    ]
+    runs = {0.0: [*shared, *sparse.recipe_flags(recipes)]}
     if floor:
-      raised = [*shared, '--alphas=1.5', '--learning_rates=0.2']
-      raised += ['--clip_norms=1', f'--phi_decays={decays[1]}']
-      runs[floor] = [*raised, f'--floor={floor}']
+      raised = sparse.recipe_flags(recipes[1:])
+      runs[floor] = [*shared, *raised, f'--floor={floor}']
     for height, flags in runs.items():
       folder = f'{_DECAYS}-{method}' + (f'-floor-{height}' if height else '')
       path = pathlib.Path(settings.out_dir) / folder

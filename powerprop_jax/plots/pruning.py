@@ -304,6 +304,20 @@ def _sparse_line(
   axes.errorbar(100 - x, y, bars, elinewidth=1, label=name, **style)
 
 
+def _grid(figure: Figure, rows: int, columns: int, count: int) -> Any:
+  """An array [rows, columns] of axes that share x; the first `count` are used.
+
+  The lowest axes of each column have labels at their ticks, also where the
+  column ends above the last row.
+  """
+  grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+  for axes in grid.flat[count:]:
+    axes.set_axis_off()
+  for axes in grid.flat[max(0, count - columns) : count]:
+    axes.tick_params(labelbottom=True)
+  return grid
+
+
 @style_lib.styled
 def accuracy_against_sparsity(
   results: Mapping[str, Mapping[str, Sequence[float]]],
@@ -333,13 +347,11 @@ def accuracy_against_sparsity(
   columns = min(len(names), _COLUMNS)
   rows = -(-len(names) // columns)
   figure = Figure(figsize=(3.1 * columns + 0.8, 2.9 * rows + 0.5))
-  grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+  grid = _grid(figure, rows, columns, len(names))
   for row in grid:
     for axes in row[1:]:
       axes.sharey(row[0])
       axes.tick_params(labelleft=False)
-  for axes in grid.flat[len(names) :]:
-    axes.set_axis_off()
   for axes, name in zip(grid.flat, names):
     axes.set_title(name)
     style_lib.with_grid(axes)
@@ -406,9 +418,7 @@ def accuracy_against_steps(
   columns = min(len(panels), 2)
   rows = -(-len(panels) // columns)
   figure = Figure(figsize=(3.7 * columns + 0.8, 2.9 * rows + 0.5))
-  grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-  for axes in grid.flat[len(panels) :]:
-    axes.set_axis_off()
+  grid = _grid(figure, rows, columns, len(panels))
   looks = style_lib.styles(
     dict.fromkeys(label for lines in panels.values() for label in lines)
   )

@@ -12,6 +12,7 @@ import pytest
 from experiments import render
 from experiments.presets import continual
 from experiments.presets import mnist_pruning
+from experiments.presets import sparse_sweep
 
 _DOCUMENTS = {
   name: (render.ROOT / name).read_text() for name in render.DOCUMENTS
@@ -61,6 +62,19 @@ def test_presets_of_continual_learning_say_what_the_results_say():
     assert f'worst {numbers[1]}' in said[name], name
     if 'used' in r:
       assert f'{100 * r["used"]:.1f} in use' in said[name], name
+
+
+def test_presets_of_sparse_sweep_say_what_the_results_say():
+  said, found = {}, {}
+  pattern = r'^  (\w+) +(\d+\.\d\d ± .*)$'
+  for name, cells in re.findall(pattern, sparse_sweep.__doc__, re.M):
+    said[name] = re.findall(r'[\d.]+ ± [\d.]+', cells)
+  for table in ('mnist', 'mnist-unclipped'):
+    for r in render.load(f'sparse_sweep-{table}')['results']:
+      if r['sparsity'] in (0.0, 0.99):
+        cell = f'{100 * r["mean"]:.2f} ± {100 * r["std"]:.2f}'
+        found.setdefault(r['method'], []).append(cell)
+  assert said == found
 
 
 def test_every_table_is_in_some_document():

@@ -327,6 +327,17 @@ def test_sparse_accuracy_has_a_panel_a_method_and_a_look_an_alpha():
   }
 
 
+def test_the_last_panel_of_every_column_has_labels():
+  """Four panels in rows of three: two columns end in the first row."""
+  names = ('static', 'SNIP', 'SET', 'RigL')
+  results = _training(**{f'1.0_{name}': [98, 97, 95] for name in names})
+  panels = _panels(plots.accuracy_against_sparsity(results))
+  shown = [
+    panels[name].xaxis.get_tick_params()['labelbottom'] for name in names
+  ]
+  assert shown == [False, True, True, True]
+
+
 def test_sparse_accuracy_scales_are_logarithmic_in_weights_and_errors():
   figure = plots.accuracy_against_sparsity(_sparse_results())
   figure.draw_without_rendering()
