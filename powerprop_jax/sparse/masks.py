@@ -409,7 +409,6 @@ def _kth_largest(
     t, how many values reach it, and how many exceed it, in the shape of k.
   """
   uint = jnp.uint64 if width > 32 else jnp.uint32
-  zeros = jnp.zeros(k.shape, jnp.int32)
 
   def count(candidates):
     def of(*reached):
@@ -434,11 +433,12 @@ def _kth_largest(
 
   sizes = [x.size for x in jax.eval_shape(reach, jnp.zeros(k.shape, uint))]
   size = sum(sizes) // max(k.size, 1)
-  if axes is not None:
-    # Sharded as the counts are, which explicit axes ask for in a loop.
-    (values,) = reach(jnp.zeros(k.shape, uint))
-    none = jnp.zeros_like(values, jnp.int32)
-    zeros = jnp.sum(none, axis=tuple(axes), keepdims=True, dtype=jnp.int32)
+  # Sharded as the counts are, and varying over the axes of a shard_map as they
+  # do, which loops ask for.
+  zeros = jnp.zeros_like(k, jnp.int32)
+  for x in reach(jnp.zeros(k.shape, uint)):
+    none = jnp.zeros_like(x, jnp.int32)
+    zeros += jnp.sum(none, axes, jnp.int32, keepdims=axes is not None)
   start = zeros.astype(uint), zeros + size, zeros
   return jax.lax.fori_loop(0, jnp.where(needed, width // 2, 0), body, start)
 

@@ -190,6 +190,39 @@ def test_prune(kind, name):
 
 
 @on_eight
+@pytest.mark.parametrize('name', ['layer', 'global', 'output', 'n_of_m'])
+def test_each_device_may_prune_what_it_holds(name):
+  mesh = jax.make_mesh((_COUNT,), ('x',), axis_types=(AxisType.Auto,))
+  theta = {'a': _tree(0)['a']}
+  prune = functools.partial(pruning.prune, **_PRUNE[name])
+  spec = PartitionSpec('x')
+  found = jax.shard_map(prune, mesh=mesh, in_specs=spec, out_specs=spec)(theta)
+  # One tree for each device, of the rows that it holds.
+  parts = jax.tree.map(lambda x: np.split(x, _COUNT), theta)
+  parts = [
+    {'a': dict(zip('wb', x))} for x in zip(parts['a']['w'], parts['a']['b'])
+  ]
+  expected = jax.tree.map(lambda *xs: np.concatenate(xs), *map(prune, parts))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@on_eight
+def test_each_device_may_have_a_density():
+  mesh = jax.make_mesh((_COUNT,), ('x',), axis_types=(AxisType.Auto,))
+  scores = _tree(0)['a']['w']
+  densities = np.linspace(0.1, 0.8, _COUNT, dtype='f')
+  found = jax.shard_map(
+    lambda scores, density: masks.topk_mask(scores, density[0])[None],
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec('x')),
+    out_specs=PartitionSpec('x'),
+  )(scores, densities)
+  for mask, density in zip(found, densities):
+    expected = masks.topk_mask(scores, jnp.asarray(density))
+    np.testing.assert_array_equal(mask, expected)
+
+
+@on_eight
 @pytest.mark.parametrize('kind', _KINDS)
 def test_masks_that_keep_everything_are_sharded_too(kind):
   theta, shardings = _shard(_tree(0), kind)
