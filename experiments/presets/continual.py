@@ -67,7 +67,7 @@ from typing import Any
 _TEN_TASKS = {
   'dataset': 'mnist',
   'tasks': 10,
-  'seeds': 3,
+  'seeds': 5,
   'steps_per_task': 3_000,
   'retrain_steps': 1_000,
   'evaluate_every': 10,
@@ -93,6 +93,7 @@ _ACCURATE = {'gamma': 0.998, 'omit_first_layer': True}
 # ones have too few to choose from.
 _HUNDRED = {
   'tasks': 100,
+  'seeds': 3,
   'steps_per_task': 2_000,
   'evaluate_every': 25,
   'infer_tasks': (),
