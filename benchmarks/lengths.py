@@ -14,8 +14,8 @@ after seventeen trials each (experiments/results/trials-lengths.json), and the
 penalty that grows after six, of the decay alone (ablations.json). At other
 lengths the rate is the same, and the decay per step is that at 10,000 steps
 times the square root of 10,000 / steps. The square root was chosen because it
-leads from the recipes at 10,000 steps to those that had been found at 100,000
-steps for alpha = 1 and for alpha = 2 by trials of their own.
+leads from the recipe of alpha = 2 at 10,000 steps to that which trials of their
+own had found at 100,000 steps.
 """
 
 import dataclasses

@@ -525,7 +525,8 @@ def _expectations() -> str:
       f' {tuned("growing", 0.01)} against {tuned("growing-penalty", 0.01)} with'
       f' 1 %, and {tuned("growing", 0.005)} against'
       f' {tuned("growing-penalty", 0.005)} with 0.5 %; in short runs of'
-      f' LeNet-5: {lenet["2"]} against {lenet["1 with L1"]} (L1) with 1 %',
+      f' LeNet-5: {lenet["1.5 then 2 and 3"]}, and {lenet["2"]} of `alpha = 2`,'
+      f' against {lenet["1 with L1"]} (L1) with 1 %',
     ],
     [
       'gradual pruning and AC/DC to 99 % sparsity (`alpha = 1.5`)',
@@ -533,7 +534,7 @@ def _expectations() -> str:
       f' {sparse("magnitude", 0.99)}, within the noise, and of LeNet-5'
       f' {sparse("magnitude", 0.99, "lenet_5-powers")}',
       'a rate and a decay to tune',
-      'gradual pruning at 98 % and less, and AC/DC in short runs of LeNet-5',
+      'gradual pruning at 95 and 98 %, and AC/DC in short runs of LeNet-5',
     ],
     [
       'static masks, SNIP, SET, RigL, Top-KAST',

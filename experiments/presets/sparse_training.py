@@ -6,8 +6,8 @@ warm-up. The power, the decay of phi and the clipping were chosen by analogy
 with trials on MNIST (LOG.md), which also had momentum 0.9. In the first of
 these trials, with ERK layers and without a floor, all ended well that clipped
 the gradient to norm 1 and let the decay follow a cosine, at powers of 1, 1.5
-and 2; without clipping many ended in NaN. Their best decays added up to 1 over
-the run, as this one does; later trials at 99 % found 5 to 10, but for Top-KAST.
+and 2; without clipping many ended in NaN. Their best decays had 1 to 1.5
+nats, as this one has; later trials at 99 % found 5 to 10, but for Top-KAST.
 A power of 1.375 is computed by products and roots, which are cheap. No ImageNet
 run was made here, so that no accuracy and no duration are given;
 docs/imagenet.md has all commands:
