@@ -7,9 +7,9 @@ and 3, with parts of that taken away, and with alpha = 1 under the penalties on
 theta that these powers have (p = 2 / alpha = 4/3, 1 and 2/3 in turn). Each has
 six trials of the decay with one seed; the best of them, by the mean
 validation accuracy at 5.5, 2.1, 1.0 and 0.7 % kept by layer and 1.0 and 0.5 %
-globally, is trained again with five seeds; the stored results have three. It
-takes half an hour on one core, and continues when it is given again. The
-results go to --out_dir, and together to experiments/results/ablations.json.
+globally, is trained again with five seeds. It takes half an hour on one core,
+and continues when it is given again. The results go to --out_dir, and together
+to experiments/results/ablations.json.
 """
 
 import dataclasses

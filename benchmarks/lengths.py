@@ -11,11 +11,11 @@ seeds of the longest runs.
 
 The recipes were chosen at 10,000 steps by the validation accuracy of one seed,
 after seventeen trials each (experiments/results/trials-lengths.json), and the
-penalty that grows after six, of the decay alone (ablations.json). At other
-lengths the rate is the same, and the decay per step is that at 10,000 steps
-times the square root of 10,000 / steps. The square root was chosen because it
-leads from the recipe of alpha = 2 at 10,000 steps to that which trials of their
-own had found at 100,000 steps.
+penalty that grows after six, of the decay alone, of which ablations.json has a
+repetition. At other lengths the rate is the same, and the decay per step is
+that at 10,000 steps times the square root of 10,000 / steps. The square root
+was chosen because it leads from the recipe of alpha = 2 at 10,000 steps to that
+which trials of their own had found at 100,000 steps.
 """
 
 import dataclasses

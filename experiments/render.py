@@ -482,7 +482,7 @@ def _expectations() -> str:
     r['variant']: _percent(r['mean'][ablations['kept'].index(0.01)])
     for r in ablations['results']
     if r['scope'] == 'global'
-  }['1.5, then 2 and 3']
+  }
   after = lambda recipe: _percent(*_lengths_in(recipe, 10_000, 'global', 0.01))
   tuned = lambda preset, kept: _at_kept(
     f'mnist_pruning-{preset}', f'{_GROWING_PRESETS[preset]} global', kept
@@ -519,7 +519,9 @@ def _expectations() -> str:
       f'with 1 % after 10,000 steps {after(_GROWING)} against'
       f' {after(_PENALTY)} (`alpha = 1` with the same penalty on'
       f' theta) and {max(map(after, _ALPHA_1))} (a fixed one);'
-      f' level ({decayed}) with the decay that holds 0.5 % too',
+      f' {decayed["1.5, then 2 and 3"]} against'
+      f' {decayed["1, with p of 4/3, then 1 and 2/3"]} with the decays that hold'
+      ' 0.5 % too',
       'a rate, a decay, and clipping to tune',
       'in long runs: after 50,000 steps'
       f' {tuned("growing", 0.01)} against {tuned("growing-penalty", 0.01)} with'
