@@ -76,6 +76,7 @@ def mask_overlap(
     ValueError: if theta is not finite, no leaf is a weight, a fraction keeps no
       weight at all, or an option is impossible.
   """
+  kept = [masks.check_density(p) for p in kept]
   pruning.check_finite((theta_before, theta_after))
   is_weight = options.get('is_weight', leaves.is_weight)
   sizes = [x.size for _, x in leaves.weight_rows(theta_after, is_weight)]
@@ -95,7 +96,6 @@ def mask_overlap(
       float((k * k).sum()) * k.size / n for k, n in zip(numbers, layers)
     )
     chance.append(expected / total)
-  kept = [float(p) for p in kept]
   return {'kept': kept, 'overlap': pruning.floats(overlaps), 'chance': chance}
 
 
@@ -125,7 +125,16 @@ def average_overlap(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   Returns:
     A dict of the same form, in which 'overlap' is the mean over the seeds and
     'std' the sample standard deviation of the overlap, which is 0 for one seed.
+
+  Raises:
+    ValueError: if there are no runs, or they have different fractions.
   """
+  kept = {tuple(run['kept']) for run in runs}
+  if len(kept) != 1:
+    raise ValueError(
+      'The runs must have the same fractions, and there must be one or more of'
+      f' them; got the fractions {sorted(kept)}.'
+    )
   statistics = _mean_and_std(np.array([run['overlap'] for run in runs]).T)
   mean, std = statistics['mean'], statistics['std']
   return {**runs[0], 'overlap': mean, 'std': std}
@@ -202,6 +211,7 @@ def weight_distribution(
   """
   if num_samples < 1:
     raise ValueError(f'num_samples must be at least 1, got {num_samples}.')
+  density = masks.check_density(density)
   pruning.check_finite((theta_before, theta_after))
   is_weight = options.get('is_weight', leaves.is_weight)
   mask = pruning.prune(theta_after, density, **options)
@@ -219,7 +229,7 @@ def weight_distribution(
   before, after = before[sample].astype(float), after[sample].astype(float)
   survives = survives[sample]
   return {
-    'density': float(density),
+    'density': density,
     'initial': before.tolist(),
     'trained': after.tolist(),
     'survives': survives.tolist(),

@@ -354,9 +354,9 @@ def exponents(
 
   Raises:
     ValueError: if a power is below 1 or not finite, or if no leaf is a weight
-      although alpha is not 1 and some leaf has two dimensions or more. (The
-      biases of a network by themselves, as a group of `optax.partition` sees
-      them, pass.)
+      although alpha is not 1 and some leaf has two dimensions or more, or the
+      tree is one array. (The biases of a network by themselves, as a group of
+      `optax.partition` sees them, pass.)
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import power
@@ -375,10 +375,13 @@ def exponents(
   baseline = not (callable(alpha) or is_traced(alpha)) and alpha == 1.0
   if baseline or any(found):
     return powers
-  if any(np.ndim(x) >= 2 for x in jax.tree.leaves(params)):
+  flat = leaves.paths(params) == ['']  # As `optax.flatten` makes of any tree.
+  if flat or any(np.ndim(x) >= 2 for x in jax.tree.leaves(params)):
     raise ValueError(
       'There is no weight among the leaves, so that alpha would do nothing.'
-      ' Pass is_weight to say which leaves are weights, or alpha = 1.\n'
+      ' Pass is_weight to say which leaves are weights, or alpha = 1'
+      + (', or put `optax.flatten` inside of this' if flat else '')
+      + '.\n'
       + describe(params, 1.0, is_weight)
     )
   return powers

@@ -73,6 +73,7 @@ References:
 from collections.abc import Callable, Mapping
 import functools
 import math
+import numbers
 import re
 from typing import Any, Literal, NamedTuple, cast
 
@@ -172,7 +173,8 @@ def target_propagation(
     the floor, or if `inner` is a wrapper that has to go outside.
 
   Raises:
-    ValueError: if floor is negative or not finite.
+    ValueError: if floor is negative or not finite, or transform is not a
+      `power.PowerTransform`.
 
   References:
     Schwarz et al, `Powerpropagation`, NeurIPS 2021, section 2.
@@ -190,6 +192,11 @@ def target_propagation(
   [[-3. -1.]]
   """
   _check_rate('floor', floor)
+  if not isinstance(transform, power.PowerTransform):
+    raise ValueError(
+      'transform must be that of the parameters, such as'
+      f' `power.power_transform(2.0)`, got {transform!r}.'
+    )
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
@@ -512,9 +519,12 @@ def decay_phi(
         f'scale takes regular expressions, got {pattern!r}: {e}.'
       ) from e
   if norm not in ('l1', 'l2') and not (
-    isinstance(norm, int | float) and 0 < norm < 2
+    isinstance(norm, numbers.Real) and 0 < norm < 2
   ):
-    raise ValueError(f"norm must be 'l1', 'l2' or in (0, 2), got {norm!r}.")
+    raise ValueError(
+      f"norm must be 'l1', 'l2' or in (0, 2), got {norm!r}."
+      ' `optax.inject_hyperparams` takes it as one of static_args.'
+    )
   if not callable(rate):
     _check_rate('rate', rate)
     largest = max([1.0, *scale.values()])

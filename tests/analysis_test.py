@@ -81,6 +81,8 @@ def test_mask_overlap_refuses():
   bad = {**theta, 'linear': {'w': jnp.full([2, 2], jnp.inf), 'b': jnp.ones(2)}}
   with pytest.raises(ValueError, match='0/linear/w'):
     analysis.mask_overlap(bad, theta, [0.5])
+  with pytest.raises(ValueError, match='density must be .* got 1.5'):
+    analysis.mask_overlap(theta, theta, [1.5])
 
 
 def test_average_overlap():
@@ -95,6 +97,14 @@ def test_average_overlap():
   # The deviation of 0.2 and 0.4 is sqrt(2 * 0.1^2 / (2 - 1)).
   assert result['std'] == pytest.approx([0.0, 0.1 * math.sqrt(2)])
   assert analysis.average_overlap(runs[:1])['std'] == [0.0, 0.0]
+
+
+def test_average_overlap_refuses_other_fractions():
+  runs = [{'kept': [x], 'overlap': [x], 'chance': [x]} for x in (0.1, 0.5)]
+  with pytest.raises(ValueError, match=r'fractions \[\(0.1,\), \(0.5,\)\]'):
+    analysis.average_overlap(runs)
+  with pytest.raises(ValueError, match='one or more'):
+    analysis.average_overlap([])
 
 
 def _silverman(values, points):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from powerprop_jax import leaves
 from powerprop_jax import power
+from powerprop_jax import transforms
 
 ALPHAS = (1.0, 1.25, 1.375, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0, 5.0)
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
@@ -420,6 +422,24 @@ def test_transforms_refuse_trees_without_a_weight(alpha):
       f(_OTHER_NAMES)
     # The error has the table of leaves.
     assert power.describe(_OTHER_NAMES) in str(error.value)
+
+
+@pytest.mark.parametrize('alpha', [2.0, lambda path, leaf: 2.0])
+def test_flattened_trees_are_refused(alpha):
+  params = {'linear': {'w': jnp.ones((2, 3)), 'b': jnp.ones(3)}}
+  for tx in (
+    transforms.powerprop(optax.sgd(0.1), alpha),
+    transforms.target_propagation(optax.sgd(0.1), power.power_transform(alpha)),
+    transforms.decay_phi(0.1),
+  ):
+    with pytest.raises(ValueError, match='or put `optax.flatten` inside'):
+      optax.flatten(tx).init(params)
+  inside = transforms.powerprop(optax.flatten(optax.adam(0.1)), alpha)
+  outside = transforms.powerprop(optax.adam(0.1), alpha)
+  found, expected = (
+    tx.update(params, tx.init(params), params)[0] for tx in (inside, outside)
+  )
+  chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
 def test_transforms_of_trees_in_which_nothing_has_to_be_a_weight():

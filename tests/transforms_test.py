@@ -455,6 +455,7 @@ def test_decay_phi_refuses_what_it_cannot_do():
     ({'rate': 0.1, 'scale': {'(': 1.0}}, r"regular expressions, got '\('"),
     ({'rate': 0.1, 'norm': 'l0'}, "'l1', 'l2' or in .* got 'l0'"),
     ({'rate': 0.1, 'norm': 2.0}, 'got 2.0'),
+    ({'rate': 0.1, 'norm': jnp.ones([])}, 'one of static_args'),
     ({'rate': 0.1, 'norm': 0}, 'got 0'),
   ):
     with pytest.raises(ValueError, match=message):

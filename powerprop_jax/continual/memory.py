@@ -416,10 +416,11 @@ def learn_task(
     and the record that `choose` returned, or None without it.
 
   Raises:
-    ValueError: if there are masked leaves and no `choose`, if the index is
-      negative or that of a task that was learnt before, if `choose` returns a
-      mask that does not fit or that takes weights that `omit` leaves out, or if
-      there are too many tasks for `claim`.
+    ValueError: if there are masked leaves and no `choose`, if `omit` has what
+      is not the path of a masked leaf, if the index is negative or that of a
+      task that was learnt before, if `choose` returns a mask that does not fit
+      or that takes weights that `omit` leaves out, or if there are too many
+      tasks for `claim`.
 
   >>> import jax.numpy as jnp
   >>> from powerprop_jax import continual
@@ -439,6 +440,12 @@ def learn_task(
       f'The weights {list(memory.owners)} are masked, and nothing chooses the'
       ' mask of a task. Pass choose, such as packnet(...) or'
       ' efficient_packnet(...).'
+    )
+  unknown = sorted(set(omit) - set(memory.owners))
+  if unknown or isinstance(omit, str):
+    raise ValueError(
+      f'omit takes a list of paths of masked leaves, {list(memory.owners)}, got'
+      f' {omit!r}.'
     )
   if index < 0:
     raise ValueError(f'Tasks are counted from 0, got {index}.')

@@ -203,7 +203,8 @@ def _kept_values(path: str, x: np.ndarray, values: str | None) -> np.ndarray:
   with np.errstate(over='ignore'):
     stored = x.astype(jnp.dtype(_stored_dtype(x.dtype.name, values)))
   if not np.isfinite(stored[np.isfinite(x)]).all():
-    raise ValueError(f'{path!r} has values beyond {values}. Use bfloat16.')
+    wider = 'None' if values == 'bfloat16' else 'bfloat16'
+    raise ValueError(f'{path!r} has values beyond {values}. Use {wider}.')
   return stored
 
 

@@ -281,6 +281,12 @@ def save_tasks(
       (p, x, _unless_whole(mask[p]) if p in mask else None)
       for p, x in alone.items()
     ]
+    for p, x, m in entries:
+      if m is not None and m.shape != x.shape:
+        raise ValueError(
+          f'The leaf {p!r} of task {t} has the shape {x.shape}, and its mask'
+          f' {m.shape}. Give leaves that are not pruned a mask of ones or none.'
+        )
     # Positions among the weights that some task uses.
     used = {p: mask[p][union[p]] for p in union if p not in alone}
     entries += [(p, None, m) for p, m in used.items() if not m.all()]
@@ -385,6 +391,8 @@ def _csr(x: np.ndarray, mask: np.ndarray) -> Any:
   with extras.needed('experiments'):
     from scipy import sparse as scipy_sparse
 
+  if x.dtype.itemsize < 4:  # Scipy cannot compute with bfloat16.
+    x = x.astype(np.float32)
   starts = np.cumsum([0, *mask.sum(axis=1)])
   return scipy_sparse.csr_array((x[mask], mask.nonzero()[1], starts), x.shape)
 
@@ -406,8 +414,8 @@ def to_sparse(theta: Params, masks: Mask, kind: str = 'csr') -> Params:
     theta: a pytree of arrays.
     masks: a pytree of boolean arrays with the same paths, or some of them.
     kind: 'csr' for scipy's `csr_array`, to compute on a CPU (scipy has to be
-      installed); 'bcoo' for `jax.experimental.sparse.BCOO`, on the default
-      device and under jit.
+      installed, and half precision becomes float32); 'bcoo' for
+      `jax.experimental.sparse.BCOO`, on the default device and under jit.
 
   Returns:
     A tree of the structure of theta. Leaves that are not pruned, or that do not

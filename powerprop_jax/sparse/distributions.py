@@ -89,6 +89,7 @@ def _weights(
   params: types.Params, is_weight: types.IsWeight, axes: types.AxesOf
 ) -> list[_Leaf]:
   """The leaves that are weights, in the order of the tree."""
+  leaves.by_path(params)  # Raises if two have one path, by which counts go.
   rows = leaves.weight_rows(params, is_weight)
   found = [_leaf(path, leaf, axes) for path, leaf in rows]
   if not any(leaf.number * leaf.layer.size for leaf in found):

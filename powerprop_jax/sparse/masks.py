@@ -370,6 +370,20 @@ def num_kept(density: float | jax.Array, size: int) -> int | jax.Array:
   return floor_multiply(density, size)
 
 
+def check_rankable(size: int) -> int:
+  """Raises ValueError for a number of weights that int32 cannot count.
+
+  >>> check_rankable(5)
+  5
+  """
+  if size >= 2**31:
+    raise ValueError(
+      f'At most 2^31 - 1 weights can be ranked together, got {size:,}. Rank'
+      " fewer of them at once, by scope='layer' or by parts of the tree."
+    )
+  return size
+
+
 def _ordered_bits(scores: jax.Array) -> jax.Array:
   """Unsigned integers in the order of the scores; NaN lowest, -0 with 0."""
   if scores.dtype in (jnp.bfloat16, jnp.float16):
@@ -476,10 +490,9 @@ def _ties(
 
 # Leaves of one shape are traced once. XLA compiles each of them all the same.
 @functools.partial(jax.jit, static_argnums=2)
-def _largest(
+def _compiled_largest(
   scores: Sequence[jax.Array], count: jax.Array, axes: Sequence[int] | None
 ) -> list[jax.Array]:
-  """The masks of the largest scores, which are ranked together."""
   dtype = jnp.result_type(*scores)
   bits = [_ordered_bits(s.astype(dtype)) for s in scores]
   threshold, reached, above = _kth_largest(
@@ -500,6 +513,14 @@ def _largest(
   )
   ties = _ties(bits, threshold, last)
   return [(b > threshold) | tie for b, tie in zip(bits, ties)]
+
+
+def _largest(
+  scores: Sequence[jax.Array], count: Any, axes: Sequence[int] | None
+) -> list[jax.Array]:
+  """The masks of the largest scores, which are ranked together."""
+  check_rankable(sum(s.size for s in scores))
+  return _compiled_largest(scores, jnp.asarray(count, jnp.int32), axes)
 
 
 def group_axes(count: Any, ndim: int) -> tuple[int, ...]:
@@ -624,7 +645,7 @@ def top_count_mask(
     return ones_like(scores)
   # Over all axes at once the compiler is quicker than over each of them.
   axes = group_axes(count, scores.ndim) if jnp.shape(count) else None
-  return _largest([scores], jnp.asarray(count, jnp.int32), axes)[0]
+  return _largest([scores], count, axes)[0]
 
 
 def n_of_m_mask(scores: jax.Array, count: NOfM) -> jax.Array:
@@ -727,7 +748,9 @@ def topk_mask(scores: jax.Array, density: float | jax.Array) -> jax.Array:
   >>> topk_mask(jnp.array([0.1, 0.5, 0.3, 0.5]), 0.5)
   Array([False,  True, False,  True], dtype=bool)
   """
-  return top_count_mask(scores, num_kept(density, jnp.size(scores)))
+  return top_count_mask(
+    scores, num_kept(density, check_rankable(jnp.size(scores)))
+  )
 
 
 def layerwise_topk(scores: types.Params, counts: types.Counts) -> types.Mask:
@@ -792,7 +815,7 @@ def global_topk(scores: types.Params, count: Count, weights: Any) -> types.Mask:
     wholes = map(ones_like, ranked)
     found = iter([whole if count else ~whole for whole in wholes])
   else:
-    found = iter(_largest(ranked, jnp.asarray(count, jnp.int32), None))
+    found = iter(_largest(ranked, count, None))
   return jax.tree.unflatten(
     treedef,
     [next(found) if w else ones_like(s) for s, w in zip(flat, chosen)],
@@ -808,7 +831,8 @@ def count(mask: types.Mask, weights: Any) -> tuple[jax.Array, int]:
       False, such as biases, are left out of both numbers.
 
   Returns:
-    An int32 scalar and an int.
+    An int32 scalar, or one of float32 if the second number is 2^31 or more, and
+    an int.
 
   >>> mask = {'w': jnp.array([True, False]), 'b': jnp.array([True])}
   >>> count(mask, {'w': True, 'b': False})
@@ -817,8 +841,14 @@ def count(mask: types.Mask, weights: Any) -> tuple[jax.Array, int]:
   chosen = [
     m for m, w in zip(jax.tree.leaves(mask), jax.tree.leaves(weights)) if w
   ]
-  kept = sum(jnp.sum(m, dtype=jnp.int32) for m in chosen)
-  return jnp.asarray(kept), sum(m.size for m in chosen)
+  size = sum(m.size for m in chosen)
+  if size < 2**31:
+    kept = sum(jnp.sum(m, dtype=jnp.int32) for m in chosen)
+    return jnp.asarray(kept), size
+  # Rows by integers, which are exact, and their sums by floats.
+  rows = (jnp.sum(m, axis=-1, dtype=jnp.int32) for m in chosen)
+  kept = sum(jnp.sum(n, dtype=jnp.float32) for n in rows)
+  return jnp.asarray(kept), size
 
 
 def overlap(a: types.Mask, b: types.Mask, weights: Any) -> jax.Array:

@@ -326,7 +326,7 @@ def kept_counts(
     density = masks.check_density(density)
   rows, scale = leaves.weight_rows(theta, is_weight), density_scale or {}
   if scope == 'global':
-    size = sum(x.size for _, x in rows)
+    size = masks.check_rankable(sum(x.size for _, x in rows))
     kept = masks.num_kept(density, size)
     if static and not kept and size:
       warnings.warn(
@@ -352,7 +352,7 @@ def kept_counts(
     stack, _, outputs = axes(path, leaf)
     apart = (*stack, *(outputs if scope == 'output' else ()))
     shape = tuple(n if i in apart else 1 for i, n in enumerate(leaf.shape))
-    size = leaf.size // max(math.prod(shape), 1)
+    size = masks.check_rankable(leaf.size) // max(math.prod(shape), 1)
     kept = masks.num_kept(least(factor * density, 1.0), size)
     if static and not kept and size:
       empty.append(
@@ -446,7 +446,8 @@ def prune(
   Raises:
     ValueError: if the scope, a factor or a static density is impossible, two
       options exclude each other, a pattern matches no weight, there is no
-      weight, or scores have another structure or other shapes than theta.
+      weight, 2^31 weights or more are ranked together, or scores have another
+      structure or other shapes than theta.
 
   Warns:
     UserWarning: if a static density keeps no weight of a layer or of a unit, or

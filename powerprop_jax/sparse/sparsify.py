@@ -128,7 +128,11 @@ def _weights(params: types.Params, state: optax.OptState) -> types.Params:
 
   def cut(mask, x):
     # Each part of an `optax.partition` has masks for its own leaves only.
-    return x if _is_missing(mask) else _cut(x, mask)
+    if _is_missing(mask):
+      return x
+    if not jax.tree_util.all_leaves([x]):
+      raise ValueError('There is one mask for a container.')
+    return _cut(x, mask)
 
   for found in _states(state):
     mask = found.masks.forward

@@ -186,6 +186,7 @@ def run(
 
   Raises:
     Diverged: if the loss, the metric named 'loss', is NaN or infinite.
+    ValueError: if chunk is below 1.
 
   >>> import numpy as np
   >>> from powerprop_jax.training import loop
@@ -195,6 +196,8 @@ def run(
   >>> loop.run(advance, 0, start=0, stop=5, before=[double])
   (5, 7)
   """
+  if chunk < 1:
+    raise ValueError(f'chunk must be at least 1, got {chunk}.')
   step = start
   while step < stop and not stopped():
     for hook in before:

@@ -125,6 +125,22 @@ def _gradient(loss_fn, theta, state, key, batch):
   return grads, model_state, {'loss': loss, **metrics}
 
 
+def _on_each_device(theta, axis_name):
+  """Lets every device have a gradient of its own, for the mean to be taken.
+
+  `jax.shard_map` sums the gradients at what all devices share by itself, unless
+  check_vma is False.
+  """
+
+  def varying(x):
+    try:
+      return jax.lax.pcast(x, axis_name, to='varying')
+    except ValueError:  # It varies already.
+      return x
+
+  return theta if axis_name is None else jax.tree.map(varying, theta)
+
+
 def _mean_statistics(model_state, axis_name):
   """The mean over devices; counters are the same on all, and stay integers."""
 
@@ -201,8 +217,8 @@ def make_train_step(
     tx: a transformation of gradients at theta into updates of phi, such as
       `transforms.target_propagation(optax.adam(1e-3), transform)`.
     transform: a `power.power_transform`.
-    axis_name: the axis of a pmap over which to average gradients, statistics
-      and metrics.
+    axis_name: the axis of a pmap or shard_map over which to average gradients,
+      statistics and metrics.
     penalty: maps (theta, masks), where theta has all weights, to a gradient
       that is added. Unlike a term of the loss it reaches weights that the
       forward mask cuts, as that of Top-KAST must.
@@ -222,8 +238,9 @@ def make_train_step(
     masks = state.masks
     theta = transform.to_theta(state.phi)
     key = jax.random.fold_in(state.key, state.step)
+    masked = masks_lib.apply_mask(theta, masks.forward)
     grads, model_state, metrics = _gradient(
-      loss_fn, masks_lib.apply_mask(theta, masks.forward), state, key, batch
+      loss_fn, _on_each_device(masked, axis_name), state, key, batch
     )
     if axis_name is not None:
       grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
@@ -303,9 +320,9 @@ def make_mask_updates(
     tx: as in `make_train_step`.
     updater: a method of `updaters`.
     transform: a `power.power_transform`.
-    axis_name: the axis of a pmap over which to average gradients. Masks are
-      scored by the average, with one key on every device, so that all devices
-      choose the same masks.
+    axis_name: the axis of a pmap or shard_map over which to average gradients.
+      Masks are scored by the average, with one key on every device, so that all
+      devices choose the same masks.
 
   Returns:
     Two pure functions of (state, batches) that return a state: one makes the
@@ -320,6 +337,7 @@ def make_mask_updates(
     masking.check_resettable(tx, state.phi)
     theta = transform.to_theta(state.phi)
     masked = masks_lib.apply_mask(theta, state.masks.forward)
+    masked = _on_each_device(masked, axis_name)
     grads = _mean_gradient(loss_fn, masked, state, batches)
     if axis_name is not None:
       grads = jax.lax.pmean(grads, axis_name)
@@ -382,7 +400,7 @@ def batch_indices(
     An int32 array [num_steps, batch_size] of indices in [0, size).
 
   Raises:
-    ValueError: if the data set has no examples.
+    ValueError: if there are no examples, or none are asked for.
   """
   # In Python integers: the position in the stream outgrows int32.
   start, num_steps, batch_size, size = map(
@@ -390,6 +408,11 @@ def batch_indices(
   )
   if size < 1:
     raise ValueError(f'There are no examples to choose from: size is {size}.')
+  if num_steps < 1 or batch_size < 1:
+    raise ValueError(
+      'num_steps and batch_size must be at least 1, got'
+      f' {num_steps} and {batch_size}.'
+    )
   first, offset = divmod(start * batch_size, size)
   count = num_steps * batch_size
   num_epochs = -(-(offset + count) // size)

@@ -307,6 +307,12 @@ def test_a_mask_that_does_not_fit_is_refused(mask):
     learner.learn(choose=lambda memory, index: (mask, None))
 
 
+@pytest.mark.parametrize('omit', [['initial_linear'], 'initial_linear/w'])
+def test_omitting_what_is_not_masked_is_refused(omit):
+  with pytest.raises(ValueError, match='omit takes a list .*initial_linear'):
+    _Learner().learn(omit=omit)
+
+
 def test_a_choice_that_forgets_what_is_omitted_is_refused():
   learner, omit = _Learner(), ['initial_linear/w']
   learner.learn(omit=omit)

@@ -551,6 +551,16 @@ def test_a_task_is_loaded_without_reading_the_others(tmp_path):
     export.load_task(path, 0)
 
 
+def test_a_private_leaf_of_another_shape_has_no_mask(tmp_path):
+  theta, own = {'w': np.ones(4), 'b': np.ones(2)}, {'b': np.ones(3)}
+  masks = {'w': np.ones(4, bool), 'b': np.array([True, False])}
+  with pytest.raises(ValueError, match=r"'b' of task 0 .* \(3,\), .* \(2,\)"):
+    export.save_tasks(tmp_path / 'tasks', theta, [masks], [own])
+  export.save_tasks(tmp_path / 'tasks', theta, [{'w': masks['w']}], [own])
+  found = export.load_task(tmp_path / 'tasks', 0).theta['b']
+  np.testing.assert_array_equal(found, own['b'])
+
+
 def test_leaves_that_some_tasks_share(tmp_path):
   """A leaf that is private to one task is that of theta for the others."""
   path = tmp_path / 'tasks'
@@ -749,6 +759,14 @@ def test_sparse_matrices_compute_what_the_masked_network_does(kind):
   np.testing.assert_allclose(
     run(network, x), _forward(pruned, x), rtol=1e-4, atol=1e-2
   )
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_sparse_matrices_of_half_precision(dtype):
+  theta = {'w': jnp.arange(6.0, dtype=dtype).reshape(3, 2)}
+  mask = {'w': np.array([[False, True], [True, True], [False, True]])}
+  matrix = export.to_sparse(theta, mask)['w']
+  np.testing.assert_array_equal(np.ones((1, 3), 'f') @ matrix, [[2.0, 9.0]])
 
 
 @pytest.mark.parametrize(

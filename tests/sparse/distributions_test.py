@@ -277,3 +277,9 @@ def test_patterns_that_do_not_fit_are_rejected():
     distributions.n_of_m(2, 4)({'a': {'w': jnp.zeros(8)}})
   with pytest.raises(ValueError, match='no weight among'):
     distributions.n_of_m(2, 4)({'a': {'b': jnp.zeros(8)}})
+
+
+def test_two_leaves_of_one_path_are_rejected():
+  params = {'a/w': jnp.zeros((2, 2)), 'a': {'w': jnp.zeros((8, 8))}}
+  with pytest.raises(ValueError, match='the same path'):
+    distributions.uniform(0.5)(params)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fractions
+import functools
 import math
 from typing import Any
 
@@ -539,6 +540,27 @@ def test_count_is_of_weights_only():
   only_biases = {'linear': {'w': False, 'b': True}, 'out': {'w': False}}
   assert tuple(map(int, masks.count(mask, only_biases))) == (0, 2)
   assert int(jax.jit(lambda m: masks.count(m, WEIGHTS)[0])(mask)) == 3
+
+
+def test_more_weights_than_int32_counts():
+  half = jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)
+  tree, weights = {'a': half, 'b': half}, {'a': True, 'b': True}
+  for kept in (100, jnp.int32(100)):
+    choose = functools.partial(masks.global_topk, count=kept, weights=weights)
+    with pytest.raises(ValueError, match='got 2,147,483,648'):
+      jax.eval_shape(choose, tree)
+  for density in (0.1, jnp.float32(0.1)):
+    choose = functools.partial(masks.topk_mask, density=density)
+    with pytest.raises(ValueError, match='got 2,147,483,648'):
+      jax.eval_shape(choose, jax.ShapeDtypeStruct((2**31,), jnp.float32))
+  # The counts of such trees are floats, and those of halves of them are not.
+  mask = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), tree)
+  kept = jax.eval_shape(lambda m: masks.count(m, weights)[0], mask)
+  assert kept.dtype == jnp.float32
+  only = {'a': True, 'b': False}
+  assert (
+    jax.eval_shape(lambda m: masks.count(m, only)[0], mask).dtype == 'int32'
+  )
 
 
 def test_overlap():

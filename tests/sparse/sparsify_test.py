@@ -672,13 +672,15 @@ class _Nnx(nnx.Module):
     return self.output(jnp.tanh(self.hidden(x)))
 
 
-def test_nnx():
+@pytest.mark.parametrize('pure', [False, True])
+def test_nnx(pure):
   tx, model, losses = _make(), _Nnx(nnx.Rngs(0)), []
   optimiser = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
   def used(model, optimiser):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    weights = tx.weights(params, optimiser.opt_state)
+    state = optimiser.opt_state
+    weights = tx.weights(params, nnx.as_pure(state) if pure else state)
     return nnx.merge(graph, weights, rest)
 
   @nnx.jit

@@ -147,6 +147,77 @@ def test_layout_on_four_devices():
   assert found['donated']
 
 
+_SHARD_MAP = """
+  import json
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+  from powerprop_jax import power
+  from powerprop_jax import training
+  from powerprop_jax import transforms
+  from powerprop_jax.sparse import distributions
+  from powerprop_jax.sparse import schedules
+  from powerprop_jax.sparse import updaters
+
+  def loss_fn(theta, model_state, key, batch):
+    loss = jnp.mean((batch @ theta['l']['w']) ** 2)
+    return loss, (model_state, {'mean': batch.mean()})
+
+  transform = power.power_transform(2.0)
+  tx = transforms.target_propagation(optax.sgd(0.01, momentum=0.9), transform)
+  rigl = updaters.rigl(
+    distributions.uniform(0.5), schedules.drop_fraction(0.3, 10), None
+  )
+  rng = np.random.default_rng(0)
+  theta = {'l': {'w': rng.standard_normal((8, 6)).astype('f')}}
+  batch = rng.standard_normal((16, 8)).astype('f')
+
+  def run(axis):
+    step = training.make_train_step(loss_fn, tx, transform, axis, norms=True)
+    first, later = training.make_mask_updates(
+      loss_fn, tx, rigl, transform, axis
+    )
+
+    def steps(state, batch):
+      state, _ = step(first(state, batch[None]), batch)
+      state = later(state, batch[None])
+      state, metrics = step(state, batch)
+      return state.phi, state.masks, metrics
+
+    return steps
+
+  def each(state, batch):  # The state varies too, as under pmap.
+    found = run('x')(jax.tree.map(lambda x: x[0], state), batch)
+    return jax.tree.map(lambda x: x[None], found)
+
+  state = training.init_state(jax.random.key(0), theta, {}, tx, transform)
+  expected = jax.jit(run(None))(state, batch)
+  mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  one, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec('x')
+  copies = jax.tree.map(lambda x: jnp.stack([x] * 4), state)
+  errors = []
+  for check in (True, False):
+    for of, function, spec in ((state, run('x'), one), (copies, each, split)):
+      found = jax.jit(jax.shard_map(
+        function, mesh=mesh, in_specs=(spec, split), out_specs=spec,
+        check_vma=check,
+      ))(of, batch)
+      errors.append(max(
+        float(np.abs(np.float64(a) - np.float64(b)).max())
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)))
+      ))
+  print(json.dumps(errors))
+"""
+
+
+@pytest.mark.slow
+def test_steps_in_a_shard_map_are_those_of_one_device():
+  errors = result(run_python(_SHARD_MAP, 4))
+  assert len(errors) == 4
+  assert max(errors) < 1e-5
+
+
 _HOSTS = """
   import json
   import sys

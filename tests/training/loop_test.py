@@ -87,6 +87,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been():
   assert loop.run(_advance, state, start=step, **options) == whole
 
 
+@pytest.mark.parametrize('chunk', [0, -1])
+def test_chunks_without_steps_are_refused(chunk):
+  with pytest.raises(
+    ValueError, match=f'chunk must be at least 1, got {chunk}'
+  ):
+    loop.run(lambda *_: None, 0, start=0, stop=5, chunk=chunk)
+
+
 def test_a_loss_that_is_not_finite():
   def advance(state, start, stop):
     loss = np.ones(stop - start)

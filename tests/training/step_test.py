@@ -314,6 +314,12 @@ def test_batch_indices_of_array_integers_do_not_wrap(kind):
   np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize('sizes', [(0, 4, 10), (2, 0, 10), (2, 4, 0)])
+def test_batch_indices_of_nothing_are_refused(sizes):
+  with pytest.raises(ValueError, match='at least 1|no examples'):
+    training.batch_indices(jax.random.key(0), 0, *sizes)
+
+
 def test_batch_indices_beyond_int32():
   # Step 2^31 of batches of 8 is example 2^34 of the stream.
   indices = training.batch_indices(jax.random.key(0), 2**31, 2, 8, 16)
