@@ -41,8 +41,8 @@ powers have by their decay, one after another, `growing-p-norm` with the last of
 them throughout, and `growing-l1` with an L1 decay. Each was chosen with one
 seed after ten trials, and takes 10 minutes on one core. `growing-longer` has
 all steps and the decay that follows from 10,000 steps by the rule of
-`benchmarks.lengths`. It had no trials; its rate is 0.1, because at 0.16 two of
-three seeds diverged. Its row has four seeds, of 5 minutes each.
+`benchmarks.lengths`. It had no trials; its rate is 0.1, because at 0.16 four of
+five seeds diverged. Its row has four seeds, of 5 minutes each.
 
   pruned by layer          2.07 %          1.00 %          0.50 %
   best               98.35 ± 0.06    96.82 ± 0.68    43.86 ± 8.93
