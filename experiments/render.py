@@ -520,8 +520,8 @@ def _expectations() -> str:
       f' {after(_PENALTY)} (`alpha = 1` with the same penalty on'
       f' theta) and {max(map(after, _ALPHA_1))} (a fixed one);'
       f' {decayed["1.5, then 2 and 3"]} against'
-      f' {decayed["1, with p of 4/3, then 1 and 2/3"]} with the decays that hold'
-      ' 0.5 % too',
+      f' {decayed["1, with p of 4/3, then 1 and 2/3"]} with the decays that'
+      ' hold 0.5 % too',
       'a rate, a decay, and clipping to tune',
       'in long runs: after 50,000 steps'
       f' {tuned("growing", 0.01)} against {tuned("growing-penalty", 0.01)} with'
