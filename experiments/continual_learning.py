@@ -63,7 +63,7 @@ class Settings(tasks_lib.Settings, settings_lib.Output):
     decides=False,
   )
   out_dir: str = config.like(
-    settings_lib.Output, 'out_dir', 'results/continual_learning'
+    settings_lib.Output, 'out_dir', 'results/continual_learning', own=True
   )
 
 

@@ -107,7 +107,7 @@ class Settings(
     check=masks.check_density,
   )
   out_dir: str = config.like(
-    settings_lib.Output, 'out_dir', 'results/mnist_pruning'
+    settings_lib.Output, 'out_dir', 'results/mnist_pruning', own=True
   )
 
   def __post_init__(self):
@@ -376,9 +376,9 @@ def warn_of_little_decay(settings: Settings) -> None:
     nats = ', '.join(f'{n:.1f} nats at alpha = {a:g}' for a, n in few.items())
     found = f'The decay of phi has {nats}'
   print(
-    f'{found}. With {_ENOUGH_NATS} networks can be pruned much further, or with'
-    ' 7 in 10,000 steps of SGD, which --phi_decay=1e-3 gives: docs/choosing.md'
-    ' has the settings.',
+    f'{found}. With {_ENOUGH_NATS} nats of decay networks can be pruned much'
+    ' further; in 10,000 steps of SGD the 7 of --phi_decay=1e-3 are enough.'
+    ' docs/choosing.md has the settings.',
     file=sys.stderr,
   )
 

@@ -137,7 +137,7 @@ class Settings(
   momentum: float = config.like(optimisers.Optimiser, 'momentum', 0.9)
   schedule: str = config.like(optimisers.Optimiser, 'schedule', 'cosine')
   out_dir: str = config.like(
-    settings_lib.Output, 'out_dir', 'results/sparse_sweep'
+    settings_lib.Output, 'out_dir', 'results/sparse_sweep', own=True
   )
 
   def __post_init__(self):

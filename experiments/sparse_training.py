@@ -86,7 +86,7 @@ class Settings(problem_lib.Settings, settings_lib.Output, settings_lib.Hosts):
     decides=False,
   )
   out_dir: str = config.like(
-    settings_lib.Output, 'out_dir', 'results/sparse_training'
+    settings_lib.Output, 'out_dir', 'results/sparse_training', own=True
   )
 
   def __post_init__(self):

@@ -73,6 +73,8 @@ def check_alpha(alpha: chex.Numeric) -> float:
   >>> power.check_alpha(2)
   2.0
   """
+  if isinstance(alpha, str):
+    raise ValueError(f'alpha must be a number, got {alpha!r}.')
   try:
     value = float(alpha)
   except jax.errors.ConcretizationTypeError as e:
@@ -530,7 +532,11 @@ def change_alpha(
   return new.to_phi(old.to_theta(phi))
 
 
-def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
+def nats(
+  alpha: float | optax.Schedule,
+  decay: float | optax.Schedule,
+  steps: int,
+) -> float:
   """The nats of decay: alpha times the sum of the decay of phi over all steps.
 
   A weight that feels no gradient shrinks to e^-nats of its value. Compare nats
@@ -539,7 +545,8 @@ def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
   power hardly acts.
 
   Args:
-    alpha: the power.
+    alpha: the power, a number or a schedule. It is 1 for a decay that is
+      chained after `transforms.powerprop`, whose parameters are theta.
     decay: the fraction of phi that a step takes away, a number or a schedule,
       like the `rate` of `transforms.decay_phi`.
     steps: the number of steps.
@@ -554,11 +561,18 @@ def nats(alpha: float, decay: float | optax.Schedule, steps: int) -> float:
   >>> power.nats(2.0, 1e-4, 50_000)
   10.0
   """
-  alpha = check_alpha(alpha)
-  if not callable(decay):
-    return alpha * float(decay) * steps
-  rates = np.asarray(jax.vmap(decay)(jnp.arange(steps)), np.float64)
-  return alpha * float(np.sum(np.broadcast_to(rates, (steps,))))
+
+  def over_steps(x):
+    values = jax.vmap(x)(jnp.arange(steps)) if callable(x) else x
+    return np.broadcast_to(np.asarray(values, np.float64), (steps,))
+
+  if not callable(alpha):
+    alpha = check_alpha(alpha)
+    if not callable(decay):
+      return alpha * float(decay) * steps
+  powers = over_steps(alpha)
+  check_alpha(powers.min(initial=1.0))
+  return float(np.sum(powers * over_steps(decay)))
 
 
 class Description(NamedTuple):

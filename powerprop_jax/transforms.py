@@ -149,6 +149,14 @@ def _check_start(
       )
 
 
+def _checked(inner: Any) -> optax.GradientTransformationExtraArgs:
+  if not isinstance(inner, optax.GradientTransformation):
+    raise ValueError(
+      f'inner must be an optimiser, such as optax.sgd(0.1), got {inner!r}.'
+    )
+  return optax.with_extra_args_support(inner)
+
+
 def target_propagation(
   inner: optax.GradientTransformation,
   transform: power.PowerTransform,
@@ -197,7 +205,7 @@ def target_propagation(
       'transform must be that of the parameters, such as'
       f' `power.power_transform(2.0)`, got {transform!r}.'
     )
-  inner = optax.with_extra_args_support(inner)
+  inner = _checked(inner)
 
   def init_fn(params):
     powers = transform.powers(params)
@@ -393,7 +401,7 @@ def powerprop(
   if not (callable(alpha) or power.is_traced(alpha)):
     fixed = power.check_alpha(alpha)
   _check_rate('floor', floor)
-  inner = optax.with_extra_args_support(inner)
+  inner = _checked(inner)
 
   def powers_at(count, params):
     if schedule is None:

@@ -496,6 +496,14 @@ def test_pruned_networks_still_change_their_power():
   np.testing.assert_array_equal(changed['linear']['w'], 0.0)
 
 
+@pytest.mark.parametrize('alpha', ['2', 'two'])
+def test_texts_are_no_powers(alpha):
+  with pytest.raises(
+    ValueError, match=f"alpha must be a number, got '{alpha}'"
+  ):
+    power.power_transform(alpha)
+
+
 def test_nats():
   """By hand, and by the share that is left of a weight without gradient."""
   assert power.nats(2.0, 0.01, 50) == pytest.approx(1.0)
@@ -504,6 +512,9 @@ def test_nats():
   assert power.nats(3.0, linear, 100) == pytest.approx(3 * 0.55)
   assert power.nats(2.0, optax.constant_schedule(0.01), 50) == pytest.approx(1)
   assert power.nats(1.0, linear, 0) == 0.0
+  rising = optax.piecewise_constant_schedule(1.5, {5: 2.0})
+  assert power.nats(rising, 0.1, 10) == pytest.approx(0.5 * (1.5 + 3.0))
+  assert power.nats(rising, linear, 10) == pytest.approx(1.5 * 0.4 + 3 * 0.15)
   left = power.psi(0.7 * (1 - 1e-4) ** 5_000, 3.0) / power.psi(0.7, 3.0)
   assert float(left) == pytest.approx(
     np.exp(-power.nats(3.0, 1e-4, 5_000)), rel=1e-3

@@ -1028,3 +1028,15 @@ def test_floor_leaves_the_baseline_alone():
       transforms.target_propagation(
         optax.sgd(0.1), power.power_transform(2.0), floor
       )
+
+
+def test_what_is_no_optimiser_or_transform_is_refused():
+  transform = power.power_transform(2.0)
+  for make in (
+    lambda: transforms.powerprop(1e-3, 2.0),
+    lambda: transforms.target_propagation(1e-3, transform),
+  ):
+    with pytest.raises(ValueError, match='inner must be an optimiser.*0.001'):
+      make()
+  with pytest.raises(ValueError, match='transform must be .* got 2.0'):
+    transforms.target_propagation(optax.sgd(0.1), 2.0)

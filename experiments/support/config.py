@@ -97,6 +97,7 @@ def like(
   *,
   more: str = '',
   decides: bool = True,
+  own: bool = False,
 ) -> Any:
   """Makes the field that another class has, possibly with another default.
 
@@ -106,6 +107,8 @@ def like(
     default: another default; the help then says what the other class has.
     more: text that is added to the help.
     decides: whether results depend on it, if they do in the other class.
+    own: whether each class has a default of its own, of which the help then
+      does not say that it is another one.
 
   Returns:
     A field of `dataclasses`.
@@ -115,7 +118,7 @@ def like(
   added = [options.help, more]
   if default is dataclasses.MISSING:
     default = there.default
-  elif default != there.default:
+  elif default != there.default and not own:
     added.append(f'In other programs it is {_shown(there.default)} by default.')
   options = dataclasses.replace(
     options,

@@ -267,6 +267,8 @@ def check_density(density: float) -> float:
 
 def _float(number: Any) -> float:
   """The decimal that a number stands for, as a float."""
+  if isinstance(number, str) or callable(number):
+    raise ValueError(f'density must be a number, got {number!r}.')
   array = np.asarray(number)
   return float(str(array[()]) if array.dtype.itemsize < 8 else array)
 

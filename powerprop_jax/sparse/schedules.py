@@ -46,7 +46,9 @@ def every(n: int, start: int = 0, stop: int | None = None) -> Cadence:
   Args:
     n: the number of steps from one update to the next, at least 1.
     start: the first step with an update.
-    stop: the step from which on there are no updates; None for no end.
+    stop: the step from which on there are no updates; None for no end. Gradual
+      pruning is complete only if there is one at or after the end of its
+      schedule, such as `cubic`.
 
   Returns:
     A function of the step. It returns a bool for a Python int, as a loop on the

@@ -261,6 +261,11 @@ def sparsify(
     Lee et al, `JaxPruner <https://arxiv.org/abs/2304.14082>`_, 2023, which had
     the idea of the wrapper.
   """
+  if due is not None and not callable(due):
+    raise ValueError(
+      'due must be a function of the step, such as'
+      f' `schedules.every(100)`, or None, got {due!r}.'
+    )
   inner = optax.with_extra_args_support(inner)
   init_key, update_key = jax.random.split(key)
 

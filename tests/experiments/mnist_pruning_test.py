@@ -248,7 +248,7 @@ def test_little_decay_is_said(capsys):
 
   assert said().startswith('There is no decay of phi, as in the paper.')
   assert said('--phi_decay=0.004').startswith(
-    'The decay of phi has 8.0 nats at alpha = 2. With 10 networks can'
+    'The decay of phi has 8.0 nats at alpha = 2. With 10 nats of'
   )
   assert ' 2.0 nats at alpha = 2, 3.0 nats at alpha = 3.' in said(
     '--phi_decay=0.001', '--alphas=2,3'

@@ -542,6 +542,13 @@ def test_count_is_of_weights_only():
   assert int(jax.jit(lambda m: masks.count(m, WEIGHTS)[0])(mask)) == 3
 
 
+@pytest.mark.parametrize('density', ['0.1', abs])
+def test_densities_are_numbers(density):
+  with pytest.raises(ValueError, match='density must be a number, got'):
+    masks.check_density(density)
+  assert masks.check_density(fractions.Fraction(1, 4)) == 0.25
+
+
 def test_more_weights_than_int32_counts():
   half = jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32)
   tree, weights = {'a': half, 'b': half}, {'a': True, 'b': True}

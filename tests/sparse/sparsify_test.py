@@ -786,3 +786,13 @@ def test_weights_of_more_than_parameters_say_what_to_take_apart():
   tx = sparse.sparsify(optax.sgd(0.1), updater, key=_KEY, due=None)
   with pytest.raises(ValueError, match=r'`equinox\.partition` and'):
     tx.weights({'w': jnp.ones(2), 'pool': jnp.sin}, tx.init(params))
+
+
+def test_a_number_says_not_when_masks_change():
+  with pytest.raises(ValueError, match='due must be a function .* got 100'):
+    sparse.sparsify(
+      optax.sgd(0.1),
+      updaters.set_(_uniform, _half, None),
+      key=jax.random.key(0),
+      due=100,
+    )
