@@ -150,7 +150,7 @@ def _check_start(
 
 
 def _checked(inner: Any) -> optax.GradientTransformationExtraArgs:
-  if not isinstance(inner, optax.GradientTransformation):
+  if not callable(getattr(inner, 'update', None)):
     raise ValueError(
       f'inner must be an optimiser, such as optax.sgd(0.1), got {inner!r}.'
     )
