@@ -45,12 +45,12 @@ earlier ones. They take nine minutes per seed on one core.
   hundred-epn-2    96.16 +- 0.02, worst 95.59, 80.0 in use
 
 Split and rotated MNIST take the same presets with `--benchmark=split --tasks=5
---infer_tasks=` and `--benchmark=rotated --infer_tasks=`: one to four minutes
-per preset of three seeds on one core.
+--infer_tasks=` and `--benchmark=rotated --infer_tasks=`: two to eight minutes
+per preset of five seeds on one core.
 
-  split    independent 99.79 +- 0.03, packnet 99.78 +- 0.03,
-           epn-1-l1 99.74 +- 0.04 with 2.3 in use,
-           epn-1.5 99.75 +- 0.07 with 9.1 in use
+  split    independent 99.78 +- 0.02, packnet 99.78 +- 0.03,
+           epn-1-l1 99.74 +- 0.03 with 2.3 in use,
+           epn-1.5 99.73 +- 0.05 with 8.0 in use
   rotated  independent 98.38 +- 0.02, packnet 97.98 +- 0.02,
            epn-1-l1 97.56 +- 0.03 with 14.0 in use,
            epn-1.5 97.88 +- 0.03 with 30.3 in use
