@@ -51,9 +51,9 @@ per preset of five seeds on one core.
   split    independent 99.78 +- 0.02, packnet 99.78 +- 0.03,
            epn-1-l1 99.74 +- 0.03 with 2.3 in use,
            epn-1.5 99.73 +- 0.05 with 8.0 in use
-  rotated  independent 98.38 +- 0.02, packnet 97.98 +- 0.02,
-           epn-1-l1 97.56 +- 0.03 with 14.0 in use,
-           epn-1.5 97.88 +- 0.03 with 30.3 in use
+  rotated  independent 98.37 +- 0.02, packnet 97.97 +- 0.02,
+           epn-1-l1 97.57 +- 0.03 with 13.9 in use,
+           epn-1.5 97.87 +- 0.03 with 31.6 in use
 
 The defaults of the binary, five tasks of permuted digits from mnist_5k with
 2,000 and 500 steps, have the recipe of epn-1.5: 93.8 on average, 92.8 for the
