@@ -487,11 +487,13 @@ def _expectations() -> str:
   tuned = lambda preset, kept: _at_kept(
     f'mnist_pruning-{preset}', f'{_GROWING_PRESETS[preset]} global', kept
   )
-  one_shot = load('one_shot-lenet_5')
-  lenet = {
-    r['recipe']: _percent(r['mean'][one_shot['kept'].index(0.01)])
-    for r in one_shot['results']
-  }
+
+  def once(network, kept):
+    content = load(f'one_shot-{network}')
+    where = content['kept'].index(kept)
+    return {r['recipe']: _percent(r['mean'][where]) for r in content['results']}
+
+  lenet, resnet = once('lenet_5', 0.01), once('wrn_10_1', 0.1)
 
   def sparse(method, sparsity, file='decays'):
     found = {
@@ -528,7 +530,8 @@ def _expectations() -> str:
       f' 1 %, and {tuned("growing", 0.005)} against'
       f' {tuned("growing-penalty", 0.005)} with 0.5 %; in short runs of'
       f' LeNet-5: {lenet["1.5 then 2 and 3"]}, and {lenet["2"]} of `alpha = 2`,'
-      f' against {lenet["1 with L1"]} (L1) with 1 %',
+      f' against {lenet["1 with L1"]} (L1) with 1 %; of a ResNet-8'
+      f' {resnet["2"]} of `alpha = 2` against {resnet["1 with L1"]} with 10 %',
     ],
     [
       'gradual pruning and AC/DC to 99 % sparsity (`alpha = 1.5`)',
