@@ -2,7 +2,7 @@
 
   python -m benchmarks.one_shot --data_dir=DIR
   python -m benchmarks.one_shot --network=wrn_10_1 --steps=300 \
-    --recipes=l1,alpha-2,growing --rates=0.2,0.4 --factors=0.1,0.3,1 \
+    --recipes=l1,alpha-2,growing --rates=0.2,0.4,0.8 --factors=0.1,0.3,1 \
     --kept=1,0.5,0.2,0.1,0.05 --choosing=0.2,0.1,0.05 --data_dir=DIR
 
 trains a network, by default LeNet-5, on full MNIST and prunes it by magnitude

@@ -272,7 +272,10 @@ def _one_shot(name: str) -> str:
       f'{r["rate"]:g}',
       f'{r["decay"]:.2g}',
       str(r['seeds']),
-      *map(_percent, r['mean'], r['std']),
+      *(
+        _percent(mean, std if r['seeds'] > 1 else None)
+        for mean, std in zip(r['mean'], r['std'])
+      ),
     ]
     for r in content['results']
   ]
