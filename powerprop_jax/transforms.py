@@ -149,7 +149,23 @@ def _check_start(
       )
 
 
-def _checked(inner: Any) -> optax.GradientTransformationExtraArgs:
+def check_optimiser(inner: Any) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimiser, which may be given further arguments.
+
+  Args:
+    inner: a transformation of optax, or what has an `init` and an `update`.
+
+  Returns:
+    The same, whose update ignores arguments that it does not know.
+
+  Raises:
+    ValueError: if it has no update.
+
+  >>> import optax
+  >>> from powerprop_jax import transforms
+  >>> transforms.check_optimiser(optax.sgd(0.1)).init({})
+  (EmptyState(), EmptyState())
+  """
   if not callable(getattr(inner, 'update', None)):
     raise ValueError(
       f'inner must be an optimiser, such as optax.sgd(0.1), got {inner!r}.'
@@ -205,7 +221,7 @@ def target_propagation(
       'transform must be that of the parameters, such as'
       f' `power.power_transform(2.0)`, got {transform!r}.'
     )
-  inner = _checked(inner)
+  inner = check_optimiser(inner)
 
   def init_fn(params):
     powers = transform.powers(params)
@@ -401,7 +417,7 @@ def powerprop(
   if not (callable(alpha) or power.is_traced(alpha)):
     fixed = power.check_alpha(alpha)
   _check_rate('floor', floor)
-  inner = _checked(inner)
+  inner = check_optimiser(inner)
 
   def powers_at(count, params):
     if schedule is None:

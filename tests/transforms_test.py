@@ -445,6 +445,16 @@ def test_decay_phi_keeps_dtypes_and_passes_none():
     assert out['a']['w'].dtype == jnp.bfloat16
 
 
+def test_decay_phi_takes_numbers_of_numpy_for_norms():
+  phi = {'linear': {'w': jnp.array([[4.0, 1.0]])}}
+  zeros = jax.tree.map(jnp.zeros_like, phi)
+  found, expected = (
+    tx.update(zeros, tx.init(phi), phi)[0]['linear']['w']
+    for tx in (transforms.decay_phi(0.1, x) for x in (np.float32(0.5), 0.5))
+  )
+  np.testing.assert_array_equal(found, expected)
+
+
 def test_decay_phi_refuses_what_it_cannot_do():
   for arguments, message in (
     ({'rate': -1e-4}, 'rate must be a finite number >= 0, got -0.0001'),

@@ -107,8 +107,8 @@ def like(
     default: another default; the help then says what the other class has.
     more: text that is added to the help.
     decides: whether results depend on it, if they do in the other class.
-    own: whether each class has a default of its own, of which the help then
-      does not say that it is another one.
+    own: whether every class has a default of its own, so that the help has no
+      need to name that of `cls`.
 
   Returns:
     A field of `dataclasses`.

@@ -391,7 +391,8 @@ def _csr(x: np.ndarray, mask: np.ndarray) -> Any:
   with extras.needed('experiments'):
     from scipy import sparse as scipy_sparse
 
-  if x.dtype.itemsize < 4:  # Scipy cannot compute with bfloat16.
+  # Scipy cannot compute with bfloat16.
+  if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4:
     x = x.astype(np.float32)
   starts = np.cumsum([0, *mask.sum(axis=1)])
   return scipy_sparse.csr_array((x[mask], mask.nonzero()[1], starts), x.shape)

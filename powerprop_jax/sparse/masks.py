@@ -447,12 +447,12 @@ def _kth_largest(
 
     return t | (digit << shift), at([reached, *counts]), at([*counts, above])
 
-  sizes = [x.size for x in jax.eval_shape(reach, jnp.zeros(k.shape, uint))]
-  size = sum(sizes) // max(k.size, 1)
+  values = reach(jnp.zeros(k.shape, uint))
+  size = sum(x.size for x in values) // max(k.size, 1)
   # Sharded as the counts are, and varying over the axes of a shard_map as they
   # do, which loops ask for.
   zeros = jnp.zeros_like(k, jnp.int32)
-  for x in reach(jnp.zeros(k.shape, uint)):
+  for x in values:
     none = jnp.zeros_like(x, jnp.int32)
     zeros += jnp.sum(none, axes, jnp.int32, keepdims=axes is not None)
   start = zeros.astype(uint), zeros + size, zeros

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from powerprop_jax import transforms
 from powerprop_jax import types
 from powerprop_jax.sparse import masking
 from powerprop_jax.sparse import masks as masks_lib
@@ -266,7 +267,7 @@ def sparsify(
       'due must be a function of the step, such as'
       f' `schedules.every(100)`, or None, got {due!r}.'
     )
-  inner = optax.with_extra_args_support(inner)
+  inner = transforms.check_optimiser(inner)
   init_key, update_key = jax.random.split(key)
 
   def init_fn(params):

@@ -769,6 +769,11 @@ def test_sparse_matrices_of_half_precision(dtype):
   np.testing.assert_array_equal(np.ones((1, 3), 'f') @ matrix, [[2.0, 9.0]])
 
 
+def test_sparse_matrices_of_integers_stay_integers():
+  theta = {'w': np.arange(6, dtype=np.int8).reshape(3, 2)}
+  assert export.to_sparse(theta, {'w': theta['w'] > 2})['w'].dtype == np.int8
+
+
 @pytest.mark.parametrize(
   ('kind', 'array'), [('csr', np.ndarray), ('bcoo', jax.Array)]
 )

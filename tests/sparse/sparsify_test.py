@@ -796,3 +796,9 @@ def test_a_number_says_not_when_masks_change():
       key=jax.random.key(0),
       due=100,
     )
+
+
+def test_a_number_is_no_optimiser():
+  updater = updaters.set_(_uniform, _half, None)
+  with pytest.raises(ValueError, match='inner must be an optimiser.*0.001'):
+    sparse.sparsify(1e-3, updater, key=jax.random.key(0), due=None)
